@@ -1,0 +1,3 @@
+"""Trains classifiers for financial risk on tables: distributed, exact, resumable."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,72 @@
+"""The checkpoints of a run: `step_00000500/` folders, the newest that verifies wins, the best is kept."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_train.checkpoint.commit import Damaged, commit, sweep
+from dist_train.checkpoint.state import Parts, encode_parts, read_parts
+from dist_train.errors import UserError
+
+_PREFIX = "step_"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that verified and could be decoded."""
+
+    step: int
+    parts: Parts
+
+
+class Checkpoints:
+    """Checkpoints below one folder. Only one process, rank 0, may write."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Steps of the committed checkpoints, ascending."""
+        names = [path.name for path in self.folder.glob(f"{_PREFIX}*")] if self.folder.is_dir() else []
+        return sorted(int(name.removeprefix(_PREFIX)) for name in names if name.removeprefix(_PREFIX).isdecimal())
+
+    def write(self, step: int, parts: Parts, best_step: int | None) -> None:
+        """Commit a checkpoint, then let go of older ones beyond the newest `keep` and the best; OSError on failure."""
+        commit(self._path(step), encode_parts(parts))
+        newest = self.steps()[-self.keep :]
+        for old in self.steps():
+            if old not in newest and old != best_step:
+                shutil.rmtree(self._path(old), ignore_errors=True)
+
+    def newest(self) -> tuple[Found | None, list[str]]:
+        """The newest checkpoint that verifies, None when there is none; and why newer ones were skipped."""
+        skipped: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                return Found(step, read_parts(self._path(step))), skipped
+            except Damaged as damage:
+                skipped.append(str(damage))
+        return None, skipped
+
+    def read(self, step: int) -> Parts:
+        """The parts of one checkpoint; UserError when it is not there or does not verify."""
+        if step not in self.steps():
+            have = ", ".join(str(s) for s in self.steps()) or "none"
+            raise UserError(f"{self.folder}: there is no checkpoint of step {step}; there is {have}")
+        try:
+            return read_parts(self._path(step))
+        except Damaged as damage:
+            raise UserError(f"the checkpoint of step {step} is damaged: {damage}") from None
+
+    def drop_after(self, step: int) -> None:
+        """Remove checkpoints of later steps (damaged ones that were skipped), so that their names are free again."""
+        sweep(self.folder)
+        for later in self.steps():
+            if later > step:
+                shutil.rmtree(self._path(later), ignore_errors=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{_PREFIX}{step:08d}"

@@ -1,0 +1,116 @@
+"""A folder of parts that is either whole and verified, or not there.
+
+Written aside, synced to disk, read back and compared, then made real by one rename. Its MANIFEST.json is written last
+and holds the size and SHA-256 of every part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+MANIFEST = "MANIFEST.json"
+_ASIDE = ".partial-"
+
+
+class Damaged(Exception):
+    """A committed folder is not what was written; the message names the part and what is wrong with it."""
+
+
+def commit(folder: Path, parts: Mapping[str, bytes]) -> None:
+    """Write `parts` (file name -> content) so that `folder` holds all of them or does not change; OSError on failure."""
+    aside = folder.with_name(_ASIDE + folder.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        manifest = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in parts.items()}
+        for name, data in parts.items():
+            write_synced(aside / name, data)
+        write_synced(aside / MANIFEST, json.dumps({"parts": manifest}, indent=1).encode())
+        sync_folder(aside)
+        try:
+            read_verified(aside)
+        except Damaged as damage:
+            raise OSError(f"{folder}: what was written does not read back: {damage}") from None
+        _replace_folder(aside, folder)
+        sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def read_verified(folder: Path) -> dict[str, bytes]:
+    """The parts of a committed folder; Damaged when one is missing, torn, of another size or content."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_bytes())["parts"]
+        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
+    except FileNotFoundError:
+        raise Damaged(f"{folder / MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged(f"{folder / MANIFEST} cannot be read") from None
+    parts = {}
+    for name, (size, sha256) in expected.items():
+        if Path(name).name != name:
+            raise Damaged(f"{folder / MANIFEST} names {name!r}, which is not a file of this folder")
+        try:
+            data = (folder / name).read_bytes()
+        except OSError:
+            raise Damaged(f"{folder / name} is missing or cannot be read") from None
+        if len(data) != size:
+            raise Damaged(f"{folder / name} has {len(data)} bytes instead of {size}")
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise Damaged(f"{folder / name} has another content than was written (SHA-256 differs)")
+        parts[name] = data
+    return parts
+
+
+def sweep(parent: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for aside in parent.glob(f"{_ASIDE}*"):
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on disk."""
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a single file by one rename."""
+    aside = path.with_name(_ASIDE + path.name)
+    try:
+        write_synced(aside, data)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's own entries are on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace_folder(aside: Path, folder: Path) -> None:
+    # A folder cannot be renamed over one with files in it. The old one is moved out of the way first, so that it can
+    # be put back, and goes only when the new one stands.
+    if not folder.exists():
+        aside.replace(folder)
+        return
+    former = folder.with_name(f"{_ASIDE}former-{folder.name}")
+    shutil.rmtree(former, ignore_errors=True)
+    folder.replace(former)
+    aside.replace(folder)
+    shutil.rmtree(former, ignore_errors=True)

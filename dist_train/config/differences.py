@@ -1,0 +1,30 @@
+"""May a run go on under another configuration than the one it was started with?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# Keys that change how long a run goes on, where things lie or what is shown, but not what a step computes.
+# data.path is among them because the content of the file is compared instead.
+_HARMLESS = (
+    "run.name", "run.dir", "run.resume", "run.force", "data.path", "train.epochs", "train.max_steps",
+    "train.early_stopping_patience", "evaluation.", "checkpoint.", "runtime.", "log.", "wandb.",
+)  # fmt: skip
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Differing keys of two resolved configurations, as `key: was A, is B`: the harmful ones, then the harmless ones."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    harmful, harmless = [], []
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            line = f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+            (harmless if key.startswith(_HARMLESS) else harmful).append(line)
+    return harmful, harmless
+
+
+def _flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for section, values in tree.items():
+        for name, value in values.items():
+            yield f"{section}.{name}", value

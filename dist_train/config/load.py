@@ -1,0 +1,134 @@
+"""Command line -> typed, frozen configuration. The only place that knows OmegaConf and YAML.
+
+A value flows one way: default of the schema <- YAML files, left to right <- `key=value`, left to right.
+All mistakes are collected and reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dist_train.config.rules import problems_of
+from dist_train.config.schema import JobConfig
+from dist_train.errors import UserError
+
+Setting = tuple[str, str, Any]  # (where it was written, dotted key, value)
+
+
+def load_config(arguments: Sequence[str]) -> JobConfig:
+    """Configuration from `file.yaml ... key=value ...`; raises UserError that lists every mistake."""
+    problems: list[str] = []
+    tree = _writable(OmegaConf.structured(JobConfig))
+    for source, key, value in _settings(arguments, tree, problems):
+        try:
+            OmegaConf.update(tree, key, value, merge=False)
+        except OmegaConfBaseException as error:
+            problems.append(f"{source}: {_explain(key, value, error)}")
+    config = _freeze(tree, problems)
+    if config is not None:
+        problems += problems_of(config)
+    if problems or config is None:
+        raise UserError(_listing(problems))
+    return config
+
+
+def read_config(path: Path) -> JobConfig:
+    """The resolved configuration of a run folder."""
+    return load_config([str(path)])
+
+
+def config_to_yaml(config: JobConfig) -> str:
+    """The resolved configuration as YAML; `read_config` gives back the same object."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _writable(tree: DictConfig) -> DictConfig:
+    """Frozen dataclasses become read-only nodes; while values are being merged they must not be."""
+    OmegaConf.set_readonly(tree, False)
+    for section in tree:
+        OmegaConf.set_readonly(tree[section], False)
+    return tree
+
+
+def _settings(arguments: Sequence[str], tree: DictConfig, problems: list[str]) -> Iterator[Setting]:
+    """Every assignment in order of precedence, lowest first."""
+    files = [a for a in arguments if a.endswith((".yaml", ".yml")) and "=" not in a]
+    for name in files:
+        content = _read_yaml(Path(name), problems)
+        yield from _leaves(name, "", content, tree)
+    for argument in arguments:
+        if argument in files:
+            continue
+        key, equals, _ = argument.partition("=")
+        if not equals or not key:
+            problems.append(f"{argument!r}: an argument is either a file that ends in .yaml or key=value")
+            continue
+        try:
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
+        except (OmegaConfBaseException, yaml.YAMLError):
+            problems.append(f"{argument!r}: the value is not valid YAML")
+            continue
+        yield from _leaves("command line", "", parsed, tree)
+
+
+def _read_yaml(path: Path, problems: list[str]) -> Any:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        problems.append(f"{path}: no such file")
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problems.append(f"{path}: not valid YAML: {where}{getattr(error, 'problem', None) or error}")
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        problems.append(f"{path}: cannot be read: {_first_line(error)}")
+    else:
+        if isinstance(content, dict):
+            return content
+        problems.append(f"{path}: a configuration is a mapping of sections, this is a {type(content).__name__}")
+    return {}
+
+
+def _leaves(source: str, prefix: str, content: Any, node: Any) -> Iterator[Setting]:
+    """Cut a nested mapping into single assignments, so that each mistake is found on its own."""
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        child = node._get_node(name) if isinstance(node, DictConfig) and name in node else None
+        is_section = isinstance(child, DictConfig) and OmegaConf.get_type(child) is not dict
+        if is_section and isinstance(value, dict):
+            yield from _leaves(source, f"{key}.", value, child)
+        else:
+            yield source, key, value
+
+
+def _freeze(tree: DictConfig, problems: list[str]) -> JobConfig | None:
+    try:
+        return cast(JobConfig, OmegaConf.to_object(tree))
+    except OmegaConfBaseException as error:
+        problems.append(_first_line(error))
+        return None
+
+
+def _explain(key: str, value: Any, error: OmegaConfBaseException) -> str:
+    text = _first_line(error)
+    if "not in" in text and "Key" in text:
+        hint = text[text.index("Did you mean") :] if "Did you mean" in text else "see docs/configuration.md"
+        return f"unknown key {key!r}. {hint}"
+    return f"{key}={value!r}: {text}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _listing(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} mistakes in the configuration:\n" + "\n".join(f"  - {p}" for p in problems)

@@ -1,0 +1,129 @@
+"""What the types of the schema cannot say: ranges and rules between fields. All problems are returned at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from dist_train.config.schema import JobConfig, ModelConfig, TrainConfig
+
+
+def dropout_pair(model: ModelConfig) -> tuple[float, float]:
+    """The two dropout probabilities of `model.dropout`, which may be one number or two."""
+    value = model.dropout
+    first, second = value if isinstance(value, list) else (value, value)
+    return float(first), float(second)
+
+
+def problems_of(config: JobConfig) -> list[str]:
+    """Every broken rule of a configuration, in the order of the schema; empty when all is well."""
+    return [f"{key}: {text}" for key, text in _broken(config)]
+
+
+def _broken(c: JobConfig) -> Iterator[tuple[str, str]]:
+    yield from _run(c)
+    yield from _data(c)
+    yield from _model(c.model)
+    yield from _optim(c)
+    yield from _train(c.train)
+    yield from _at_least("evaluation.every_steps", c.evaluation.every_steps, 1)
+    yield from _at_least("evaluation.batch_size", c.evaluation.batch_size, 1)
+    yield from _at_least("checkpoint.every_steps", c.checkpoint.every_steps, 1)
+    yield from _at_least("checkpoint.keep", c.checkpoint.keep, 1)
+    yield from _at_least("log.every_steps", c.log.every_steps, 1)
+    yield from _positive("runtime.timeout_seconds", c.runtime.timeout_seconds)
+    if c.runtime.device == "cpu" and c.runtime.backend == "nccl":
+        yield "runtime.backend", "nccl needs GPUs, but runtime.device is cpu: use gloo or auto"
+    if not c.wandb.project.strip():
+        yield "wandb.project", "must not be empty"
+
+
+def _run(c: JobConfig) -> Iterator[tuple[str, str]]:
+    name = c.run.name
+    if not name.strip() or name in {".", ".."} or any(s in name for s in "/\\\0"):
+        yield "run.name", f"{name!r} cannot be the name of a folder"
+    if not c.run.dir.strip() or "\0" in c.run.dir:
+        yield "run.dir", f"{c.run.dir!r} cannot be a folder"
+    if not 0 <= c.run.seed < 2**63:
+        yield "run.seed", f"must be from 0 to 2**63 - 1, is {c.run.seed}"
+
+
+def _data(c: JobConfig) -> Iterator[tuple[str, str]]:
+    d = c.data
+    if not d.path.strip():
+        yield "data.path", "must name a CSV or Parquet file, or builtin:credit_card_risk"
+    if not d.target.strip():
+        yield "data.target", "must name a column"
+    if d.target in d.drop:
+        yield "data.drop", f"holds the target {d.target!r}"
+    if d.split_column is not None and d.split_column == d.target:
+        yield "data.split_column", f"is the target {d.target!r}"
+    for name in sorted(set(d.drop) & set(d.categorical)):
+        yield "data.categorical", f"{name!r} is in data.drop as well"
+    yield from _at_least("data.max_categories", d.max_categories, 1)
+    for key, value in (("validation_fraction", d.validation_fraction), ("test_fraction", d.test_fraction)):
+        if not 0 <= value < 1:
+            yield f"data.{key}", f"must be at least 0 and below 1, is {value}"
+    if not d.validation_fraction + d.test_fraction < 1:
+        yield "data.validation_fraction", "together with data.test_fraction it leaves no rows to train on"
+
+
+def _model(m: ModelConfig) -> Iterator[tuple[str, str]]:
+    yield from _at_least("model.hidden_dim", m.hidden_dim, 2)
+    yield from _at_least("model.embedding_dim", m.embedding_dim, 1)
+    values = m.dropout if isinstance(m.dropout, list) else [m.dropout, m.dropout]
+    if len(values) != 2 or not all(_is_number(v) for v in values):
+        yield "model.dropout", f"must be one number or a list of two, is {m.dropout!r}"
+    elif not all(0 <= v < 1 for v in values):
+        yield "model.dropout", f"a probability is at least 0 and below 1, is {m.dropout!r}"
+
+
+def _optim(c: JobConfig) -> Iterator[tuple[str, str]]:
+    yield from _positive("optim.lr", c.optim.lr)
+    if not (c.optim.weight_decay >= 0 and math.isfinite(c.optim.weight_decay)):
+        yield "optim.weight_decay", f"must be finite and at least 0, is {c.optim.weight_decay}"
+    if len(c.optim.betas) != 2 or not all(0 <= b < 1 for b in c.optim.betas):
+        yield "optim.betas", f"must be two numbers, at least 0 and below 1, is {c.optim.betas}"
+    yield from _positive("optim.eps", c.optim.eps)
+    yield from _positive("optim.max_grad_norm", c.optim.max_grad_norm)
+    yield from _at_least("schedule.warmup_steps", c.schedule.warmup_steps, 0)
+    if not 0 <= c.schedule.min_lr_ratio <= 1:
+        yield "schedule.min_lr_ratio", f"must be from 0 to 1, is {c.schedule.min_lr_ratio}"
+
+
+def _train(t: TrainConfig) -> Iterator[tuple[str, str]]:
+    yield from _at_least("train.epochs", t.epochs, 1)
+    yield from _at_least("train.max_steps", t.max_steps, 1)
+    yield from _at_least("train.global_batch_size", t.global_batch_size, 2, "BatchNorm needs two rows")
+    yield from _at_least("train.accumulation_steps", t.accumulation_steps, 1)
+    if t.accumulation_steps * 2 > t.global_batch_size >= 2:
+        yield "train.accumulation_steps", "leaves fewer than two rows of train.global_batch_size for a pass"
+    if t.virtual_ranks is not None:
+        yield "train.virtual_ranks", "the exact mode is not in this version: leave it null"
+    weights = t.class_weights
+    if isinstance(weights, dict):
+        for name, value in weights.items():
+            if not (_is_number(value) and value > 0 and math.isfinite(value)):
+                yield "train.class_weights", f"the weight of class {name!r} must be finite and above 0, is {value!r}"
+    elif weights is not None and weights != "balanced":
+        yield "train.class_weights", f"must be null, balanced or a mapping class: weight, is {weights!r}"
+    if not 0 <= t.label_smoothing < 1:
+        yield "train.label_smoothing", f"must be at least 0 and below 1, is {t.label_smoothing}"
+    if t.ema_decay is not None and not 0 < t.ema_decay < 1:
+        yield "train.ema_decay", f"must be above 0 and below 1, is {t.ema_decay}"
+    yield from _at_least("train.early_stopping_patience", t.early_stopping_patience, 1)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _at_least(key: str, value: int | None, least: int, reason: str = "") -> Iterator[tuple[str, str]]:
+    if value is not None and value < least:
+        yield key, f"must be at least {least}, is {value}" + (f" ({reason})" if reason else "")
+
+
+def _positive(key: str, value: float | None) -> Iterator[tuple[str, str]]:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        yield key, f"must be finite and above 0, is {value}"

@@ -1,0 +1,183 @@
+"""Every key of a configuration, its default and its meaning.
+
+The text under each field is its documentation: `docs/configuration.md` is generated from it.
+Units stand in the names (`_rows`, `_steps`, `_seconds`) or in the text. Batch sizes are always global.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives and how it starts."""
+
+    name: str = "run"
+    """Name of the run; its folder is `<run.dir>/<run.name>`."""
+    dir: str = "runs"
+    """Folder that holds the run folders."""
+    seed: int = 0
+    """Every random number of the run (split, initial weights, order of rows, dropout) is a function of this seed."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: continue from the newest checkpoint that verifies. `never`: start anew; an older run in the folder is moved aside to `<run.name>.old-N`."""
+    force: bool = False
+    """Resume although the configuration or the data differ from what the checkpoint was trained with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The table, its target and its splits."""
+
+    path: str = "builtin:credit_card_risk"
+    """CSV or Parquet file, or `builtin:NAME` for a data set that comes with the package."""
+    target: str = "risk_tier"
+    """Name of the target column: text or integers, two classes or more, no missing cells."""
+    drop: list[str] = field(default_factory=list)
+    """Columns that are not features (identifiers, dates, anything known only after the fact)."""
+    categorical: list[str] = field(default_factory=list)
+    """Columns of numbers that are codes, not quantities. Text columns are categorical by themselves."""
+    missing_values: list[str] = field(default_factory=lambda: ["", "NA", "N/A", "NaN", "nan", "null", "NULL"])
+    """Cells of a CSV file that mean: no value."""
+    max_categories: int = 256
+    """Categories kept for one column, the most frequent first; the others share the slot for unknown ones."""
+    split_column: str | None = None
+    """Column that says train; valid, val or validation; test. Null: split by the fractions below."""
+    validation_fraction: float = 0.15
+    """Share of each class that goes to the validation rows, when there is no split column."""
+    test_fraction: float = 0.15
+    """Share of each class that goes to the test rows, when there is no split column."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The classifier."""
+
+    name: str = "financial_classifier"
+    """Name of the model in the registry."""
+    hidden_dim: int = 256
+    """Width of the first hidden layer; the second has half of it."""
+    dropout: Any = field(default_factory=lambda: [0.3, 0.2])
+    """Dropout probabilities after the first and the second hidden layer; one number means both."""
+    embedding_dim: int | None = None
+    """Null: categories are one-hot. A number: each categorical column is a learned embedding of this width."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter, 2019). Biases and normalisation parameters are not decayed."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of the weight matrices."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay rates of the two moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float | None = 1.0
+    """The gradient's global norm is clipped to this; null: not clipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate as a function of the step: linear warm-up, then cosine."""
+
+    warmup_steps: int = 100
+    """Optimizer steps over which the learning rate rises to its peak."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the last step, as a share of the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, on how many rows at a time, and for what."""
+
+    epochs: int = 20
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps even if the epochs are not over."""
+    global_batch_size: int = 256
+    """Rows of one optimizer step over all ranks together. The last batch of an epoch may be smaller; a last batch of one row joins the batch before it."""
+    accumulation_steps: int = 1
+    """Forward-backward passes in which one global batch is worked through, to save memory. BatchNorm sees one pass at a time."""
+    virtual_ranks: int | None = None
+    """Null: fast mode, arithmetic may round differently on another world size. The exact mode, V fixed slices of the global batch, is not in this version."""
+    precision: Literal["float32", "float64", "bf16"] = "float32"
+    """`bf16`: weights stay float32, the forward pass runs under bfloat16 autocast."""
+    class_weights: Any = None
+    """Null, `balanced` (inverse class frequency), or a mapping from class name to weight."""
+    label_smoothing: float = 0.0
+    """Share of the target probability spread evenly over the classes."""
+    ema_decay: float | None = None
+    """Evaluate and ship an exponential moving average of the weights with this decay per step; null: the weights themselves."""
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations in a row without a better validation loss; null: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Validation during training, and every later evaluation or prediction."""
+
+    every_steps: int | None = None
+    """Optimizer steps between evaluations; null: at the end of each epoch."""
+    batch_size: int = 2048
+    """Rows of one forward pass. Passes are cut by row number, the same for every world size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints are also written at each evaluation with a better validation loss, at a stop and at the end."""
+
+    every_steps: int = 500
+    """Optimizer steps between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints kept; the best one is kept beside them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """The machine."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA when torch sees a GPU, else the CPU."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """`auto`: nccl when every rank has a GPU of its own, else gloo."""
+    timeout_seconds: float = 300.0
+    """A collective that takes longer ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """metrics.jsonl, the progress bar and the log lines."""
+
+    every_steps: int = 50
+    """Optimizer steps between lines for the training rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases, by rank 0 only."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto`: online when an API key is found, else offline; it never asks."""
+    project: str = "dist_train"
+    """Project that the run is filed under."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """One training job."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)

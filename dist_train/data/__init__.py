@@ -1,0 +1,1 @@
+"""From a table file to batches: table, split, encoder, sampler, feed."""

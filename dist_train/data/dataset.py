@@ -1,0 +1,166 @@
+"""The data of a run: read, checked, split, encoded, resident. Read `load_dataset` to see the order of things."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from dist_train.config.schema import DataConfig
+from dist_train.data.encoder import Encoder
+from dist_train.data.feed import ResidentRows, resident
+from dist_train.data.fitting import fit_encoder
+from dist_train.data.split import SPLITS, Split, split_by_column, split_by_fraction
+from dist_train.data.table import feature_kinds, labels, locate, read_table, require_columns, sha256_of
+from dist_train.errors import UserError
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.position import cut
+
+MAX_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class LabelledTable:
+    """A table with its targets as class indices, (rows,), its splits, and the fingerprint of its file."""
+
+    frame: pl.DataFrame
+    targets: Tensor
+    class_names: list[str]
+    split: Split
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Encoded rows on the device by split, and the encoder that made them."""
+
+    splits: dict[str, ResidentRows]
+    encoder: Encoder
+    sha256: str
+
+
+def load_dataset(
+    data: DataConfig,
+    collectives: Collectives,
+    *,
+    seed: int,
+    one_hot: bool,
+    dtype: torch.dtype,
+    encoder: Encoder | None = None,
+) -> Dataset:
+    """Read the table, fit the encoder on the training rows unless one is given, and encode all splits."""
+    table = collectives.agree(lambda: load_labelled(data, seed))[collectives.rank]
+    if encoder is None:
+        encoder = _fit(table, data, collectives, one_hot)
+    fitted = encoder
+    inputs = collectives.agree(lambda: encode(table.frame, fitted, table.source))[collectives.rank]
+    targets = remap_targets(table, fitted.class_names)
+    splits = {n: resident(inputs, targets, table.split[n], collectives.device, dtype) for n in SPLITS}
+    return Dataset(splits, fitted, table.sha256)
+
+
+def load_labelled(data: DataConfig, seed: int) -> LabelledTable:
+    """Read the table of a configuration and check what training relies on; UserError says what is wrong."""
+    file = locate(data.path)
+    frame = read_table(file, data.missing_values)
+    source = data.path
+    if frame.height == 0:
+        raise UserError(f"{source}: the table has no rows")
+    named = [data.target, *data.drop, *data.categorical, *([data.split_column] if data.split_column else [])]
+    require_columns(frame, named, source, "named in the configuration")
+    targets, class_names = _targets(frame[data.target], source)
+    split = (
+        split_by_column(frame[data.split_column], source)
+        if data.split_column
+        else split_by_fraction(
+            targets, validation_fraction=data.validation_fraction, test_fraction=data.test_fraction, seed=seed
+        )
+    )
+    _check_training_rows(targets[split["train"]], class_names, source)
+    return LabelledTable(frame, targets, class_names, split, source, sha256_of(file))
+
+
+def read_for_evaluation(file: Path, data: DataConfig, class_names: list[str], split: str) -> tuple[pl.DataFrame, Tensor]:
+    """Rows of another file and their class indices: those of `split` where the file has the split column, else all."""
+    frame = read_table(file, data.missing_values)
+    require_columns(frame, [data.target], str(file), "the target")
+    if data.split_column and data.split_column in frame.columns:
+        rows = split_by_column(frame[data.split_column], str(file))[split]
+        frame = frame[rows.numpy()]
+    if frame.height == 0:
+        raise UserError(f"{file}: no rows to evaluate on")
+    text = _target_text(frame[data.target], str(file))
+    unknown = text.filter(~text.is_in(class_names))
+    if len(unknown):
+        raise UserError(f"{file}: column {data.target!r} holds {unknown[0]!r}; the model knows {', '.join(class_names)}")
+    return frame, _indices(text, class_names)
+
+
+def encode(frame: pl.DataFrame, encoder: Encoder, source: str) -> tuple[Tensor, ...]:
+    """Model inputs of a table's rows, on the CPU: dense features, and slots where the model embeds categories."""
+    features, slots = encoder(*encoder.tabulate(frame, source))
+    return (features, slots) if encoder.embedded_sizes else (features,)
+
+
+def remap_targets(table: LabelledTable, class_names: list[str]) -> Tensor:
+    """Class indices of a table in the order of an encoder's class names."""
+    unknown = [name for name in table.class_names if name not in class_names]
+    if unknown:
+        raise UserError(f"{table.source}: class {unknown[0]!r} was not there when the encoder was fitted")
+    return torch.tensor([class_names.index(name) for name in table.class_names])[table.targets]
+
+
+def _fit(table: LabelledTable, data: DataConfig, collectives: Collectives, one_hot: bool) -> Encoder:
+    not_features = [data.target, *data.drop, *([data.split_column] if data.split_column else [])]
+    rows = table.split["train"]
+    kinds = feature_kinds(table.frame, not_features, data.categorical, table.source)
+    begin, end = cut(0, len(rows), collectives.size)[collectives.rank]
+    return fit_encoder(
+        table.frame[rows[begin:end].numpy()],
+        kinds,
+        table.class_names,
+        collectives,
+        max_categories=data.max_categories,
+        one_hot=one_hot,
+        source=table.source,
+    )
+
+
+def _targets(column: pl.Series, source: str) -> tuple[Tensor, list[str]]:
+    text = _target_text(column, source)
+    names = text.unique().to_list()
+    if len(names) < 2:
+        raise UserError(f"{source}: the target {column.name!r} has only one class, {names[0]!r}: there is nothing to learn")
+    if len(names) > MAX_CLASSES:
+        raise UserError(f"{source}: the target {column.name!r} has {len(names)} distinct values: is it a class?")
+    whole = all(name.lstrip("-").isdecimal() for name in names)
+    names = sorted(names, key=(lambda n: (int(n), n)) if whole else None)  # type: ignore[arg-type]
+    return _indices(text, names), names
+
+
+def _target_text(column: pl.Series, source: str) -> pl.Series:
+    text = labels(column)
+    if column.dtype.is_float() and text.str.contains(r"\.", literal=False).any():
+        raise UserError(f"{source}: the target {column.name!r} holds fractions: a class is text or a whole number")
+    if text.null_count():
+        row = int(text.is_null().arg_max() or 0)
+        raise UserError(f"{source}: the target {column.name!r} is missing in {text.null_count()} rows, the first is data row {row + 1}")
+    return text
+
+
+def _indices(text: pl.Series, class_names: list[str]) -> Tensor:
+    order = {name: index for index, name in enumerate(class_names)}
+    return torch.from_numpy(text.replace_strict(order, return_dtype=pl.Int64).to_numpy(writable=True))
+
+
+def _check_training_rows(targets: Tensor, class_names: list[str], source: str) -> None:
+    if len(targets) < 2:
+        raise UserError(f"{source}: {len(targets)} training rows are left after the split: at least 2 are needed")
+    counts = torch.bincount(targets, minlength=len(class_names))
+    if (counts == 0).any():
+        name = class_names[int(counts.argmin())]
+        raise UserError(f"{source}: class {name!r} has no training rows")

@@ -1,0 +1,87 @@
+"""Rows that live on the device, and the batches gathered from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_train.data.sampler import PositionSampler, Share
+from dist_train.runtime.position import Position
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's rows of one forward-backward pass, on the device.
+
+    `inputs` are the arguments of the model, each (n, ...); `targets` class indices, (n,); `rows` the rows' numbers in
+    the table; `first_row` and `epoch` say where in the training order they stand; `global_rows` counts all ranks' rows.
+    """
+
+    inputs: tuple[Tensor, ...]
+    targets: Tensor
+    rows: Tensor
+    epoch: int
+    first_row: int
+    global_rows: int
+
+
+class ResidentRows:
+    """Encoded rows of one split, held as tensors on the device; a batch is one gather by index."""
+
+    def __init__(self, inputs: tuple[Tensor, ...], targets: Tensor, row_numbers: Tensor) -> None:
+        self.inputs = inputs
+        self.targets = targets
+        self.row_numbers = row_numbers
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def slice(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Model inputs of the rows from `start` to `stop`, in the order of the table."""
+        return tuple(x[start:stop] for x in self.inputs)
+
+    def gather(self, share: Share) -> Batch:
+        """The batch of a share."""
+        index = share.rows.to(self.targets.device, non_blocking=True)
+        return Batch(
+            inputs=tuple(x.index_select(0, index) for x in self.inputs),
+            targets=self.targets.index_select(0, index),
+            rows=self.row_numbers[share.rows],
+            epoch=share.epoch,
+            first_row=share.first_row,
+            global_rows=share.global_rows,
+        )
+
+
+class Feed:
+    """Yields what one optimizer step trains on, and the position after it, without end."""
+
+    def __init__(self, rows: ResidentRows, sampler: PositionSampler) -> None:
+        self.rows = rows
+        self.sampler = sampler
+
+    @property
+    def num_rows(self) -> int:
+        """Training rows of an epoch over all ranks."""
+        return self.sampler.num_rows
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self.sampler.steps_per_epoch
+
+    def steps(self, position: Position) -> Iterator[tuple[list[Batch], Position]]:
+        """Batches from `position` on, one list for each optimizer step."""
+        while True:
+            shares = self.sampler.shares(position)
+            position = self.sampler.step_end(position)
+            yield [self.rows.gather(share) for share in shares], position
+
+
+def resident(inputs: tuple[Tensor, ...], targets: Tensor, rows: Tensor, device: torch.device, dtype: torch.dtype) -> ResidentRows:
+    """Put the given rows of encoded tensors on the device, floating-point inputs as `dtype`."""
+    moved = tuple(x[rows].to(device, dtype if x.is_floating_point() else None) for x in inputs)
+    return ResidentRows(moved, targets[rows].to(device), rows)

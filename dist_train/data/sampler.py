@@ -1,0 +1,114 @@
+"""Which rows a rank trains on at which step: every row once per epoch, at any world size, from any position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from dist_train.errors import UserError
+from dist_train.runtime.keyed_random import permutation
+from dist_train.runtime.position import Position, cut
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's rows of one forward-backward pass.
+
+    `rows` are row numbers, (n,), n may be 0; `first_row` is the place of the first one in the epoch's order;
+    `global_rows` counts the rows of the pass over all ranks.
+    """
+
+    rows: Tensor
+    epoch: int
+    first_row: int
+    global_rows: int
+
+
+def steps_of_epoch(num_rows: int, batch_size: int) -> int:
+    """Optimizer steps of an epoch. A last batch of a single row joins the one before it: one row has no variance."""
+    return max(1, -(-num_rows // batch_size) - (num_rows % batch_size == 1))
+
+
+class PositionSampler(DistributedSampler[int]):
+    """A DistributedSampler whose state is a position, so that it needs no `set_epoch` and resumes anywhere at once.
+
+    The order of an epoch is a function of (seed, epoch). Each global batch is the next `global_batch_size` rows of
+    that order, cut into `accumulation_steps` passes, each of them cut into contiguous shares, one a rank. Nothing is
+    padded and nothing dropped: shares differ by one row at most and may be empty.
+
+    As an iterable (for a torch DataLoader) it yields this rank's row numbers from `position` to the end of the epoch,
+    and the next iteration is the next epoch.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        rank: int,
+        world_size: int,
+        seed: int,
+        global_batch_size: int,
+        accumulation_steps: int = 1,
+        position: Position = Position(),  # noqa: B008  (immutable)
+    ) -> None:
+        if num_rows < 2:
+            raise UserError(f"{num_rows} training rows: at least 2 are needed")
+        super().__init__(range(num_rows), num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
+        self.num_rows = num_rows
+        self.global_batch_size = global_batch_size
+        self.accumulation_steps = accumulation_steps
+        self.position = position
+        self._order: tuple[int, Tensor] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps from the start to the end of an epoch."""
+        return steps_of_epoch(self.num_rows, self.global_batch_size)
+
+    def order(self, epoch: int) -> Tensor:
+        """Row numbers in the order in which the epoch trains them, (num_rows,)."""
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, permutation(self.num_rows, "order", self.seed, epoch)
+        return self._order[1]
+
+    def step_end(self, position: Position) -> Position:
+        """Position after the optimizer step that starts at `position`; the end of an epoch is the next one's start."""
+        stop = position.rows + self.global_batch_size
+        if stop + 1 >= self.num_rows:
+            return Position(position.epoch + 1, 0)
+        return Position(position.epoch, stop)
+
+    def shares(self, position: Position) -> list[Share]:
+        """This rank's part of the optimizer step that starts at `position`, one share for each pass."""
+        stop = self.step_end(position).rows or self.num_rows
+        # A pass needs two rows for its batch statistics: a small last batch takes fewer passes.
+        passes = max(1, min(self.accumulation_steps, (stop - position.rows) // 2))
+        order = self.order(position.epoch)
+        shares = []
+        for first, last in cut(position.rows, stop, passes):
+            begin, end = cut(first, last, self.num_replicas)[self.rank]
+            shares.append(Share(order[begin:end], position.epoch, begin, last - first))
+        return shares
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start the given epoch from its first row. Never needed: epochs follow each other by themselves."""
+        self.position = Position(epoch, 0)
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.position.epoch
+        while self.position.epoch == epoch:
+            shares = self.shares(self.position)
+            self.position = self.step_end(self.position)
+            for share in shares:
+                yield from share.rows.tolist()
+
+    def __len__(self) -> int:
+        """Rows of this rank from the current position to the end of the epoch."""
+        count, position = 0, self.position
+        while position.epoch == self.position.epoch:
+            count += sum(len(share.rows) for share in self.shares(position))
+            position = self.step_end(position)
+        return count

@@ -1,0 +1,17 @@
+"""The two ways in which a run ends early with a message of its own."""
+
+from __future__ import annotations
+
+EXIT_USER_ERROR = 2
+EXIT_FAULT = 1
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the message says what is wrong, where, and what to do.
+
+    Ends the process with exit code 2 and no traceback.
+    """
+
+
+class TrainingFault(Exception):
+    """Training cannot go on (a loss that is not finite, say): one message, exit code 1, no traceback."""

@@ -1,0 +1,115 @@
+"""BatchNorm over the rows of all ranks, on any backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.runtime.collectives import Collectives
+
+
+def sync_batch_norm(model: nn.Module, collectives: Collectives) -> nn.Module:
+    """Let every BatchNorm of a model see the rows of all ranks; state_dict keys do not change.
+
+    In a world of one the model already does. On CUDA this is torch's SyncBatchNorm, which refuses CPU tensors; on the
+    CPU it is `GatheredBatchNorm1d`. Other BatchNorm layers than BatchNorm1d raise TypeError on the CPU.
+    """
+    if collectives.size == 1:
+        return model
+    if collectives.device.type == "cuda":
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return converted
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm1d):
+            model.set_submodule(name, GatheredBatchNorm1d.from_plain(module, collectives))
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise TypeError(f"{name}: {type(module).__name__} cannot be synchronised on {collectives.device}")
+    return model
+
+
+class GatheredBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm1d whose batch is the rows of all ranks together; a rank may hold any number of them, also none.
+
+    Shapes: (rows, num_features). Output, gradients and running statistics are those of nn.BatchNorm1d on the joined
+    batch. Every rank must call it at the same time, in training and in its backward pass.
+    """
+
+    collectives: Collectives
+
+    @classmethod
+    def from_plain(cls, plain: nn.BatchNorm1d, collectives: Collectives) -> GatheredBatchNorm1d:
+        """The synchronised twin of a plain layer; it takes over the layer's own parameters and buffers."""
+        twin = cls(plain.num_features, plain.eps, plain.momentum, plain.affine, plain.track_running_stats)
+        twin._parameters = plain._parameters
+        twin._buffers = plain._buffers
+        twin.collectives = collectives
+        return twin.train(plain.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalised rows."""
+        if not self.training and self.running_mean is not None:
+            return super().forward(input)
+        self._check_input_dim(input)
+        # Statistics of half-precision rows are computed in the precision of the parameters, as torch does.
+        rows = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+        output, count, mean, var = _Normalise.apply(rows, self.weight, self.bias, self.eps, self.collectives)
+        if self.training and self.track_running_stats:
+            self._update_running(float(count), mean, var)
+        return output.to(input.dtype)
+
+    @torch.no_grad()
+    def _update_running(self, count: float, mean: Tensor, var: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(var * (count / (count - 1)), share)
+
+
+class _Normalise(torch.autograd.Function):
+    """Two communications: (count, mean, M2) of each rank forwards, two sums over rows backwards.
+
+    Means and squared deviations of the ranks are merged as Chan, Golub and LeVeque (1983, "Algorithms for computing
+    the sample variance") do, which stays exact for features far from zero.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, collectives: Collectives
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        num_rows = len(x)
+        if num_rows:
+            own_var, own_mean = torch.var_mean(x, 0, correction=0)
+        else:
+            own_var = own_mean = x.new_zeros(x.shape[1])
+        own = torch.cat([x.new_tensor([num_rows]), own_mean, own_var * num_rows])
+        counts, means, squares = collectives.stack(own).split([1, x.shape[1], x.shape[1]], 1)
+        count = counts.sum()
+        if count < 2:
+            raise ValueError("BatchNorm needs at least two rows over all ranks in training")
+        mean = (means * counts).sum(0) / count
+        var = (squares + counts * (means - mean) ** 2).sum(0) / count
+        inverse_std = torch.rsqrt(var + eps)
+        normal = (x - mean) * inverse_std
+        ctx.collectives = collectives
+        ctx.save_for_backward(normal, weight, inverse_std, count)
+        output = normal if weight is None or bias is None else torch.addcmul(bias, normal, weight)
+        ctx.mark_non_differentiable(count, mean, var)
+        return output, count, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
+        normal, weight, inverse_std, count = ctx.saved_tensors
+        own_grad_sum = grad.sum(0)
+        own_product_sum = (grad * normal).sum(0)
+        sums = ctx.collectives.sum(torch.stack([own_grad_sum, own_product_sum]))
+        grad_sum, product_sum = sums / count
+        scale = inverse_std if weight is None else inverse_std * weight
+        grad_input = (grad - grad_sum - normal * product_sum) * scale
+        if weight is None:
+            return grad_input, None, None, None, None
+        return grad_input, own_product_sum, own_grad_sum, None, None

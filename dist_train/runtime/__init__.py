@@ -1,0 +1,1 @@
+"""The machine: world, collectives, keyed randomness, stopping, console."""

@@ -1,0 +1,82 @@
+"""Communication between ranks. Every call has a meaning in a world of one, so that callers never ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_train.errors import TrainingFault, UserError
+from dist_train.runtime.world import World
+
+T = TypeVar("T")
+
+
+class Collectives:
+    """Collectives over the ranks of `world`. All ranks must make the same calls in the same order."""
+
+    def __init__(self, world: World) -> None:
+        self.rank = world.rank
+        self.size = world.size
+        self.device = world.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that writes."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; every rank gets the same bits."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """Same-shaped tensors of all ranks, stacked in rank order: (...) -> (world, ...)."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        dist.all_gather(list(gathered.unbind()), tensor.contiguous())
+        return gathered
+
+    def concatenate(self, tensor: Tensor) -> Tensor:
+        """Tensors of all ranks joined along their first dimension in rank order; lengths may differ or be 0."""
+        if self.size == 1:
+            return tensor
+        lengths = self.stack(torch.tensor(len(tensor), device=tensor.device)).tolist()
+        padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        stacked = self.stack(padded)
+        return torch.cat([rows[:length] for rows, length in zip(stacked, lengths, strict=True)])
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, given to all. A failure there is raised on every rank."""
+        return self.agree(lambda: make() if self.is_first else None)[0]  # type: ignore[return-value]
+
+    def agree(self, act: Callable[[], T]) -> Sequence[T]:
+        """Run `act` on every rank and give all ranks all results, in rank order.
+
+        A UserError, TrainingFault or OSError on any rank becomes the same error on all ranks, that of the lowest rank that failed,
+        so that every rank leaves by the same way.
+        """
+        failure: Exception | None = None
+        result: T | None = None
+        try:
+            result = act()
+        except (UserError, TrainingFault, OSError) as error:
+            failure = error
+        outcomes: list[tuple[Any, Any]] = [(result, failure)]
+        if self.size > 1:
+            outcomes = [(None, None)] * self.size
+            dist.all_gather_object(outcomes, (result, failure))
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [value for value, _ in outcomes]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.sum(torch.zeros(1, device=self.device))

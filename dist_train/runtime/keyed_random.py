@@ -1,0 +1,101 @@
+"""Randomness as a function: every number depends on a key, never on what was drawn before.
+
+Nothing has to be stored in a checkpoint or replayed on resume, and any rank can compute any number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+Key = int | str
+
+# SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): increment, multipliers.
+_INCREMENT = 0x9E3779B97F4A7C15
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def derive(*key: Key) -> int:
+    """A 64-bit number, signed as torch.int64 is, that is a function of the key alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def permutation(num_rows: int, *key: Key) -> Tensor:
+    """A random order of `num_rows` rows, int64 on the CPU."""
+    generator = torch.Generator().manual_seed(derive("permutation", *key))
+    return torch.randperm(num_rows, generator=generator)
+
+
+@contextmanager
+def seeded(*key: Key) -> Iterator[None]:
+    """Code inside that draws from torch's global CPU generator (initialisers) draws as a function of the key."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive("seeded", *key))
+        yield
+
+
+def mix(counter: Tensor) -> Tensor:
+    """SplitMix64's finaliser, in place: int64 counters -> 64 random bits each; the same bits on every device."""
+    for shift, multiplier in ((30, _MULTIPLIERS[0]), (27, _MULTIPLIERS[1])):
+        counter ^= _logical_shift(counter, shift)
+        counter *= _signed(multiplier)
+    counter ^= _logical_shift(counter, 31)
+    return counter
+
+
+def uniform_keys(num_rows: int, *key: Key) -> Tensor:
+    """64 random bits for each of `num_rows` rows: row i gets the same bits whatever `num_rows` is."""
+    return mix(_counters(num_rows) + derive("rows", *key))
+
+
+class RowRandom:
+    """Random bits for the rows of a batch, keyed by seed, purpose, epoch and the row's place in the epoch.
+
+    `begin` says which rows are on the table; modules that share this object then draw their bits. A row gets the
+    same bits on whichever rank it is computed, and however the batch is cut.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._epoch = 0
+        self._first_row = 0
+        self._counters: dict[tuple[int, torch.device], Tensor] = {}
+
+    def begin(self, epoch: int, first_row: int) -> None:
+        """The rows that follow start at place `first_row` of the epoch's order."""
+        self._epoch = epoch
+        self._first_row = first_row
+
+    def bits16(self, purpose: str, num_rows: int, width: int, device: torch.device) -> Tensor:
+        """Uniform int16 numbers of shape (num_rows, width)."""
+        words = -(-width // 4)
+        counters = self._cached_counters(num_rows * words, device)
+        start = derive(purpose, self._seed, self._epoch) + self._first_row * words * _INCREMENT
+        bits = mix(counters + _signed(start)).view(torch.int16)
+        return bits.view(num_rows, words * 4)[:, :width]
+
+    def _cached_counters(self, count: int, device: torch.device) -> Tensor:
+        # Two shapes occur in an epoch, full batches and the ragged one, for each width.
+        if len(self._counters) > 16:
+            self._counters.clear()
+        if (count, device) not in self._counters:
+            self._counters[count, device] = _counters(count).to(device)
+        return self._counters[count, device]
+
+
+def _counters(count: int) -> Tensor:
+    return torch.arange(count) * _signed(_INCREMENT)
+
+
+def _logical_shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _signed(number: int) -> int:
+    number &= (1 << 64) - 1
+    return number - (1 << 64) if number >= 1 << 63 else number

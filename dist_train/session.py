@@ -1,0 +1,200 @@
+"""What is trained: model, optimizer and everything else that a checkpoint holds, built from a configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from dist_train.checkpoint.state import Parts
+from dist_train.config.schema import JobConfig
+from dist_train.data.dataset import Dataset
+from dist_train.data.feed import Feed
+from dist_train.data.sampler import PositionSampler
+from dist_train.errors import UserError
+from dist_train.models.batch_norm import sync_batch_norm
+from dist_train.models.dropout import convert_dropout
+from dist_train.models.registry import build_model
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.keyed_random import RowRandom
+from dist_train.runtime.world import World
+from dist_train.training.meter import Meter
+from dist_train.training.objective import CrossEntropy, balanced_weights
+from dist_train.training.optimizer import NamedOptimizerState, average_of, build_adamw
+from dist_train.training.parts import Stateful
+from dist_train.training.plan import Plan
+from dist_train.training.progress import Progress
+from dist_train.training.schedule import learning_rate
+from dist_train.training.step import EagerStep
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Type of weights and features; under bf16 both stay float32 and autocast does the rest."""
+    return torch.float64 if precision == "float64" else torch.float32
+
+
+class Session:
+    """The objects of one training run on this rank, wired together.
+
+    `scored` is the model whose weights are evaluated and shipped: the moving average where there is one.
+    """
+
+    def __init__(self, config: JobConfig, dataset: Dataset, collectives: Collectives) -> None:
+        train, encoder = config.train, dataset.encoder
+        self.config = config
+        self.dataset = dataset
+        random = RowRandom(config.run.seed)
+        plain = build_model(
+            config.model,
+            input_dim=encoder.input_dim,
+            embedded_sizes=encoder.embedded_sizes,
+            num_classes=len(encoder.class_names),
+            seed=config.run.seed,
+        ).to(collectives.device, dtype_of(train.precision))
+        self.model = convert_dropout(sync_batch_norm(plain, collectives), random)
+        self.average = average_of(self.model, train.ema_decay) if train.ema_decay else None
+        self.optimizer = build_adamw(
+            self.model,
+            lr=config.optim.lr,
+            weight_decay=config.optim.weight_decay,
+            betas=(config.optim.betas[0], config.optim.betas[1]),
+            eps=config.optim.eps,
+        )
+        sampler = PositionSampler(
+            len(dataset.splits["train"]),
+            rank=collectives.rank,
+            world_size=collectives.size,
+            seed=config.run.seed,
+            global_batch_size=train.global_batch_size,
+            accumulation_steps=train.accumulation_steps,
+        )
+        self.feed = Feed(dataset.splits["train"], sampler)
+        self.total_steps = min(train.epochs * self.feed.steps_per_epoch, train.max_steps or 2**63)
+        self.meter = Meter(collectives.device)
+        self.progress = Progress()
+        self.step = EagerStep(
+            self._replicated(collectives),
+            CrossEntropy(self._class_weights(collectives), train.label_smoothing),
+            self.optimizer,
+            self.learning_rate,
+            random,
+            collectives,
+            max_grad_norm=config.optim.max_grad_norm,
+            autocast_dtype=torch.bfloat16 if train.precision == "bf16" else None,
+        )
+        self._tensors: dict[str, Stateful] = {
+            "model.pth": self.model,
+            "optimizer.pth": NamedOptimizerState(self.optimizer, self.model),
+            "meter.pth": self.meter,
+        } | ({"average.pth": self.average} if self.average else {})
+
+    @property
+    def scored(self) -> nn.Module:
+        """The model to evaluate."""
+        return self.average.module if self.average else self.model
+
+    @property
+    def learning_rate(self) -> Callable[[int], float]:
+        """The schedule of this run."""
+        return partial(
+            learning_rate,
+            peak=self.config.optim.lr,
+            warmup_steps=self.config.schedule.warmup_steps,
+            total_steps=self.total_steps,
+            min_ratio=self.config.schedule.min_lr_ratio,
+        )
+
+    def after_update(self) -> None:
+        """Follow the weights with their moving average."""
+        if self.average:
+            self.average.update_parameters(self.model)
+
+    def tensor_parts(self) -> Parts:
+        """All tensors of a checkpoint."""
+        return {name: dict(part.state_dict()) for name, part in self._tensors.items()}
+
+    def restore(self, parts: Parts) -> None:
+        """Take over a checkpoint's tensors and progress; UserError when they are not those of this model."""
+        for name, part in self._tensors.items():
+            if name not in parts:
+                raise UserError(f"the checkpoint has no part {name}: it was written with train.ema_decay off")
+            try:
+                part.load_state_dict(parts[name])
+            except (RuntimeError, KeyError) as error:
+                raise UserError(f"the checkpoint's {name} does not fit this model: {str(error).splitlines()[0]}") from None
+        self.progress.load_state_dict(parts["state.json"]["progress"])
+
+    def plan(self, world: World) -> Plan:
+        """What this run is going to do."""
+        train, model = self.config.train, self.model
+        parameters = sum(p.numel() for p in model.parameters())
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        share = -(-train.global_batch_size // train.accumulation_steps // world.size)
+        item = dtype_of(train.precision).itemsize
+        copies = 4 + (self.average is not None)  # weights, gradients, two moments; moving average
+        return Plan(
+            world=world,
+            rows={name: len(rows) for name, rows in self.dataset.splits.items()},
+            class_names=self.dataset.encoder.class_names,
+            input_dim=self.dataset.encoder.input_dim,
+            parameters=parameters,
+            trainable=trainable,
+            global_batch_size=train.global_batch_size,
+            accumulation_steps=train.accumulation_steps,
+            steps_per_epoch=self.feed.steps_per_epoch,
+            total_steps=self.total_steps,
+            learning_rate=self.learning_rate,
+            data_bytes=sum(_bytes([*rows.inputs, rows.targets]) for rows in self.dataset.splits.values()),
+            state_bytes=parameters * item * copies,
+            activation_bytes=share * item * _activations_of_a_row(model, self.dataset) * 2,  # and their gradients
+        )
+
+    def _replicated(self, collectives: Collectives) -> nn.Module:
+        if collectives.size == 1:
+            return self.model
+        # Buffers need no broadcast: synchronised BatchNorm leaves the same statistics on every rank.
+        # The argument's name changed between torch 2.11 and 2.13.
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(self.model, gradient_as_bucket_view=True, **{buffers: False})  # type: ignore[arg-type]
+
+    def _class_weights(self, collectives: Collectives) -> Tensor | None:
+        chosen, names = self.config.train.class_weights, self.dataset.encoder.class_names
+        if chosen is None:
+            return None
+        if chosen == "balanced":
+            weights = balanced_weights(self.dataset.splits["train"].targets, len(names))
+        else:
+            given = {str(name): float(value) for name, value in chosen.items()}
+            if set(given) != set(names):
+                raise UserError(f"train.class_weights: must have the classes {', '.join(names)}, has {', '.join(given)}")
+            weights = torch.tensor([given[name] for name in names])
+        return weights.to(collectives.device, dtype_of(self.config.train.precision))
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _activations_of_a_row(model: nn.Module, dataset: Dataset) -> int:
+    """Numbers that the modules of a model put out for one row, counted on a row of the training data."""
+    count = 0
+
+    def add(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        nonlocal count
+        count += output.numel()
+
+    handles = [m.register_forward_hook(add) for m in model.modules() if not list(m.children())]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        model(*dataset.splits["train"].slice(0, 1))
+    model.train(was_training)
+    for handle in handles:
+        handle.remove()
+    return count

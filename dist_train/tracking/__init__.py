@@ -1,0 +1,1 @@
+"""Where metrics go: metrics.jsonl always, Weights & Biases and the screen beside it."""

@@ -1,0 +1,91 @@
+"""Weights & Biases. Training never depends on it: whatever goes wrong here is one warning."""
+
+from __future__ import annotations
+
+import netrc
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_train.runtime.console import log
+
+_SKIPPED = {"step", "split", "per_class", "confusion_matrix"}
+
+
+def choose_mode(mode: str, environ: Mapping[str, str]) -> str:
+    """`auto` -> online when a key is at hand, else offline. A mode in WANDB_MODE has its say only in `auto`."""
+    if mode != "auto":
+        return mode
+    if environ.get("WANDB_MODE") in {"online", "offline", "disabled"}:
+        return environ["WANDB_MODE"]
+    return "online" if environ.get("WANDB_API_KEY") or _key_in_netrc(environ) else "offline"
+
+
+class WandbRun:
+    """One wandb run, resumed by its id. Steps that the run already holds are not sent again."""
+
+    def __init__(
+        self, *, folder: Path, name: str, project: str, mode: str, config: Mapping[str, Any], run_id: str | None, sent_step: int
+    ) -> None:
+        self.run_id = run_id or secrets.token_hex(4)
+        self._sent_step = sent_step if run_id else 0
+        self._run: Any = None
+        if mode == "disabled":
+            return
+        try:
+            import wandb
+
+            self._run = wandb.init(
+                dir=folder,
+                id=self.run_id,
+                resume="allow",
+                name=name,
+                project=project,
+                mode=mode,
+                config=dict(config),
+                # No console capture, no git or host metadata: neither the environment nor a secret in an argument leaves.
+                settings=wandb.Settings(
+                    silent=True, console="off", disable_git=True, save_code=False, x_disable_meta=True, x_disable_stats=True
+                ),
+            )
+        except ImportError:
+            log.warning("wandb is not installed: metrics go to metrics.jsonl alone")
+        except Exception as error:
+            self._give_up(error)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Send a line of metrics under `<split>/<name>`."""
+        if self._run is None or record["step"] <= self._sent_step:
+            return
+        values = {f"{record['split']}/{name}": value for name, value in record.items() if name not in _SKIPPED}
+        try:
+            self._run.log(values, step=record["step"])
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Finish the run."""
+        run, self._run = self._run, None
+        try:
+            if run is not None:
+                run.finish()
+        except Exception as error:
+            self._give_up(error)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The id."""
+        return {"run_id": self.run_id}
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        log.warning("wandb failed (%s): training goes on without it", type(error).__name__)
+
+
+def _key_in_netrc(environ: Mapping[str, str]) -> bool:
+    path = environ.get("NETRC") or str(Path("~/.netrc").expanduser())
+    try:
+        hosts = netrc.netrc(path).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any("wandb" in host for host in hosts)

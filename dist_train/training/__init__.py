@@ -1,0 +1,1 @@
+"""The optimizer step, the loop around it, and evaluation. Its rooms are handed to it as arguments."""

@@ -1,0 +1,46 @@
+"""Exact evaluation: every row counted once, in passes that are cut alike for every world size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.position import cut
+from dist_train.training.metrics import classification_metrics
+from dist_train.training.parts import Rows
+
+
+@torch.no_grad()
+def probabilities(model: nn.Module, rows: Rows, batch_size: int, num_classes: int, collectives: Collectives) -> Tensor:
+    """Class probabilities of all rows on every rank, (rows, classes) float64 on the CPU.
+
+    The rows are cut in passes of `batch_size`, and the ranks take contiguous runs of passes: a pass is the same
+    arithmetic on whichever rank it is computed.
+    """
+    was_training = model.training
+    model.eval()
+    num_passes = -(-len(rows) // batch_size)
+    first, last = cut(0, num_passes, collectives.size)[collectives.rank]
+    parts = [torch.empty((0, num_classes), dtype=torch.float64, device=collectives.device)]
+    for index in range(first, last):
+        logits = model(*rows.slice(index * batch_size, min(len(rows), (index + 1) * batch_size)))
+        parts.append(logits.double().softmax(1))
+    model.train(was_training)
+    return collectives.concatenate(torch.cat(parts)).cpu()
+
+
+def evaluate(
+    model: nn.Module, rows: Rows, class_names: list[str], batch_size: int, collectives: Collectives
+) -> dict[str, Any] | None:
+    """Metrics of the model on all rows, the same on every rank; None when there are no rows."""
+    if len(rows) == 0:
+        return None
+    predicted = probabilities(model, rows, batch_size, len(class_names), collectives)
+
+    def score() -> dict[str, Any]:
+        return classification_metrics(predicted.numpy(), rows.targets.cpu().numpy(), class_names)
+
+    return collectives.from_first(score)

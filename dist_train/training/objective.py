@@ -1,0 +1,49 @@
+"""What is minimised: the loss as a numerator and a denominator, each a sum over this rank's rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_train.training.parts import Batch
+
+
+class LossSum(NamedTuple):
+    """`loss` summed over rows (a scalar with a gradient) and the `weight` to divide it by, once, over all ranks."""
+
+    loss: Tensor
+    weight: Tensor
+
+
+class Objective(Protocol):
+    """The loss of a batch."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> LossSum: ...
+
+
+class CrossEntropy:
+    """Cross-entropy with optional class weights, (classes,), and label smoothing; the mean is that of F.cross_entropy."""
+
+    def __init__(self, class_weights: Tensor | None = None, label_smoothing: float = 0.0) -> None:
+        self.class_weights = class_weights
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, model: nn.Module, batch: Batch) -> LossSum:
+        """Sums over the rows of the batch; a batch without rows has loss 0 and weight 0."""
+        logits = model(*batch.inputs)
+        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+        loss = F.cross_entropy(
+            logits, batch.targets, self.class_weights, label_smoothing=self.label_smoothing, reduction="sum"
+        )
+        if self.class_weights is None:
+            return LossSum(loss, loss.new_tensor(len(batch.targets)))
+        return LossSum(loss, self.class_weights[batch.targets].sum())
+
+
+def balanced_weights(targets: Tensor, num_classes: int) -> Tensor:
+    """Weights inverse to class frequency with mean 1 over the rows: rows / (classes * rows of the class), float64."""
+    counts = torch.bincount(targets, minlength=num_classes).double()
+    return len(targets) / (num_classes * counts)

@@ -1,0 +1,60 @@
+"""What a run is going to do, worked out before it does anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from dist_train.runtime.world import World
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Figures of a run; memory in bytes per rank."""
+
+    world: World
+    rows: dict[str, int]
+    class_names: list[str]
+    input_dim: int
+    parameters: int
+    trainable: int
+    global_batch_size: int
+    accumulation_steps: int
+    steps_per_epoch: int
+    total_steps: int
+    learning_rate: Callable[[int], float]
+    data_bytes: int
+    state_bytes: int
+    activation_bytes: int
+
+    def lines(self) -> Iterator[str]:
+        """The plan in words."""
+        world = self.world
+        share = -(-self.global_batch_size // self.accumulation_steps // world.size)
+        yield f"world      {world.size} rank{'s' * (world.size > 1)} on {world.device.type}, backend {world.backend}"
+        yield "rows       " + ", ".join(f"{name} {count:,}" for name, count in self.rows.items())
+        yield f"classes    {', '.join(self.class_names)}; {self.input_dim} input features"
+        yield f"model      {self.parameters:,} parameters, {self.trainable:,} of them trainable"
+        yield (
+            f"steps      {self.total_steps:,} of {self.global_batch_size:,} rows ({self.steps_per_epoch:,} an epoch); "
+            f"a rank works on at most {share:,} rows at a time"
+        )
+        yield f"rate       {self._curve()}"
+        yield (
+            f"memory     about {_mebibytes(self.data_bytes + self.state_bytes + self.activation_bytes)} a rank for tensors: "
+            f"data {_mebibytes(self.data_bytes)}, weights and optimizer {_mebibytes(self.state_bytes)}, "
+            f"activations {_mebibytes(self.activation_bytes)}"
+        )
+
+    def _curve(self, width: int = 40) -> str:
+        last = self.total_steps - 1
+        rates = [self.learning_rate(round(last * i / (width - 1))) for i in range(width)]
+        peak = max(rates)
+        bars = "".join(_BARS[round(rate / peak * (len(_BARS) - 1))] for rate in rates)
+        return f"{bars}  first {rates[0]:.2e}, peak {peak:.2e}, last {rates[-1]:.2e}"
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

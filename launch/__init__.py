@@ -1,0 +1,1 @@
+"""The commands. Each file here is a program; `--help` shows how it is called."""
