@@ -4,6 +4,7 @@ from __future__ import annotations
 
 EXIT_USER_ERROR = 2
 EXIT_FAULT = 1
+EXIT_INTERRUPTED = 130  # as shells count: 128 + SIGINT
 
 
 class UserError(Exception):

@@ -28,7 +28,7 @@ from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import log, terminal
 from dist_train.runtime.stopping import StopFlag
 from dist_train.runtime.world import World, process_group
-from dist_train.session import Session, dtype_of
+from dist_train.session import Session, dtype_of, scored_weights
 from dist_train.tracking.journal import Journal
 from dist_train.tracking.screen import Screen
 from dist_train.tracking.wandb_run import WandbRun, choose_mode
@@ -195,7 +195,9 @@ class Books:
         self.journal.close()
 
 
-def _checkpoint_parts(config: JobConfig, session: Session, dataset: Dataset, books: Books | None, world: World) -> Parts:
+def _checkpoint_parts(
+    config: JobConfig, session: Session, dataset: Dataset, books: Books | None, world: World
+) -> Parts:
     assert books is not None
     state = {
         "progress": session.progress.state_dict(),
@@ -211,7 +213,9 @@ def _checkpoint_parts(config: JobConfig, session: Session, dataset: Dataset, boo
     return session.tensor_parts() | {"encoder.pth": dict(dataset.encoder.state_dict()), "state.json": state}
 
 
-def _loop(config: JobConfig, session: Session, collectives: Collectives, books: Books | None, stop: StopFlag, save: Any) -> Loop:
+def _loop(
+    config: JobConfig, session: Session, collectives: Collectives, books: Books | None, stop: StopFlag, save: Any
+) -> Loop:
     def validate() -> dict[str, Any] | None:
         return _score(session, "valid", config, collectives)
 
@@ -264,6 +268,11 @@ def _finish(
         "model.pth": weights,
         "encoder.pth": dict(dataset.encoder.state_dict()),
         "encoder.json": dataset.encoder.describe(),
+        "training.json": {
+            "step": best or session.progress.step,
+            "data_sha256": dataset.sha256,
+            "weights_sha256": summary["weights_sha256"],
+        },
     }
 
     def write() -> None:
@@ -279,14 +288,6 @@ def _finish(
                 split, metrics["loss"], auroc, metrics["macro_f1"], best or session.progress.step,
             )  # fmt: skip
     log.info("summary in %s", folder.summary)
-
-
-def scored_weights(parts: Parts) -> dict[str, Tensor]:
-    """The weights of a checkpoint that are evaluated and shipped, under the names of the plain model."""
-    if "average.pth" not in parts:
-        return dict(parts["model.pth"])
-    prefix = "module."
-    return {n.removeprefix(prefix): t for n, t in parts["average.pth"].items() if n.startswith(prefix)}
 
 
 def _summary(config: JobConfig, session: Session, world: World, weights: Mapping[str, Tensor]) -> dict[str, Any]:

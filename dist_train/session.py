@@ -126,7 +126,9 @@ class Session:
             try:
                 part.load_state_dict(parts[name])
             except (RuntimeError, KeyError) as error:
-                raise UserError(f"the checkpoint's {name} does not fit this model: {str(error).splitlines()[0]}") from None
+                raise UserError(
+                    f"the checkpoint's {name} does not fit this model: {str(error).splitlines()[0]}"
+                ) from None
         self.progress.load_state_dict(parts["state.json"]["progress"])
 
     def plan(self, world: World) -> Plan:
@@ -172,9 +174,19 @@ class Session:
         else:
             given = {str(name): float(value) for name, value in chosen.items()}
             if set(given) != set(names):
-                raise UserError(f"train.class_weights: must have the classes {', '.join(names)}, has {', '.join(given)}")
+                raise UserError(
+                    f"train.class_weights: must have the classes {', '.join(names)}, has {', '.join(given)}"
+                )
             weights = torch.tensor([given[name] for name in names])
         return weights.to(collectives.device, dtype_of(self.config.train.precision))
+
+
+def scored_weights(parts: Parts) -> dict[str, Tensor]:
+    """The weights of a checkpoint that are evaluated and shipped, under the names of the plain model."""
+    if "average.pth" not in parts:
+        return dict(parts["model.pth"])
+    prefix = "module."
+    return {n.removeprefix(prefix): t for n, t in parts["average.pth"].items() if n.startswith(prefix)}
 
 
 def _bytes(tensors: list[Tensor]) -> int:

@@ -24,7 +24,7 @@ import os
 
 from dist_train.config.load import load_config
 from dist_train.job import train
-from dist_train.runtime.console import run_and_exit, set_up_logging
+from dist_train.runtime.console import run_command
 from dist_train.runtime.stopping import stop_when_parent_dies
 from dist_train.runtime.world import world_from_environment
 
@@ -36,16 +36,12 @@ def main() -> None:
     parser.add_argument("config", nargs="*", help="configuration files (.yaml) and key=value")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     arguments = parser.parse_args()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_when_parent_dies()
     config = load_config(arguments.config)
     world = world_from_environment(os.environ, device=config.runtime.device, backend=config.runtime.backend)
     train(config, world, os.environ, dry_run=arguments.dry_run)
 
 
 if __name__ == "__main__":
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-    set_up_logging(rank)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        stop_when_parent_dies()
-    run_and_exit(main, rank)
-
-
+    run_command(main)

@@ -27,7 +27,9 @@ def commit(folder: Path, parts: Mapping[str, bytes]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        manifest = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in parts.items()}
+        manifest = {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in parts.items()
+        }
         for name, data in parts.items():
             write_synced(aside / name, data)
         write_synced(aside / MANIFEST, json.dumps({"parts": manifest}, indent=1).encode())

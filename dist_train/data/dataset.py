@@ -84,7 +84,9 @@ def load_labelled(data: DataConfig, seed: int) -> LabelledTable:
     return LabelledTable(frame, targets, class_names, split, source, sha256_of(file))
 
 
-def read_for_evaluation(file: Path, data: DataConfig, class_names: list[str], split: str) -> tuple[pl.DataFrame, Tensor]:
+def read_for_evaluation(
+    file: Path, data: DataConfig, class_names: list[str], split: str
+) -> tuple[pl.DataFrame, Tensor]:
     """Rows of another file and their class indices: those of `split` where the file has the split column, else all."""
     frame = read_table(file, data.missing_values)
     require_columns(frame, [data.target], str(file), "the target")
@@ -96,7 +98,9 @@ def read_for_evaluation(file: Path, data: DataConfig, class_names: list[str], sp
     text = _target_text(frame[data.target], str(file))
     unknown = text.filter(~text.is_in(class_names))
     if len(unknown):
-        raise UserError(f"{file}: column {data.target!r} holds {unknown[0]!r}; the model knows {', '.join(class_names)}")
+        raise UserError(
+            f"{file}: column {data.target!r} holds {unknown[0]!r}; the model knows {', '.join(class_names)}"
+        )
     return frame, _indices(text, class_names)
 
 
@@ -134,7 +138,9 @@ def _targets(column: pl.Series, source: str) -> tuple[Tensor, list[str]]:
     text = _target_text(column, source)
     names = text.unique().to_list()
     if len(names) < 2:
-        raise UserError(f"{source}: the target {column.name!r} has only one class, {names[0]!r}: there is nothing to learn")
+        raise UserError(
+            f"{source}: the target {column.name!r} has only one class, {names[0]!r}: there is nothing to learn"
+        )
     if len(names) > MAX_CLASSES:
         raise UserError(f"{source}: the target {column.name!r} has {len(names)} distinct values: is it a class?")
     whole = all(name.lstrip("-").isdecimal() for name in names)
@@ -148,7 +154,9 @@ def _target_text(column: pl.Series, source: str) -> pl.Series:
         raise UserError(f"{source}: the target {column.name!r} holds fractions: a class is text or a whole number")
     if text.null_count():
         row = int(text.is_null().arg_max() or 0)
-        raise UserError(f"{source}: the target {column.name!r} is missing in {text.null_count()} rows, the first is data row {row + 1}")
+        raise UserError(
+            f"{source}: the target {column.name!r} is missing in {text.null_count()} rows, the first is data row {row + 1}"
+        )
     return text
 
 

@@ -81,7 +81,9 @@ class Feed:
             yield [self.rows.gather(share) for share in shares], position
 
 
-def resident(inputs: tuple[Tensor, ...], targets: Tensor, rows: Tensor, device: torch.device, dtype: torch.dtype) -> ResidentRows:
+def resident(
+    inputs: tuple[Tensor, ...], targets: Tensor, rows: Tensor, device: torch.device, dtype: torch.dtype
+) -> ResidentRows:
     """Put the given rows of encoded tensors on the device, floating-point inputs as `dtype`."""
     moved = tuple(x[rows].to(device, dtype if x.is_floating_point() else None) for x in inputs)
     return ResidentRows(moved, targets[rows].to(device), rows)

@@ -55,7 +55,9 @@ def _fit_numeric(encoder: Encoder, index: int, column: Tensor, collectives: Coll
     encoder.flagged[index] = bool(collectives.sum(missing.sum().reshape(1)).item())
 
 
-def _count_categories(frame: pl.DataFrame, kinds: ColumnKinds, collectives: Collectives) -> dict[str, Counter[str | None]]:
+def _count_categories(
+    frame: pl.DataFrame, kinds: ColumnKinds, collectives: Collectives
+) -> dict[str, Counter[str | None]]:
     def local() -> dict[str, dict[str | None, int]]:
         return {name: dict(labels(frame[name]).value_counts().iter_rows()) for name in kinds.categorical}
 

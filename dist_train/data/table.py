@@ -68,7 +68,9 @@ def read_table(file: Path, missing_values: Sequence[str]) -> pl.DataFrame:
         raise UserError(f"{file}: cannot be read as {file.suffix[1:].lower()}: {reason}") from None
 
 
-def feature_kinds(frame: pl.DataFrame, not_features: Sequence[str], categorical: Sequence[str], source: str) -> ColumnKinds:
+def feature_kinds(
+    frame: pl.DataFrame, not_features: Sequence[str], categorical: Sequence[str], source: str
+) -> ColumnKinds:
     """Tell numbers from categories: text is categorical unless all of it reads as numbers."""
     features = [name for name in frame.columns if name not in not_features]
     if not features:
@@ -100,7 +102,9 @@ def numbers(column: pl.Series, source: str) -> Tensor:
     too_large = values.abs() > FLOAT32_MAX
     if too_large.any():
         row = int(too_large.int().argmax())
-        raise UserError(f"{source}: column {column.name!r}, data row {row + 1}: {column[row]} is infinite or beyond float32")
+        raise UserError(
+            f"{source}: column {column.name!r}, data row {row + 1}: {column[row]} is infinite or beyond float32"
+        )
     return values
 
 
@@ -117,7 +121,9 @@ def labels(column: pl.Series) -> pl.Series:
 def _read_csv(file: Path, missing_values: Sequence[str]) -> pl.DataFrame:
     # Arrow is strict where it matters: a row with a cell too few or too many, or bytes that are not UTF-8, is an error.
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    with pyarrow.csv.open_csv(file, parse_options=parse, read_options=pyarrow.csv.ReadOptions(use_threads=False)) as head:
+    with pyarrow.csv.open_csv(
+        file, parse_options=parse, read_options=pyarrow.csv.ReadOptions(use_threads=False)
+    ) as head:
         names = head.schema.names
     _check_names(names, file)
     convert = pyarrow.csv.ConvertOptions(

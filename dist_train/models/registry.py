@@ -26,7 +26,9 @@ def check_model_name(model: ModelConfig) -> None:
         raise UserError(f"model.name: there is no model {model.name!r}; there is {', '.join(MODELS)}")
 
 
-def build_model(model: ModelConfig, *, input_dim: int, embedded_sizes: Sequence[int], num_classes: int, seed: int) -> nn.Module:
+def build_model(
+    model: ModelConfig, *, input_dim: int, embedded_sizes: Sequence[int], num_classes: int, seed: int
+) -> nn.Module:
     """The model with initial weights that are a function of the seed, float32 on the CPU."""
     check_model_name(model)
 

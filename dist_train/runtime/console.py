@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from dist_train.errors import EXIT_FAULT, EXIT_USER_ERROR, TrainingFault, UserError
+from dist_train.errors import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingFault, UserError
 
 log = logging.getLogger("dist_train")
 
@@ -34,11 +34,13 @@ def terminal() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def run_and_exit(main: Callable[[], None], rank: int) -> NoReturn:
+def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command to its exit code: 0, 2 for the user's mistake, 1 for a fault. Does not return.
 
     A mistake is found by every rank; rank 0 alone prints it. The others give it the time to do so.
     """
+    rank = _rank_by_name()
+    set_up_logging(rank)
     code = EXIT_FAULT
     try:
         main()
@@ -51,9 +53,17 @@ def run_and_exit(main: Callable[[], None], rank: int) -> NoReturn:
             time.sleep(QUIET_RANK_GRACE_SECONDS)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else EXIT_FAULT
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
     except BaseException:
         traceback.print_exc()
     leave(code)
+
+
+def _rank_by_name() -> int:
+    """The rank for messages, before the environment has been checked."""
+    name = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(name) if name.isdecimal() else 0
 
 
 def leave(code: int) -> NoReturn:

@@ -26,7 +26,15 @@ class WandbRun:
     """One wandb run, resumed by its id. Steps that the run already holds are not sent again."""
 
     def __init__(
-        self, *, folder: Path, name: str, project: str, mode: str, config: Mapping[str, Any], run_id: str | None, sent_step: int
+        self,
+        *,
+        folder: Path,
+        name: str,
+        project: str,
+        mode: str,
+        config: Mapping[str, Any],
+        run_id: str | None,
+        sent_step: int,
     ) -> None:
         self.run_id = run_id or secrets.token_hex(4)
         self._sent_step = sent_step if run_id else 0
@@ -46,7 +54,12 @@ class WandbRun:
                 config=dict(config),
                 # No console capture, no git or host metadata: neither the environment nor a secret in an argument leaves.
                 settings=wandb.Settings(
-                    silent=True, console="off", disable_git=True, save_code=False, x_disable_meta=True, x_disable_stats=True
+                    silent=True,
+                    console="off",
+                    disable_git=True,
+                    save_code=False,
+                    x_disable_meta=True,
+                    x_disable_stats=True,
                 ),
             )
         except ImportError:

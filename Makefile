@@ -1,0 +1,40 @@
+# Every target installs what it needs into .venv by itself. One command = CI: `bash .ci/run`.
+PYTHON ?= python3
+VENV ?= .venv
+NPROC ?= 2
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: train test soak check docs clean
+
+# Train the default job on two ranks; more arguments: make train ARGS="train.epochs=5 run.name=short"
+train: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) launch/train.py configs/credit_risk.yaml $(ARGS)
+
+# Everything that proves the promises, in minutes
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+# The long versions: random kills by the dozen
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
+
+# Lint, types, import contracts
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Regenerate docs/configuration.md from the schema
+docs: $(INSTALLED)
+	$(BIN)/python -m docs.configuration
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("dist_train needs Python >= 3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

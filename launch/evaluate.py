@@ -1,0 +1,70 @@
+"""Score a trained run on one of its splits, or on another file.
+
+    python launch/evaluate.py runs/credit_risk
+    python launch/evaluate.py runs/credit_risk --split valid --checkpoint last
+    python launch/evaluate.py runs/credit_risk --data new_clients.parquet
+    torchrun --standalone --nproc_per_node=8 launch/evaluate.py runs/credit_risk        # same numbers, sooner
+
+A table for people goes to stderr, one line of JSON, {"<split>": {...}}, to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from dist_train.config.load import read_config
+from dist_train.errors import UserError
+from dist_train.predictor import Predictor
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.console import run_command, terminal
+from dist_train.runtime.world import process_group, world_from_environment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="launch/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", type=Path, help="run folder, e.g. runs/credit_risk")
+    parser.add_argument("--split", default="test", help="train, valid or test (default: test)")
+    parser.add_argument("--checkpoint", default="best", help="best, last or a step (default: best)")
+    parser.add_argument(
+        "--data", type=Path, help="CSV or Parquet file with the target column, instead of the run's own"
+    )
+    arguments = parser.parse_args()
+    config = arguments.run_dir / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{arguments.run_dir}: is not a run folder (it has no config.yaml)")
+    runtime = read_config(config).runtime
+    world = world_from_environment(os.environ, device=runtime.device, backend=runtime.backend)
+    with process_group(world, runtime.timeout_seconds):
+        predictor = Predictor(arguments.run_dir, Collectives(world), arguments.checkpoint)
+        metrics = predictor.evaluate(arguments.split, arguments.data)
+    if world.rank == 0:
+        title = f"{arguments.run_dir}, weights of step {predictor.step}, {arguments.data or arguments.split}"
+        terminal().print(_table(metrics, title))
+        print(json.dumps({arguments.split: metrics}, ensure_ascii=False), flush=True)
+
+
+def _table(metrics: dict[str, Any], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            table.add_row(name, f"{value:.4f}")
+        elif not isinstance(value, (dict, list)):
+            table.add_row(name, "-" if value is None else f"{value:,}")
+    for name, scores in metrics["per_class"].items():
+        row = f"precision {scores['precision']:.3f}  recall {scores['recall']:.3f}  f1 {scores['f1']:.3f}"
+        table.add_row(f"class {name} ({scores['rows']:,} rows)", row)
+    return table
+
+
+if __name__ == "__main__":
+    run_command(main)
