@@ -69,7 +69,7 @@ def train(config: JobConfig, world: World, environ: Mapping[str, str], *, dry_ru
         if books:
             books.close()
         if ending is Ending.STOPPED:
-            collectives.from_first(lambda: _mark_for_requeue(folder, session, stop))
+            collectives.from_first(lambda: _mark_for_requeue(folder, session))
             return
         log.info("%s after %d steps", ending.value, session.progress.step)
         _finish(config, session, dataset, collectives, folder, checkpoints, world)
@@ -109,7 +109,8 @@ def _open_folder(folder: RunFolder, config: JobConfig, stack: ExitStack, environ
         log.warning("skipped a damaged checkpoint: %s", reason)
     if skipped and not found:
         raise UserError(
-            f"{folder.checkpoints}: no checkpoint verifies ({skipped[0]}); run.resume=never starts anew and keeps them aside"
+            f"{folder.checkpoints}: no checkpoint verifies ({skipped[0]}); "
+            "run.resume=never starts anew and keeps them aside"
         )
     if found:
         _refuse_changes(found, config)
@@ -324,7 +325,7 @@ def _guard(write: Any, what: str) -> None:
         raise TrainingFault(f"{what} could not be written: {error}; what was saved before is intact") from None
 
 
-def _mark_for_requeue(folder: RunFolder, session: Session, stop: StopFlag) -> None:
+def _mark_for_requeue(folder: RunFolder, session: Session) -> None:
     step = session.progress.step
     _guard(lambda: write_atomically(folder.requeue, pack_json({"step": step})), "the requeue marker")
     log.info("stopped at step %d of %d: saved; the same command continues", step, session.total_steps)

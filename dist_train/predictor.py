@@ -53,7 +53,7 @@ class Predictor:
         return self.encoder.class_names
 
     def evaluate(self, split: str, file: Path | None = None) -> dict[str, Any]:
-        """Metrics on a split of the run's own data, or of another file (all its rows unless it has the split column)."""
+        """Metrics on a split of the run's own data, or on another file (all of it unless it has the split column)."""
         if split not in SPLITS:
             raise UserError(f"--split {split}: there is {', '.join(SPLITS)}")
         frame, targets, source = self.collectives.agree(lambda: self._rows(split, file))[self.collectives.rank]
@@ -66,7 +66,7 @@ class Predictor:
         return metrics
 
     def predict(self, file: Path) -> pl.DataFrame:
-        """`probability_<class>` for each class and `predicted_class`, one row for each row of the file, in its order."""
+        """`probability_<class>` for each class and `predicted_class`: a row for each row of the file, in its order."""
         frame = read_table(file, self.config.data.missing_values)
         inputs = encode(frame, self.encoder, str(file))
         targets = torch.zeros(frame.height, dtype=torch.int64)

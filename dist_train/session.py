@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from dist_train.checkpoint.state import Parts
 from dist_train.config.schema import JobConfig
@@ -91,7 +90,9 @@ class Session:
             "model.pth": self.model,
             "optimizer.pth": NamedOptimizerState(self.optimizer, self.model),
             "meter.pth": self.meter,
-        } | ({"average.pth": self.average} if self.average else {})
+        }
+        if self.average:
+            self._tensors["average.pth"] = self.average
 
     @property
     def scored(self) -> nn.Module:

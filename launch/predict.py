@@ -11,6 +11,7 @@ input row, in the same order: probability_<class> for each class, and predicted_
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
@@ -21,7 +22,10 @@ from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import log, run_command
 from dist_train.runtime.world import world_from_environment
 
-_WRITERS = {".csv": pl.DataFrame.write_csv, ".parquet": pl.DataFrame.write_parquet}
+_WRITERS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
+    ".csv": pl.DataFrame.write_csv,
+    ".parquet": pl.DataFrame.write_parquet,
+}
 
 
 def main() -> None:

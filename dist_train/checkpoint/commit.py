@@ -22,7 +22,7 @@ class Damaged(Exception):
 
 
 def commit(folder: Path, parts: Mapping[str, bytes]) -> None:
-    """Write `parts` (file name -> content) so that `folder` holds all of them or does not change; OSError on failure."""
+    """Write `parts` (file name -> content): `folder` then holds all of them, or does not change. OSError on failure."""
     aside = folder.with_name(_ASIDE + folder.name)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

@@ -14,9 +14,10 @@ _HARMLESS = (
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Differing keys of two resolved configurations, as `key: was A, is B`: the harmful ones, then the harmless ones."""
+    """Differing keys of two resolved configurations as `key: was A, is B`: the harmful, then the harmless ones."""
     old, new = dict(_flat(before)), dict(_flat(now))
-    harmful, harmless = [], []
+    harmful: list[str] = []
+    harmless: list[str] = []
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             line = f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"

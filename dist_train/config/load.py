@@ -46,7 +46,7 @@ def read_config(path: Path) -> JobConfig:
 
 def config_to_yaml(config: JobConfig) -> str:
     """The resolved configuration as YAML; `read_config` gives back the same object."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    return str(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
 
 
 def _writable(tree: DictConfig) -> DictConfig:

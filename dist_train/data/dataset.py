@@ -144,7 +144,7 @@ def _targets(column: pl.Series, source: str) -> tuple[Tensor, list[str]]:
     if len(names) > MAX_CLASSES:
         raise UserError(f"{source}: the target {column.name!r} has {len(names)} distinct values: is it a class?")
     whole = all(name.lstrip("-").isdecimal() for name in names)
-    names = sorted(names, key=(lambda n: (int(n), n)) if whole else None)  # type: ignore[arg-type]
+    names = sorted(names, key=(lambda n: (int(n), n)) if whole else None)
     return _indices(text, names), names
 
 
@@ -155,7 +155,8 @@ def _target_text(column: pl.Series, source: str) -> pl.Series:
     if text.null_count():
         row = int(text.is_null().arg_max() or 0)
         raise UserError(
-            f"{source}: the target {column.name!r} is missing in {text.null_count()} rows, the first is data row {row + 1}"
+            f"{source}: the target {column.name!r} is missing in {text.null_count()} rows, "
+            f"the first is data row {row + 1}"
         )
     return text
 

@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         return _columns(numeric, frame.height, torch.float64), _columns(slots, frame.height, torch.int64)
 
     def forward(self, numeric: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows, numeric) and (rows, categorical) -> features (rows, input_dim) float32, slots to embed (rows, embedded)."""
+        """Raw numbers and slots -> float32 features (rows, input_dim), slots to embed (rows, embedded columns)."""
         missing = numeric.isnan()
         centred = torch.where(missing, 0.0, (numeric - self.median) * self.scale)
         parts = [centred / torch.sqrt(1 + (centred / 3) ** 2), missing[:, self.flagged]]

@@ -33,12 +33,12 @@ def exact_quantiles(values: Tensor, fractions: Sequence[float], add_up: Callable
     ends = counts.cumsum(0)
     buckets = torch.searchsorted(ends, wanted, right=True)
     within = wanted - (ends[buckets] - counts[buckets])
-    distinct, which = buckets.unique(return_inverse=True)
+    distinct, which = torch.unique(buckets, return_inverse=True)
     details = add_up(torch.stack([torch.bincount(lower[upper == b], minlength=_BUCKETS) for b in distinct.tolist()]))
     detail_ends = details.cumsum(1)[which.flatten()]
     low = torch.searchsorted(detail_ends, within.flatten().unsqueeze(1), right=True).view_as(within)
 
-    below, above = _values_of(((buckets - _BUCKETS // 2) << 16) | low).double()
+    below, above = _values_of(((buckets - _BUCKETS // 2) << 16) | low).double().unbind()
     return below + (above - below) * (places - places.floor())
 
 

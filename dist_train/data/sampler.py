@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils.data import DistributedSampler
@@ -56,7 +57,8 @@ class PositionSampler(DistributedSampler[int]):
     ) -> None:
         if num_rows < 2:
             raise UserError(f"{num_rows} training rows: at least 2 are needed")
-        super().__init__(range(num_rows), num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
+        # The base asks its dataset for nothing but a length.
+        super().__init__(cast(Any, range(num_rows)), num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
         self.num_rows = num_rows
         self.global_batch_size = global_batch_size
         self.accumulation_steps = accumulation_steps

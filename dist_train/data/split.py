@@ -29,7 +29,7 @@ def split_by_column(column: pl.Series, source: str) -> Split:
 
 
 def split_by_fraction(classes: Tensor, *, validation_fraction: float, test_fraction: float, seed: int) -> Split:
-    """Stratified split: in each class, the rows with the smallest hash of (seed, row number) are tested on, then validated.
+    """Stratified split: in each class, rows go to test, then to valid, in the order of a hash of (seed, row number).
 
     A row's hash does not depend on the other rows, and the shares of each class are exact to one row.
     `classes` holds the class index of every row, (rows,).

@@ -57,7 +57,8 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
         output, count, mean, var = _Normalise.apply(rows, self.weight, self.bias, self.eps, self.collectives)
         if self.training and self.track_running_stats:
             self._update_running(float(count), mean, var)
-        return output.to(input.dtype)
+        normalised: Tensor = output.to(input.dtype)
+        return normalised
 
     @torch.no_grad()
     def _update_running(self, count: float, mean: Tensor, var: Tensor) -> None:
@@ -87,7 +88,7 @@ class _Normalise(torch.autograd.Function):
         else:
             own_var = own_mean = x.new_zeros(x.shape[1])
         own = torch.cat([x.new_tensor([num_rows]), own_mean, own_var * num_rows])
-        counts, means, squares = collectives.stack(own).split([1, x.shape[1], x.shape[1]], 1)
+        counts, means, squares = torch.split(collectives.stack(own), [1, x.shape[1], x.shape[1]], 1)
         count = counts.sum()
         if count < 2:
             raise ValueError("BatchNorm needs at least two rows over all ranks in training")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -54,13 +54,13 @@ class Collectives:
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, given to all. A failure there is raised on every rank."""
-        return self.agree(lambda: make() if self.is_first else None)[0]  # type: ignore[return-value]
+        return cast(T, self.agree(lambda: make() if self.is_first else None)[0])
 
     def agree(self, act: Callable[[], T]) -> Sequence[T]:
-        """Run `act` on every rank and give all ranks all results, in rank order.
+        """Run `act` on every rank; all ranks get all results, in rank order.
 
-        A UserError, TrainingFault or OSError on any rank becomes the same error on all ranks, that of the lowest rank that failed,
-        so that every rank leaves by the same way.
+        A UserError, TrainingFault or OSError on any rank becomes the same error on all ranks, that of the lowest rank
+        that failed, so that every rank leaves by the same way.
         """
         failure: Exception | None = None
         result: T | None = None
@@ -72,9 +72,9 @@ class Collectives:
         if self.size > 1:
             outcomes = [(None, None)] * self.size
             dist.all_gather_object(outcomes, (result, failure))
-        for _, error in outcomes:
-            if error is not None:
-                raise error
+        for _, failed in outcomes:
+            if failed is not None:
+                raise failed
         return [value for value, _ in outcomes]
 
     def barrier(self) -> None:

@@ -1,4 +1,4 @@
-"""Asking a run to stop: a signal handler sets a flag, the loop reads it at the step boundary. Nothing else happens here."""
+"""Asking a run to stop: a signal handler sets a flag, the loop reads it at the step boundary."""
 
 from __future__ import annotations
 

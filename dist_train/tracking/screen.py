@@ -59,8 +59,8 @@ class Screen:
     def _evaluation_line(self, record: Mapping[str, Any]) -> str:
         auroc = "-" if record["auroc"] is None else f"{record['auroc']:.4f}"
         return (
-            f"epoch {record['epoch']}/{self._num_epochs}  step {record['step']}  {record['split']} loss {record['loss']:.4f}"
-            f"  auroc {auroc}  macro-F1 {record['macro_f1']:.4f}"
+            f"epoch {record['epoch']}/{self._num_epochs}  step {record['step']}  "
+            f"{record['split']} loss {record['loss']:.4f}  auroc {auroc}  macro-F1 {record['macro_f1']:.4f}"
         )
 
     def _show(self, line: str) -> None:

@@ -6,19 +6,22 @@ import netrc
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from dist_train.runtime.console import log
+
+Mode = Literal["online", "offline", "disabled"]
 
 _SKIPPED = {"step", "split", "per_class", "confusion_matrix"}
 
 
-def choose_mode(mode: str, environ: Mapping[str, str]) -> str:
+def choose_mode(mode: Literal["auto"] | Mode, environ: Mapping[str, str]) -> Mode:
     """`auto` -> online when a key is at hand, else offline. A mode in WANDB_MODE has its say only in `auto`."""
     if mode != "auto":
         return mode
-    if environ.get("WANDB_MODE") in {"online", "offline", "disabled"}:
-        return environ["WANDB_MODE"]
+    for chosen in get_args(Mode):
+        if environ.get("WANDB_MODE") == chosen:
+            return cast(Mode, chosen)
     return "online" if environ.get("WANDB_API_KEY") or _key_in_netrc(environ) else "offline"
 
 
@@ -31,7 +34,7 @@ class WandbRun:
         folder: Path,
         name: str,
         project: str,
-        mode: str,
+        mode: Mode,
         config: Mapping[str, Any],
         run_id: str | None,
         sent_step: int,
@@ -52,7 +55,7 @@ class WandbRun:
                 project=project,
                 mode=mode,
                 config=dict(config),
-                # No console capture, no git or host metadata: neither the environment nor a secret in an argument leaves.
+                # No console capture, no git or host metadata: neither environment nor a secret in an argument leaves.
                 settings=wandb.Settings(
                     silent=True,
                     console="off",

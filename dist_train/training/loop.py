@@ -157,11 +157,12 @@ class Loop:
 
     def _blame(self, outcome: Outcome, batches: list[Batch]) -> str:
         rows = [row for part in self.collectives.agree(lambda: _some_rows(batches)) for row in part]
+        listed = ", ".join(str(row + 1) for row in rows)
         loss = (outcome.totals[0] / outcome.totals[1]).item()
         return (
-            f"step {self.progress.step + 1} (epoch {self.progress.position.epoch + 1}): the loss is {loss}, the gradient "
-            f"norm {outcome.grad_norm.item()}; no rank has updated its weights. The step trains on {outcome.rows} rows, "
-            f"data rows {', '.join(str(row + 1) for row in rows)}{' and more' if outcome.rows > len(rows) else ''}. "
+            f"step {self.progress.step + 1} (epoch {self.progress.position.epoch + 1}): the loss is {loss}, the "
+            f"gradient norm {outcome.grad_norm.item()}; no rank has updated its weights. The step trains on "
+            f"{outcome.rows} rows, data rows {listed}{' and more' if outcome.rows > len(rows) else ''}. "
             "Lower optim.lr, set optim.max_grad_norm, or look at these rows"
         )
 

@@ -25,7 +25,7 @@ class Objective(Protocol):
 
 
 class CrossEntropy:
-    """Cross-entropy with optional class weights, (classes,), and label smoothing; the mean is that of F.cross_entropy."""
+    """Cross-entropy with class weights, (classes,), and label smoothing; the mean is that of F.cross_entropy."""
 
     def __init__(self, class_weights: Tensor | None = None, label_smoothing: float = 0.0) -> None:
         self.class_weights = class_weights

@@ -42,10 +42,10 @@ class Plan:
             f"a rank works on at most {share:,} rows at a time"
         )
         yield f"rate       {self._curve()}"
+        total = self.data_bytes + self.state_bytes + self.activation_bytes
         yield (
-            f"memory     about {_mebibytes(self.data_bytes + self.state_bytes + self.activation_bytes)} a rank for tensors: "
-            f"data {_mebibytes(self.data_bytes)}, weights and optimizer {_mebibytes(self.state_bytes)}, "
-            f"activations {_mebibytes(self.activation_bytes)}"
+            f"memory     about {_mebibytes(total)} a rank for tensors: data {_mebibytes(self.data_bytes)}, weights and "
+            f"optimizer {_mebibytes(self.state_bytes)}, activations {_mebibytes(self.activation_bytes)}"
         )
 
     def _curve(self, width: int = 40) -> str:

@@ -1,0 +1,84 @@
+"""Run a function on several gloo ranks in real processes, started fast: they fork from a server that has torch loaded."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import tempfile
+import traceback
+from collections.abc import Callable
+from functools import cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.world import World, process_group
+
+TIMEOUT_SECONDS = 60.0
+
+
+@cache
+def _server() -> Any:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "dist_train.job", "dist_train.predictor"])
+    return context
+
+
+def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(collectives, *arguments)` on every rank; what each returned, in rank order.
+
+    `function` must be importable (a module's own function). A failure on any rank fails the test with its traceback.
+    """
+    if world_size == 1:
+        return [function(Collectives(World()), *arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        rendezvous = f"file://{Path(folder) / 'store'}"
+        pipes, processes = [], []
+        for rank in range(world_size):
+            ours, theirs = mp.Pipe(duplex=False)
+            process = _server().Process(target=_rank, args=(theirs, rank, world_size, rendezvous, function, arguments))
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        try:
+            answers = [_answer(pipe, rank) for rank, pipe in enumerate(pipes)]
+        finally:
+            for process in processes:
+                process.join(5)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+    failures = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
+    assert not failures, "\n".join(failures)
+    return [value for _, value in answers]
+
+
+def _answer(pipe: Connection, rank: int) -> tuple[bool, Any]:
+    if not pipe.poll(TIMEOUT_SECONDS):
+        return False, f"no answer within {TIMEOUT_SECONDS} s"
+    try:
+        return pipe.recv()  # type: ignore[no-any-return]
+    except EOFError:
+        return False, f"rank {rank} died without an answer"
+
+
+def _rank(
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    world = World(rank=rank, size=world_size, local_rank=rank, local_size=world_size, rendezvous=rendezvous)
+    try:
+        with process_group(world, TIMEOUT_SECONDS):
+            answer = True, function(Collectives(world), *arguments)
+    except BaseException:
+        answer = False, traceback.format_exc()
+    pipe.send(answer)
+    pipe.close()
