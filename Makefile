@@ -5,7 +5,7 @@ NPROC ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test soak check docs clean
+.PHONY: train test soak check docs pictures clean
 
 # Train the default job on two ranks; more arguments: make train ARGS="train.epochs=5 run.name=short"
 train: $(INSTALLED)
@@ -26,9 +26,14 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Regenerate docs/configuration.md from the schema
+# Regenerate the table of configuration keys in the README
 docs: $(INSTALLED)
-	$(BIN)/python -m docs.configuration
+	$(BIN)/python -m dist_train.config.reference README.md
+
+# The pictures of the README, from a real run
+pictures: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/pictures.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -44,11 +44,11 @@ class Plan:
         yield f"rate       {self._curve()}"
         total = self.data_bytes + self.state_bytes + self.activation_bytes
         yield (
-            f"memory     about {_mebibytes(total)} a rank for tensors: data {_mebibytes(self.data_bytes)}, weights and "
-            f"optimizer {_mebibytes(self.state_bytes)}, activations {_mebibytes(self.activation_bytes)}"
+            f"memory     about {_mebibytes(total)} a rank: data {_mebibytes(self.data_bytes)}, weights and optimizer "
+            f"{_mebibytes(self.state_bytes)}, activations {_mebibytes(self.activation_bytes)}"
         )
 
-    def _curve(self, width: int = 40) -> str:
+    def _curve(self, width: int = 30) -> str:
         last = self.total_steps - 1
         rates = [self.learning_rate(round(last * i / (width - 1))) for i in range(width)]
         peak = max(rates)
