@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -28,8 +29,8 @@ def markdown_table() -> str:
     for section in fields(JobConfig):
         for name, annotation, default in _keys(section.name):
             text = texts[type(getattr(JobConfig(), section.name)).__name__][name]
-            choices = annotation.removeprefix("Literal[").rstrip("]").replace('"', "")
-            kind = f" One of {choices}." if annotation.startswith("Literal") else ""
+            choices = ", ".join(f"`{choice}`" for choice in re.findall(r"['\"](\w+)['\"]", annotation))
+            kind = f" One of {choices}." if choices else ""
             rows.append(f"| `{section.name}.{name}` | `{default}` | {(text + kind).replace('|', chr(92) + '|')} |")
     return "\n".join(rows)
 
