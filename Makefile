@@ -5,7 +5,7 @@ NPROC ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test soak check docs pictures clean
+.PHONY: train test soak check docs pictures bench clean
 
 # Train the default job on two ranks; more arguments: make train ARGS="train.epochs=5 run.name=short"
 train: $(INSTALLED)
@@ -34,6 +34,10 @@ docs: $(INSTALLED)
 pictures: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python docs/pictures.py
+
+# Rows per second beside the tutorial loop
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.throughput
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

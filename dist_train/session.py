@@ -16,7 +16,7 @@ from dist_train.data.dataset import Dataset
 from dist_train.data.feed import Feed
 from dist_train.data.sampler import PositionSampler
 from dist_train.errors import UserError
-from dist_train.models.batch_norm import sync_batch_norm
+from dist_train.models.batch_norm import still_cancelled_biases, sync_batch_norm
 from dist_train.models.dropout import convert_dropout
 from dist_train.models.registry import build_model
 from dist_train.runtime.collectives import Collectives
@@ -55,7 +55,7 @@ class Session:
             num_classes=len(encoder.class_names),
             seed=config.run.seed,
         ).to(collectives.device, dtype_of(train.precision))
-        self.model = convert_dropout(sync_batch_norm(plain, collectives), random)
+        self.model = convert_dropout(still_cancelled_biases(sync_batch_norm(plain, collectives)), random)
         self.average = average_of(self.model, train.ema_decay) if train.ema_decay else None
         self.optimizer = build_adamw(
             self.model,
@@ -164,7 +164,21 @@ class Session:
         # The argument's name changed between torch 2.11 and 2.13.
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        return DistributedDataParallel(self.model, gradient_as_bucket_view=True, **{buffers: False})  # type: ignore[arg-type]
+        replicated = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **{buffers: False})  # type: ignore[arg-type]
+        self._settle_buckets(replicated)
+        return replicated
+
+    def _settle_buckets(self, replicated: nn.Module) -> None:
+        """Have the gradients laid out as they will stay, before the first step.
+
+        DistributedDataParallel lays its buckets out anew after its first backward pass, and where a gradient lies in
+        a bucket decides in which order more than two ranks are summed. Without this pass a resumed run's first step
+        would be summed in another order than the same step of a run that was never interrupted.
+        """
+        replicated.eval()  # neither statistics nor dropout
+        replicated(*self.dataset.splits["train"].slice(0, 1)).sum().backward()
+        self.model.zero_grad()
+        replicated.train()
 
     def _class_weights(self, collectives: Collectives) -> Tensor | None:
         chosen, names = self.config.train.class_weights, self.dataset.encoder.class_names

@@ -42,7 +42,7 @@ def record(runs: Path) -> tuple[list[Text], list[Text]]:
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "launch/train.py",
          "configs/credit_risk.yaml", f"run.dir={runs}"],
         stdin=theirs, stdout=theirs, stderr=theirs,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLUMNS": f"{COLUMNS}", "LINES": f"{LINES}"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLUMNS": str(COLUMNS)},
     )  # fmt: skip
     os.close(theirs)
     during: list[Text] = []

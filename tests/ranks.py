@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks in real processes, started fast: they fork from a server that has torch loaded."""
+"""Run a function on several gloo ranks in real processes, forked from a server that has torch loaded."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ def permutation(num_rows: int, *key: Key) -> Tensor:
 def seeded(*key: Key) -> Iterator[None]:
     """Code inside that draws from torch's global CPU generator (initialisers) draws as a function of the key."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive("seeded", *key))
+        # Not torch.manual_seed, which would seed the generators of the GPUs as well, and nothing puts those back.
+        torch.default_generator.manual_seed(derive("seeded", *key))
         yield
 
 

@@ -1,0 +1,98 @@
+"""The promise of this version: at one global batch, the number of ranks changes nothing but rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.dist.sessions import BUILTIN, Trained, train, write_table
+from tests.ranks import on_ranks
+
+NO_DROPOUT = "model.dropout=0"
+EVERYTHING = ["train.class_weights=balanced", "train.label_smoothing=0.1", "train.accumulation_steps=2"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many threads in a world of one as on a rank of several: a sum over threads rounds in another order."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(former)
+
+
+def compare(arguments: list[str], world_size: int) -> tuple[Trained, Trained]:
+    (alone,) = on_ranks(1, train, arguments)
+    together = on_ranks(world_size, train, arguments)
+    for other in together[1:]:
+        for name, value in together[0].weights.items():
+            assert np.array_equal(value, other.weights[name]), f"{name} differs between ranks"
+    return alone, together[0]
+
+
+def assert_close_in_float32(alone: Trained, together: Trained) -> None:
+    assert len(alone.losses) == len(together.losses)
+    np.testing.assert_allclose(together.losses, alone.losses, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(together.probabilities, alone.probabilities, rtol=0, atol=1e-5)
+
+
+def assert_close_in_float64(alone: Trained, together: Trained) -> None:
+    for mine, theirs in ((together.weights, alone.weights), (together.average, alone.average)):
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            np.testing.assert_allclose(mine[name], value, rtol=0, atol=1e-9, err_msg=name)
+    np.testing.assert_allclose(together.losses, alone.losses, rtol=0, atol=1e-9)
+
+
+def test_an_epoch_on_two_ranks_is_the_epoch_on_one_in_float32() -> None:
+    alone, together = compare([*BUILTIN, NO_DROPOUT], 2)
+    assert len(alone.losses) == 71
+    assert alone.losses[-10:].mean() < 0.7 * alone.losses[0]  # it has learnt: equality of nothing would prove nothing
+    assert_close_in_float32(alone, together)
+
+
+def test_an_epoch_on_two_ranks_is_the_epoch_on_one_in_float64() -> None:
+    alone, together = compare([*BUILTIN, NO_DROPOUT, "train.precision=float64", "train.max_steps=71"], 2)
+    assert_close_in_float64(alone, together)
+
+
+def test_dropout_masks_follow_the_rows_to_whichever_rank() -> None:
+    """Stronger than with dropout off: rank 1 draws for its rows what one process draws for them."""
+    alone, together = compare(BUILTIN, 2)
+    assert_close_in_float32(alone, together)
+
+
+def test_three_ranks_with_everything_on_in_float32() -> None:
+    alone, together = compare([*BUILTIN, *EVERYTHING, "model.embedding_dim=4", "train.global_batch_size=250"], 3)
+    assert_close_in_float32(alone, together)
+
+
+@pytest.mark.parametrize(
+    ("train_rows", "fewest"),
+    [(502, 0), (503, 1), (751, 83)],  # a last batch of 2 rows, of 3, and of 1, which joins the batch before it
+)
+def test_ragged_last_batches_on_three_ranks_in_float64(tmp_path: Path, train_rows: int, fewest: int) -> None:
+    table = write_table(tmp_path / "table.parquet", train_rows)
+    more = ["train.epochs=3", "train.global_batch_size=250", "train.precision=float64", "train.ema_decay=0.9"]
+    alone, together = compare([*table, *more, "train.class_weights=balanced", "train.label_smoothing=0.1"], 3)
+    assert together.fewest_rows == fewest
+    assert_close_in_float64(alone, together)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_everything_on_in_float64(tmp_path: Path, world_size: int) -> None:
+    table = write_table(tmp_path / "table.parquet", 607)
+    more = ["train.epochs=2", "train.global_batch_size=100", "train.precision=float64", "model.embedding_dim=3"]
+    alone, together = compare([*table, *EVERYTHING, *more], world_size)
+    assert_close_in_float64(alone, together)
+
+
+def test_another_global_batch_is_another_run() -> None:
+    """The comparison can fail: it is not the data that make every run alike."""
+    (one,) = on_ranks(1, train, [*BUILTIN, "train.max_steps=20"])
+    (other,) = on_ranks(1, train, [*BUILTIN, "train.max_steps=20", "run.seed=1"])
+    assert np.abs(one.losses - other.losses).max() > 1e-3
