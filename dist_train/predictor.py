@@ -56,9 +56,10 @@ class Predictor:
         """Metrics on a split of the run's own data, or on another file (all of it unless it has the split column)."""
         if split not in SPLITS:
             raise UserError(f"--split {split}: there is {', '.join(SPLITS)}")
-        frame, targets, source = self.collectives.agree(lambda: self._rows(split, file))[self.collectives.rank]
-        inputs = self.collectives.agree(lambda: encode(frame, self.encoder, source))[self.collectives.rank]
-        rows = resident(inputs, targets, torch.arange(len(targets)), self.collectives.device, self._dtype)
+        frame, targets, chosen, source = self.collectives.together(lambda: self._rows(split, file))
+        # The whole table is encoded, so that a bad cell is named by its row in the file.
+        inputs = self.collectives.together(lambda: encode(frame, self.encoder, source))
+        rows = resident(inputs, targets, chosen, self.collectives.device, self._dtype)
         batch_size = self.config.evaluation.batch_size
         metrics = evaluate(self.model, rows, self.class_names, batch_size, self.collectives)
         if metrics is None:
@@ -98,16 +99,15 @@ class Predictor:
             raise UserError(f"the weights do not fit the model of config.yaml: {str(error).splitlines()[0]}") from None
         return model.to(self.collectives.device).eval()
 
-    def _rows(self, split: str, file: Path | None) -> tuple[pl.DataFrame, Tensor, str]:
+    def _rows(self, split: str, file: Path | None) -> tuple[pl.DataFrame, Tensor, Tensor, str]:
+        """Table, class indices of its rows, the rows to evaluate on, and where they come from."""
         data = self.config.data
         if file is not None:
-            frame, targets = read_for_evaluation(locate(str(file)), data, self.class_names, split)
-            return frame, targets, str(file)
+            return *read_for_evaluation(locate(str(file)), data, self.class_names, split), str(file)
         table = load_labelled(data, self.config.run.seed)
         if table.sha256 != self.data_sha256:
             log.warning("%s is not the file that the model was trained on", table.source)
-        rows = table.split[split]
-        return table.frame[rows.numpy()], remap_targets(table, self.class_names)[rows], table.source
+        return table.frame, remap_targets(table, self.class_names), table.split[split], table.source
 
 
 def _read(folder: RunFolder, checkpoint: str) -> Parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,16 @@ from dist_train.data.encoder import Encoder
 from dist_train.data.feed import ResidentRows, resident
 from dist_train.data.fitting import fit_encoder
 from dist_train.data.split import SPLITS, Split, split_by_column, split_by_fraction
-from dist_train.data.table import feature_kinds, labels, locate, read_table, require_columns, sha256_of
+from dist_train.data.table import (
+    ColumnKinds,
+    feature_kinds,
+    labels,
+    locate,
+    numbers,
+    read_table,
+    require_columns,
+    sha256_of,
+)
 from dist_train.errors import UserError
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.position import cut
@@ -53,11 +63,11 @@ def load_dataset(
     encoder: Encoder | None = None,
 ) -> Dataset:
     """Read the table, fit the encoder on the training rows unless one is given, and encode all splits."""
-    table = collectives.agree(lambda: load_labelled(data, seed))[collectives.rank]
+    table = collectives.together(lambda: load_labelled(data, seed))
     if encoder is None:
         encoder = _fit(table, data, collectives, one_hot)
     fitted = encoder
-    inputs = collectives.agree(lambda: encode(table.frame, fitted, table.source))[collectives.rank]
+    inputs = collectives.together(lambda: encode(table.frame, fitted, table.source))
     targets = remap_targets(table, fitted.class_names)
     splits = {n: resident(inputs, targets, table.split[n], collectives.device, dtype) for n in SPLITS}
     return Dataset(splits, fitted, table.sha256)
@@ -86,22 +96,27 @@ def load_labelled(data: DataConfig, seed: int) -> LabelledTable:
 
 def read_for_evaluation(
     file: Path, data: DataConfig, class_names: list[str], split: str
-) -> tuple[pl.DataFrame, Tensor]:
-    """Rows of another file and their class indices: those of `split` where the file has the split column, else all."""
+) -> tuple[pl.DataFrame, Tensor, Tensor]:
+    """Another file, its class indices, and the numbers of the rows to evaluate on.
+
+    Those are the rows of `split` where the file has the split column, else all.
+    """
     frame = read_table(file, data.missing_values)
     require_columns(frame, [data.target], str(file), "the target")
+    rows = torch.arange(frame.height)
     if data.split_column and data.split_column in frame.columns:
         rows = split_by_column(frame[data.split_column], str(file))[split]
-        frame = frame[rows.numpy()]
-    if frame.height == 0:
+    if len(rows) == 0:
         raise UserError(f"{file}: no rows to evaluate on")
     text = _target_text(frame[data.target], str(file))
-    unknown = text.filter(~text.is_in(class_names))
-    if len(unknown):
+    unknown = ~text.is_in(class_names)
+    if unknown.any():
+        row = int(unknown.arg_max() or 0)
         raise UserError(
-            f"{file}: column {data.target!r} holds {unknown[0]!r}; the model knows {', '.join(class_names)}"
+            f"{file}: column {data.target!r}, data row {row + 1}: {text[row]!r} is not a class; "
+            f"the model knows {', '.join(class_names)}"
         )
-    return frame, _indices(text, class_names)
+    return frame, _indices(text, class_names), rows
 
 
 def encode(frame: pl.DataFrame, encoder: Encoder, source: str) -> tuple[Tensor, ...]:
@@ -120,11 +135,11 @@ def remap_targets(table: LabelledTable, class_names: list[str]) -> Tensor:
 
 def _fit(table: LabelledTable, data: DataConfig, collectives: Collectives, one_hot: bool) -> Encoder:
     not_features = [data.target, *data.drop, *([data.split_column] if data.split_column else [])]
+    frame, kinds = collectives.together(lambda: _features(table, not_features, data.categorical))
     rows = table.split["train"]
-    kinds = feature_kinds(table.frame, not_features, data.categorical, table.source)
     begin, end = cut(0, len(rows), collectives.size)[collectives.rank]
     return fit_encoder(
-        table.frame[rows[begin:end].numpy()],
+        frame[rows[begin:end].numpy()],
         kinds,
         table.class_names,
         collectives,
@@ -132,6 +147,15 @@ def _fit(table: LabelledTable, data: DataConfig, collectives: Collectives, one_h
         one_hot=one_hot,
         source=table.source,
     )
+
+
+def _features(
+    table: LabelledTable, not_features: list[str], categorical: list[str]
+) -> tuple[pl.DataFrame, ColumnKinds]:
+    """Feature columns by kind, numbers already parsed: from the whole table, so that a bad cell is named by its row."""
+    kinds = feature_kinds(table.frame, not_features, categorical, table.source)
+    parsed = [pl.Series(name, numbers(table.frame[name], table.source).numpy()) for name in kinds.numeric]
+    return table.frame.select(kinds.categorical).with_columns(parsed), kinds
 
 
 def _targets(column: pl.Series, source: str) -> tuple[Tensor, list[str]]:
@@ -143,20 +167,26 @@ def _targets(column: pl.Series, source: str) -> tuple[Tensor, list[str]]:
         )
     if len(names) > MAX_CLASSES:
         raise UserError(f"{source}: the target {column.name!r} has {len(names)} distinct values: is it a class?")
-    whole = all(name.lstrip("-").isdecimal() for name in names)
+    whole = all(re.fullmatch("-?[0-9]{1,18}", name) for name in names)
     names = sorted(names, key=(lambda n: (int(n), n)) if whole else None)
     return _indices(text, names), names
 
 
 def _target_text(column: pl.Series, source: str) -> pl.Series:
-    text = labels(column)
-    if column.dtype.is_float() and text.str.contains(r"\.", literal=False).any():
-        raise UserError(f"{source}: the target {column.name!r} holds fractions: a class is text or a whole number")
+    text = labels(column, source)
     if text.null_count():
         row = int(text.is_null().arg_max() or 0)
         raise UserError(
             f"{source}: the target {column.name!r} is missing in {text.null_count()} rows, "
             f"the first is data row {row + 1}"
+        )
+    # Numbers throughout, and not all of them whole: a quantity. The same column of a CSV file comes as text.
+    fraction = ~text.str.contains("^[+-]?[0-9]+$")
+    if fraction.any() and text.str.strip_chars().cast(pl.Float64, strict=False).is_not_null().all():
+        row = int(fraction.arg_max() or 0)
+        raise UserError(
+            f"{source}: the target {column.name!r} holds fractions ({text[row]} in data row {row + 1}): "
+            "a class is text or a whole number"
         )
     return text
 

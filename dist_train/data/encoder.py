@@ -82,7 +82,7 @@ class Encoder(nn.Module):
         names = [*self.description.numeric, *self.description.categories]
         require_columns(frame, names, source, "the model was trained on it")
         numeric = [numbers(frame[name], source) for name in self.description.numeric]
-        slots = [_slots(frame[name], words) for name, words in self.description.categories.items()]
+        slots = [_slots(frame[name], words, source) for name, words in self.description.categories.items()]
         return _columns(numeric, frame.height, torch.float64), _columns(slots, frame.height, torch.int64)
 
     def forward(self, numeric: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,8 +113,8 @@ def kinds_of(description: EncoderDescription) -> ColumnKinds:
     return ColumnKinds(tuple(description.numeric), tuple(description.categories))
 
 
-def _slots(column: pl.Series, words: Sequence[str]) -> Tensor:
-    text = labels(column)
+def _slots(column: pl.Series, words: Sequence[str], source: str) -> Tensor:
+    text = labels(column, source)
     slots = text.replace_strict(
         {word: FIRST_CATEGORY + index for index, word in enumerate(words)}, default=UNKNOWN, return_dtype=pl.Int64
     ) if words else pl.Series([UNKNOWN] * len(text), dtype=pl.Int64)  # fmt: skip

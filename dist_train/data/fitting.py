@@ -26,8 +26,8 @@ def fit_encoder(
     source: str,
 ) -> Encoder:
     """Encoder of the training rows; `frame` holds this rank's share of them, which may be empty."""
-    columns = collectives.agree(lambda: [numbers(frame[name], source) for name in kinds.numeric])[collectives.rank]
-    counts = _count_categories(frame, kinds, collectives)
+    columns = collectives.together(lambda: [numbers(frame[name], source) for name in kinds.numeric])
+    counts = _count_categories(frame, kinds, collectives, source)
     vocabularies = {name: _most_frequent(counts[name], max_categories) for name in kinds.categorical}
     encoder = Encoder(
         EncoderDescription(
@@ -56,10 +56,10 @@ def _fit_numeric(encoder: Encoder, index: int, column: Tensor, collectives: Coll
 
 
 def _count_categories(
-    frame: pl.DataFrame, kinds: ColumnKinds, collectives: Collectives
+    frame: pl.DataFrame, kinds: ColumnKinds, collectives: Collectives, source: str
 ) -> dict[str, Counter[str | None]]:
     def local() -> dict[str, dict[str | None, int]]:
-        return {name: dict(labels(frame[name]).value_counts().iter_rows()) for name in kinds.categorical}
+        return {name: dict(labels(frame[name], source).value_counts().iter_rows()) for name in kinds.categorical}
 
     merged: dict[str, Counter[str | None]] = {name: Counter() for name in kinds.categorical}
     for counts in collectives.agree(local):

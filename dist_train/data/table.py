@@ -6,13 +6,15 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from io import BytesIO
 from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet
 import torch
-from polars.exceptions import PolarsError
+from polars.exceptions import PanicException, PolarsError
 from torch import Tensor
 
 from dist_train.errors import UserError
@@ -22,6 +24,9 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 # A text column in which at least this share of the cells are numbers is a column of numbers with stray text in it.
 MOSTLY_NUMBERS = 0.5
+
+_MAX_HEADER_BYTES = 1 << 20
+_MAX_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,8 @@ def read_table(file: Path, missing_values: Sequence[str]) -> pl.DataFrame:
         if file.stat().st_size == 0:
             raise UserError(f"{file}: the file is empty")
         return reader(file, missing_values)
-    except (pa.ArrowException, PolarsError, OSError, UnicodeDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{file}: cannot be read as {file.suffix[1:].lower()}: {reason}") from None
+    except (pa.ArrowException, PolarsError, PanicException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as {file.suffix[1:].lower()}: {_reason(error)}") from None
 
 
 def feature_kinds(
@@ -108,22 +112,30 @@ def numbers(column: pl.Series, source: str) -> Tensor:
     return values
 
 
-def labels(column: pl.Series) -> pl.Series:
-    """A column as text, null where missing. Whole numbers read the same from text, integer and float columns."""
+def labels(column: pl.Series, source: str) -> pl.Series:
+    """A column as text, null where missing; UserError on a type that is none (lists, bytes).
+
+    One value reads the same from every kind of file, cell by cell: 1, 1.0 and the texts `1` and `1.0` are `1`; true
+    is `true`, also when a program wrote it as True or TRUE.
+    """
     if column.dtype.is_float():
-        whole = column.drop_nulls().drop_nans()
-        if (whole == whole.round()).all() and (whole.abs() < 2**53).all():
-            return column.fill_nan(None).cast(pl.Int64).cast(pl.String)
-        return column.fill_nan(None).cast(pl.String)
-    return column.cast(pl.String)
+        column = column.fill_nan(None)
+    try:
+        text = column.cast(pl.String)
+    except PolarsError:
+        raise UserError(
+            f"{source}: column {column.name!r} has type {column.dtype}: turn it into text or numbers"
+        ) from None
+    text = text.replace({"True": "true", "TRUE": "true", "False": "false", "FALSE": "false", "-0.0": "0"})
+    return text.str.replace(r"^(-?[0-9]+)\.0+$", "$1")
 
 
 def _read_csv(file: Path, missing_values: Sequence[str]) -> pl.DataFrame:
     # Arrow is strict where it matters: a row with a cell too few or too many, or bytes that are not UTF-8, is an error.
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    with pyarrow.csv.open_csv(
-        file, parse_options=parse, read_options=pyarrow.csv.ReadOptions(use_threads=False)
-    ) as head:
+    # One thread: only then does Arrow name the row in which it stumbles.
+    read = pyarrow.csv.ReadOptions(use_threads=False)
+    with pyarrow.csv.open_csv(_csv_input(file), parse_options=parse, read_options=read) as head:
         names = head.schema.names
     _check_names(names, file)
     convert = pyarrow.csv.ConvertOptions(
@@ -132,20 +144,27 @@ def _read_csv(file: Path, missing_values: Sequence[str]) -> pl.DataFrame:
         strings_can_be_null=True,
         quoted_strings_can_be_null=True,
     )
-    # One thread: only then does Arrow name the row in which it stumbles.
-    table = pyarrow.csv.read_csv(
-        file, parse_options=parse, convert_options=convert, read_options=pyarrow.csv.ReadOptions(use_threads=False)
-    )
+    table = pyarrow.csv.read_csv(_csv_input(file), parse_options=parse, convert_options=convert, read_options=read)
     return _as_frame(pl.from_arrow(table))
 
 
+def _csv_input(file: Path) -> Path | BytesIO:
+    """The file; with a newline at its end when it has none at all, or else Arrow takes a lone header for nothing."""
+    with file.open("rb") as stream:
+        head = stream.read(_MAX_HEADER_BYTES)
+        short = not stream.read(1)
+    return BytesIO(head + b"\n") if short and b"\n" not in head else file
+
+
 def _read_parquet(file: Path, _missing_values: Sequence[str]) -> pl.DataFrame:
-    frame = pl.read_parquet(file, glob=False)
-    _check_names(frame.columns, file)
+    # Arrow, because a damaged file makes it raise; polars may abort the process on the same bytes.
+    with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as stream:
+        _check_names(stream.schema_arrow.names, file)
+        table = stream.read()
+    table.validate(full=True)
+    frame = _as_frame(pl.from_arrow(table.replace_schema_metadata(None)))
     for name, dtype in frame.schema.items():
-        if isinstance(dtype, (pl.Categorical, pl.Enum)):
-            frame = frame.with_columns(pl.col(name).cast(pl.String))
-        elif dtype == pl.Boolean:
+        if isinstance(dtype, (pl.Categorical, pl.Enum, pl.Boolean)):
             # As the same column would read from a CSV file.
             frame = frame.with_columns(pl.col(name).cast(pl.String))
     return frame
@@ -153,6 +172,12 @@ def _read_parquet(file: Path, _missing_values: Sequence[str]) -> pl.DataFrame:
 
 def _as_frame(data: pl.DataFrame | pl.Series) -> pl.DataFrame:
     return data if isinstance(data, pl.DataFrame) else data.to_frame()
+
+
+def _reason(error: BaseException) -> str:
+    """First line of a library's message, without the control characters that a damaged file may bring into it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return "".join(c if c.isprintable() else "?" for c in lines[0])[:_MAX_REASON]
 
 
 def _check_names(names: Sequence[str], file: Path) -> None:

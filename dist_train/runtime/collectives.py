@@ -77,6 +77,12 @@ class Collectives:
                 raise failed
         return [value for value, _ in outcomes]
 
+    def together(self, act: Callable[[], T]) -> T:
+        """Run `act` on every rank; each keeps its own result, which may be large and never travels. Fails as `agree`."""
+        mine: list[T] = []
+        self.agree(lambda: mine.append(act()))
+        return mine[0]
+
     def barrier(self) -> None:
         """Wait for every rank."""
         self.sum(torch.zeros(1, device=self.device))
