@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.checkpoint.state import Parts
+from dist_train.config.rules import given_class_weights
 from dist_train.config.schema import JobConfig
 from dist_train.data.dataset import Dataset
 from dist_train.data.feed import Feed
@@ -181,18 +182,15 @@ class Session:
         replicated.train()
 
     def _class_weights(self, collectives: Collectives) -> Tensor | None:
-        chosen, names = self.config.train.class_weights, self.dataset.encoder.class_names
-        if chosen is None:
+        train, names = self.config.train, self.dataset.encoder.class_names
+        if train.class_weights is None:
             return None
-        if chosen == "balanced":
-            weights = balanced_weights(self.dataset.splits["train"].targets, len(names))
-        else:
-            given = {str(name): float(value) for name, value in chosen.items()}
-            if set(given) != set(names):
-                raise UserError(
-                    f"train.class_weights: must have the classes {', '.join(names)}, has {', '.join(given)}"
-                )
-            weights = torch.tensor([given[name] for name in names])
+        given = given_class_weights(train, names)
+        weights = (
+            torch.tensor(given, dtype=torch.float64)
+            if given
+            else balanced_weights(self.dataset.splits["train"].targets, len(names))
+        )
         return weights.to(collectives.device, dtype_of(self.config.train.precision))
 
 
