@@ -6,8 +6,8 @@ All mistakes are collected and reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,12 +26,16 @@ def load_config(arguments: Sequence[str]) -> JobConfig:
     """Configuration from `file.yaml ... key=value ...`; raises UserError that lists every mistake."""
     problems: list[str] = []
     tree = _writable(OmegaConf.structured(JobConfig))
+    sources: dict[str, str] = {}
     for source, key, value in _settings(arguments, tree, problems):
         try:
-            OmegaConf.update(tree, key, value, merge=False)
+            # Mappings merge, as sections do: `train.class_weights.high=2` leaves the other classes as they are.
+            merges = isinstance(value, dict) and isinstance(OmegaConf.select(tree, key), DictConfig)
+            OmegaConf.update(tree, key, value, merge=merges)
+            sources[key] = source
         except OmegaConfBaseException as error:
             problems.append(f"{source}: {_explain(key, value, error)}")
-    config = _freeze(tree, problems)
+    config = _freeze(tree, sources, problems)
     if config is not None:
         problems += problems_of(config)
     if problems or config is None:
@@ -108,20 +112,38 @@ def _leaves(source: str, prefix: str, content: Any, node: Any) -> Iterator[Setti
             yield source, key, value
 
 
-def _freeze(tree: DictConfig, problems: list[str]) -> JobConfig | None:
-    try:
-        return cast(JobConfig, OmegaConf.to_object(tree))
-    except OmegaConfBaseException as error:
-        problems.append(_first_line(error))
-        return None
+def _freeze(tree: DictConfig, sources: Mapping[str, str], problems: list[str]) -> JobConfig | None:
+    # Only now are references to other keys, `${section.key}`, looked up. One by one: each mistake is found.
+    found = len(problems)
+    for section in map(str, tree):
+        for name in tree[section]:
+            key = f"{section}.{name}"
+            try:
+                OmegaConf.to_container(OmegaConf.create({"value": tree[section][name]}), throw_on_missing=True)
+            except OmegaConfBaseException as error:
+                problems.append(f"{sources.get(key, 'default')}: {key}: {_first_line(error)}")
+    return cast(JobConfig, OmegaConf.to_object(tree)) if len(problems) == found else None
 
 
 def _explain(key: str, value: Any, error: OmegaConfBaseException) -> str:
     text = _first_line(error)
     if "not in" in text and "Key" in text:
-        hint = text[text.index("Did you mean") :] if "Did you mean" in text else "see docs/configuration.md"
-        return f"unknown key {key!r}. {hint}"
+        return f"unknown key {key!r}. {_hint(key, text)}"
+    if "is not Optional" in text:
+        return f"{key}: must have a value, is empty"
+    if "is not a subclass of" in text and "Config" in text:
+        return f"{key}={value!r}: is a section: set its keys, as in {key}.KEY=value"
+    if "is not a ListConfig" in text:
+        return f"{key}={value!r}: must be a list, as in {key}=[first,second]"
     return f"{key}={value!r}: {text}"
+
+
+def _hint(key: str, text: str) -> str:
+    if "Did you mean" in text:
+        return text[text.index("Did you mean") :]
+    default = JobConfig()
+    homes = [f"{section.name}.{key}" for section in fields(default) if hasattr(getattr(default, section.name), key)]
+    return f"Did you mean: {' or '.join(map(repr, homes))}?" if homes else "Every key: docs/configuration.md"
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dist_train.config.schema import JobConfig, ModelConfig, TrainConfig
+from dist_train.errors import UserError
 
 
 def dropout_pair(model: ModelConfig) -> tuple[float, float]:
@@ -14,6 +15,23 @@ def dropout_pair(model: ModelConfig) -> tuple[float, float]:
     value = model.dropout
     first, second = value if isinstance(value, list) else (value, value)
     return float(first), float(second)
+
+
+def given_class_weights(train: TrainConfig, class_names: Sequence[str]) -> list[float] | None:
+    """A mapping in `train.class_weights` as a list in the order of the classes; None when there is no mapping.
+
+    UserError unless it names these classes and no others.
+    """
+    if not isinstance(train.class_weights, dict):
+        return None
+    # YAML reads the names of classes 0, 1 and false, true as numbers and booleans.
+    given = {
+        str(name).lower() if isinstance(name, bool) else str(name): float(weight)
+        for name, weight in train.class_weights.items()
+    }
+    if set(given) != set(class_names):
+        raise UserError(f"train.class_weights: must have the classes {', '.join(class_names)}, has {', '.join(given)}")
+    return [given[name] for name in class_names]
 
 
 def problems_of(config: JobConfig) -> list[str]:
@@ -65,7 +83,7 @@ def _data(c: JobConfig) -> Iterator[tuple[str, str]]:
     for key, value in (("validation_fraction", d.validation_fraction), ("test_fraction", d.test_fraction)):
         if not 0 <= value < 1:
             yield f"data.{key}", f"must be at least 0 and below 1, is {value}"
-    if not d.validation_fraction + d.test_fraction < 1:
+    if d.validation_fraction < 1 and d.test_fraction < 1 and d.validation_fraction + d.test_fraction >= 1:
         yield "data.validation_fraction", "together with data.test_fraction it leaves no rows to train on"
 
 

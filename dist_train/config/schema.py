@@ -54,7 +54,7 @@ class DataConfig:
 class ModelConfig:
     """The classifier."""
 
-    name: str = "financial_classifier"
+    name: Literal["financial_classifier"] = "financial_classifier"
     """Name of the model in the registry."""
     hidden_dim: int = 256
     """Width of the first hidden layer; the second has half of it."""

@@ -78,7 +78,7 @@ class Collectives:
         return [value for value, _ in outcomes]
 
     def together(self, act: Callable[[], T]) -> T:
-        """Run `act` on every rank; each keeps its own result, which may be large and never travels. Fails as `agree`."""
+        """Run `act` on every rank; each keeps its own result, which never travels. It fails as `agree` does."""
         mine: list[T] = []
         self.agree(lambda: mine.append(act()))
         return mine[0]
