@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import polars as pl
 
+from dist_train.data.table import locate
 from dist_train.errors import UserError
 from dist_train.predictor import Predictor
 from dist_train.runtime.collectives import Collectives
@@ -42,9 +44,7 @@ def main() -> None:
         raise UserError(f"{output}: the name must end in .csv or .parquet")
     world = world_from_environment({})  # one process: an environment of a launcher has no say
     predictor = Predictor(arguments.run_dir, Collectives(world), arguments.checkpoint)
-    if not arguments.input.is_file():
-        raise UserError(f"{arguments.input}: no such file")
-    scores = predictor.predict(arguments.input)
+    scores = predictor.predict(locate(str(arguments.input)))
     _write(scores, output)
     log.info("%d rows scored into %s", scores.height, output)
 
@@ -55,7 +55,8 @@ def _write(scores: pl.DataFrame, output: Path) -> None:
         _WRITERS[output.suffix.lower()](scores, aside)
         aside.replace(output)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         raise UserError(f"{output}: cannot be written: {error.strerror or error}") from None
 
 

@@ -92,7 +92,10 @@ def _read_yaml(path: Path, problems: list[str]) -> Any:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problems.append(f"{path}: not valid YAML: {where}{getattr(error, 'problem', None) or error}")
     except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        problems.append(f"{path}: cannot be read: {_first_line(error)}")
+        text = _first_line(error)
+        if "Invalid loaded object type" in text:
+            text = "a configuration is a mapping of sections"
+        problems.append(f"{path}: cannot be read: {text}")
     else:
         if isinstance(content, dict):
             return content

@@ -69,6 +69,8 @@ def read_table(file: Path, missing_values: Sequence[str]) -> pl.DataFrame:
             raise UserError(f"{file}: the file is empty")
         return reader(file, missing_values)
     except (pa.ArrowException, PolarsError, PanicException, OSError, UnicodeDecodeError) as error:
+        if "Empty CSV file" in str(error):
+            raise UserError(f"{file}: the table has no rows") from None
         raise UserError(f"{file}: cannot be read as {file.suffix[1:].lower()}: {_reason(error)}") from None
 
 

@@ -1,0 +1,86 @@
+"""Run a command inside the test's own process: as a user types it, without two seconds for another import of torch."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import NoReturn
+from unittest.mock import patch
+
+from dist_train.runtime import console
+from tests.commands import environment
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a shell would see of a command."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Left(BaseException):
+    """In place of the process's end."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+def command(script: str, *arguments: object, **environ: str) -> Outcome:
+    """Exit code and output of `python launch/<script>.py ...`, by way of the same `run_command`."""
+    main = importlib.import_module(f"launch.{script}").main
+    out, err = StringIO(), StringIO()
+    with (
+        redirect_stdout(out),
+        redirect_stderr(err),
+        patch.object(sys, "argv", [f"launch/{script}.py", *map(str, arguments)]),
+        patch.object(console, "leave", _leave),
+        _environment(environment(**environ)),
+        _logging_untouched(),
+    ):
+        try:
+            console.run_command(main)
+        except Left as left:
+            return Outcome(left.code, out.getvalue(), err.getvalue())
+
+
+def _leave(code: int) -> NoReturn:
+    raise Left(code)
+
+
+@contextmanager
+def _environment(environ: Mapping[str, str]) -> Iterator[None]:
+    former = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(former)
+
+
+@contextmanager
+def _logging_untouched() -> Iterator[None]:
+    log = logging.getLogger("dist_train")
+    handlers, level, propagate = log.handlers[:], log.level, log.propagate
+    try:
+        yield
+    finally:
+        log.handlers[:], log.level, log.propagate = handlers, level, propagate
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file of a tree with its bytes, every folder with None: equal before and after means nothing was written."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
