@@ -1,0 +1,93 @@
+"""Quantiles counted in pieces are the quantiles of the whole, to the bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dist_train.data.quantiles import exact_quantiles
+
+FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+FLOATS = st.one_of(
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    # Duplicates, both zeros, subnormals and extremes, more often than chance brings them.
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1.1754944e-38, 3.4028235e38, -3.4028235e38, 0.1, 1 + 2**-23]),
+)
+
+
+def in_one_piece(values: Tensor) -> Tensor:
+    return exact_quantiles(values, FRACTIONS, lambda counts: counts)
+
+
+def in_pieces(pieces: list[Tensor]) -> Tensor:
+    """As several ranks would: the sums over pieces are recorded first, then every piece is asked with them at hand."""
+    sums: list[Tensor] = []
+    result = torch.empty(0)
+    while True:
+        contributions = []
+
+        def add_up(counts: Tensor, call: list[int], contributions: list[Tensor] = contributions) -> Tensor:
+            call[0] += 1
+            if call[0] <= len(sums):
+                return sums[call[0] - 1]
+            contributions.append(counts)
+            raise _Waiting
+
+        for piece in pieces:
+            call = [0]
+            try:
+                result = exact_quantiles(piece, FRACTIONS, lambda counts, call=call: add_up(counts, call))
+            except _Waiting:
+                continue
+        if not contributions:
+            return result
+        sums.append(torch.stack(contributions).sum(0))
+
+
+class _Waiting(Exception):
+    """A rank waits for the others."""
+
+
+def numpy_quantiles(values: Tensor) -> Tensor:
+    """Linear interpolation between neighbours, written out: numpy's order statistics, float64 arithmetic."""
+    ordered = np.sort(values.numpy()).astype(np.float64)
+    places = np.array([f * (len(ordered) - 1) for f in FRACTIONS])
+    below, above = ordered[np.floor(places).astype(int)], ordered[np.ceil(places).astype(int)]
+    return torch.from_numpy(below + (above - below) * (places - np.floor(places)))
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.lists(FLOATS, min_size=1, max_size=60))
+def test_they_equal_numpy(values: list[float]) -> None:
+    column = torch.tensor(values, dtype=torch.float32)
+    found = in_one_piece(column)
+    assert torch.equal(found, numpy_quantiles(column))
+    reference = np.quantile(column.numpy().astype(np.float64), FRACTIONS)
+    # numpy's own interpolation rounds at another place.
+    np.testing.assert_allclose(found.numpy(), reference, rtol=1e-15, atol=np.abs(column.numpy()).max() * 1e-15)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.lists(FLOATS, max_size=20), min_size=1, max_size=4))
+def test_the_cut_into_pieces_does_not_matter(pieces: list[list[float]]) -> None:
+    columns = [torch.tensor(piece, dtype=torch.float32) for piece in pieces]
+    assert torch.equal(in_pieces(columns).nan_to_num(nan=7e77), in_one_piece(torch.cat(columns)).nan_to_num(nan=7e77))
+
+
+def test_order_statistics_of_an_odd_count_are_values_of_the_column() -> None:
+    column = torch.randn(1001, generator=torch.Generator().manual_seed(0)) * 1e5
+    ordered = column.sort().values
+    assert in_one_piece(column).tolist() == [ordered[i].item() for i in (0, 250, 500, 750, 1000)]
+
+
+def test_float64_values_count_as_the_float32_they_round_to() -> None:
+    fine = torch.tensor([0.1, 0.2, 1 / 3], dtype=torch.float64)
+    assert torch.equal(in_one_piece(fine), in_one_piece(fine.float()))
+
+
+def test_no_values_give_nan() -> None:
+    assert in_one_piece(torch.empty(0)).isnan().all()
