@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from dist_train.checkpoint.run_folder import RunFolder, RunLock, this_process
 from dist_train.checkpoint.state import Parts, encode_parts, pack_json, weights_sha256
 from dist_train.config.differences import differences
 from dist_train.config.load import config_to_yaml
+from dist_train.config.rules import given_class_weights
 from dist_train.config.schema import JobConfig
 from dist_train.data.dataset import Dataset, load_dataset
 from dist_train.data.encoder import Encoder
@@ -36,6 +38,8 @@ from dist_train.training.evaluation import evaluate
 from dist_train.training.loop import Ending, Loop, Rhythm
 from dist_train.training.parts import Record
 
+T = TypeVar("T")
+
 
 def train(config: JobConfig, world: World, environ: Mapping[str, str], *, dry_run: bool = False) -> None:
     """Train a run to its end, to an agreed stop, or (`dry_run`) print its plan and write nothing."""
@@ -45,18 +49,24 @@ def train(config: JobConfig, world: World, environ: Mapping[str, str], *, dry_ru
         stack.enter_context(process_group(world, config.runtime.timeout_seconds))
         collectives = Collectives(world)
         dataset = _load(config, collectives)
+        given_class_weights(config.train, dataset.encoder.class_names)  # refused before anything is written
         if dry_run:
             _announce(Session(config, dataset, collectives), world)
             return
         folder = RunFolder(Path(config.run.dir) / config.run.name)
-        found = collectives.from_first(lambda: _open_folder(folder, config, stack, environ))
+        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
+        found = collectives.from_first(
+            lambda: _guard(lambda: _open_folder(folder, config, checkpoints, stack, environ), "the run folder")
+        )
         dataset = _check_resume(found, config, dataset, collectives)
         session = Session(config, dataset, collectives)
         if found:
             session.restore(found.parts)
+        collectives.from_first(lambda: _take_over(folder, config, checkpoints, session.progress.step))
         _announce(session, world)
         books = Books(folder, config, session, found, environ) if collectives.is_first else None
-        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
+        if books:
+            stack.enter_context(books)
 
         def save(step: int) -> None:
             def write() -> None:
@@ -67,7 +77,7 @@ def train(config: JobConfig, world: World, environ: Mapping[str, str], *, dry_ru
 
         ending = _loop(config, session, collectives, books, stop, save).run()
         if books:
-            books.close()
+            books.close(failed=False)
         if ending is Ending.STOPPED:
             collectives.from_first(lambda: _mark_for_requeue(folder, session))
             return
@@ -91,7 +101,9 @@ def _announce(session: Session, world: World) -> None:
         log.info("%s", line)
 
 
-def _open_folder(folder: RunFolder, config: JobConfig, stack: ExitStack, environ: Mapping[str, str]) -> Found | None:
+def _open_folder(
+    folder: RunFolder, config: JobConfig, checkpoints: Checkpoints, stack: ExitStack, environ: Mapping[str, str]
+) -> Found | None:
     """Rank 0: create and lock the run folder; the checkpoint to go on from, if any."""
     holder = this_process(environ.get("SLURM_JOB_ID"))
     folder.create()
@@ -103,7 +115,8 @@ def _open_folder(folder: RunFolder, config: JobConfig, stack: ExitStack, environ
             log.info("the run that was in %s is now in %s", folder.path, former)
             folder.create()
             stack.enter_context(RunLock(folder.lock, holder))
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
+    sweep(folder.path)
+    sweep(folder.checkpoints)
     found, skipped = checkpoints.newest()
     for reason in skipped:
         log.warning("skipped a damaged checkpoint: %s", reason)
@@ -114,16 +127,25 @@ def _open_folder(folder: RunFolder, config: JobConfig, stack: ExitStack, environ
         )
     if found:
         _refuse_changes(found, config)
-    checkpoints.drop_after(found.step if found else 0)
-    sweep(folder.path)
-    folder.requeue.unlink(missing_ok=True)
-    write_atomically(folder.config, config_to_yaml(config).encode())
+        _check_best(found, config, checkpoints)
     return found
+
+
+def _take_over(folder: RunFolder, config: JobConfig, checkpoints: Checkpoints, step: int) -> None:
+    """Rank 0: the run goes on from `step`; until here a refusal has left the folder as it was."""
+
+    def write() -> None:
+        checkpoints.drop_after(step)
+        folder.requeue.unlink(missing_ok=True)
+        write_atomically(folder.config, config_to_yaml(config).encode())
+
+    _guard(write, "the run folder")
 
 
 def _refuse_changes(found: Found, config: JobConfig) -> None:
     state = found.parts["state.json"]
-    harmful, harmless = differences(state["config"], asdict(config))
+    now = json.loads(json.dumps(asdict(config)))  # as the checkpoint has it: the keys of a mapping are text
+    harmful, harmless = differences(state["config"], now)
     for line in harmless:
         log.info("changed since the checkpoint: %s", line)
     if harmful and not config.run.force:
@@ -133,6 +155,27 @@ def _refuse_changes(found: Found, config: JobConfig) -> None:
         )
     for line in harmful:
         log.warning("forced to go on although %s", line)
+
+
+def _check_best(found: Found, config: JobConfig, checkpoints: Checkpoints) -> None:
+    """Find out now, and not when training is over, whether the best weights so far can be shipped."""
+    progress = found.parts["state.json"]["progress"]
+    best = progress["best_step"]
+    if best is None or best == found.step:
+        return
+    try:
+        checkpoints.read(best)
+        return
+    except UserError as error:
+        # When a newer best one was skipped as damaged, this one may be gone for good reason: training finds the
+        # newer one again.
+        if best in checkpoints.steps() and not config.run.force:
+            raise UserError(
+                f"{error}. It holds the best weights so far: start anew with run.resume=never, "
+                "or go on without it with run.force=true"
+            ) from None
+        log.warning("the best weights so far are lost, going on without them: %s", error)
+    progress |= {"best_step": None, "best_loss": None}
 
 
 def _check_resume(found: Found | None, config: JobConfig, dataset: Dataset, collectives: Collectives) -> Dataset:
@@ -165,8 +208,6 @@ class Books:
     ) -> None:
         state = found.parts["state.json"] if found else None
         self.journal = Journal(folder.metrics)
-        sent_step = self.journal.last_step
-        self.journal.load_state_dict(state["journal"] if state else {"bytes": 0})
         self.wandb = WandbRun(
             folder=folder.path,
             name=config.run.name,
@@ -174,8 +215,9 @@ class Books:
             mode=choose_mode(config.wandb.mode, environ),
             config=asdict(config),
             run_id=state["wandb"]["run_id"] if state else None,
-            sent_step=sent_step,
+            sent_step=self.journal.last_step,
         )
+        self.journal.load_state_dict(state["journal"] if state else {"bytes": 0})
         self.screen = Screen(
             terminal(),
             total_steps=session.total_steps,
@@ -185,15 +227,21 @@ class Books:
 
     def track(self, record: Record) -> None:
         """Write a line of metrics everywhere."""
-        self.journal.log(record)
+        _guard(lambda: self.journal.log(record), "metrics.jsonl")
         self.wandb.log(record)
         self.screen.log(record)
 
-    def close(self) -> None:
-        """End all of them."""
+    def close(self, *, failed: bool) -> None:
+        """End all of them; a second call does nothing."""
         self.screen.close()
-        self.wandb.close()
+        self.wandb.close(failed=failed)
         self.journal.close()
+
+    def __enter__(self) -> Books:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
 
 
 def _checkpoint_parts(
@@ -317,10 +365,10 @@ def _summary(config: JobConfig, session: Session, world: World, weights: Mapping
     }
 
 
-def _guard(write: Any, what: str) -> None:
+def _guard(write: Callable[[], T], what: str) -> T:
     """Turn a failing disk into one line; what was committed before is untouched."""
     try:
-        write()
+        return write()
     except OSError as error:
         raise TrainingFault(f"{what} could not be written: {error}; what was saved before is intact") from None
 

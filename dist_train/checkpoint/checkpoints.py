@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_train.checkpoint.commit import Damaged, commit, sweep
+from dist_train.checkpoint.commit import Damaged, commit, remove
 from dist_train.checkpoint.state import Parts, encode_parts, read_parts
 from dist_train.errors import UserError
 
@@ -39,7 +38,7 @@ class Checkpoints:
         newest = self.steps()[-self.keep :]
         for old in self.steps():
             if old not in newest and old != best_step:
-                shutil.rmtree(self._path(old), ignore_errors=True)
+                remove(self._path(old))
 
     def newest(self) -> tuple[Found | None, list[str]]:
         """The newest checkpoint that verifies, None when there is none; and why newer ones were skipped."""
@@ -63,10 +62,9 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Remove checkpoints of later steps (damaged ones that were skipped), so that their names are free again."""
-        sweep(self.folder)
         for later in self.steps():
             if later > step:
-                shutil.rmtree(self._path(later), ignore_errors=True)
+                remove(self._path(later))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{_PREFIX}{step:08d}"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 MANIFEST = "MANIFEST.json"
 _ASIDE = ".partial-"
+_FORMER = f"{_ASIDE}former-"
 
 
 class Damaged(Exception):
@@ -52,15 +53,17 @@ def read_verified(folder: Path) -> dict[str, bytes]:
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
     except FileNotFoundError:
         raise Damaged(f"{folder / MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise Damaged(f"{folder / MANIFEST} cannot be read") from None
+    if not expected:
+        raise Damaged(f"{folder / MANIFEST} names no parts")
     parts = {}
     for name, (size, sha256) in expected.items():
         if Path(name).name != name:
             raise Damaged(f"{folder / MANIFEST} names {name!r}, which is not a file of this folder")
         try:
             data = (folder / name).read_bytes()
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a name that no file can have
             raise Damaged(f"{folder / name} is missing or cannot be read") from None
         if len(data) != size:
             raise Damaged(f"{folder / name} has {len(data)} bytes instead of {size}")
@@ -70,10 +73,25 @@ def read_verified(folder: Path) -> dict[str, bytes]:
     return parts
 
 
+def remove(folder: Path) -> None:
+    """Let go of a committed folder: a process killed in the middle does not leave half of it under its name."""
+    aside = folder.with_name(f"{_ASIDE}removed-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.replace(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def sweep(parent: Path) -> None:
-    """Remove what a killed process left half-written."""
+    """Clear away what a killed process left half-written; a folder that was about to be replaced is put back."""
+    for former in parent.glob(f"{_FORMER}*"):
+        folder = parent / former.name.removeprefix(_FORMER)
+        if not folder.exists():
+            former.replace(folder)
     for aside in parent.glob(f"{_ASIDE}*"):
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink()
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -107,12 +125,17 @@ def sync_folder(folder: Path) -> None:
 
 def _replace_folder(aside: Path, folder: Path) -> None:
     # A folder cannot be renamed over one with files in it. The old one is moved out of the way first, so that it can
-    # be put back, and goes only when the new one stands.
+    # be put back (here, or by `sweep` after a kill), and goes only when the new one stands.
     if not folder.exists():
         aside.replace(folder)
         return
-    former = folder.with_name(f"{_ASIDE}former-{folder.name}")
+    former = folder.with_name(_FORMER + folder.name)
     shutil.rmtree(former, ignore_errors=True)
     folder.replace(former)
-    aside.replace(folder)
+    try:
+        aside.replace(folder)
+    except OSError:
+        former.replace(folder)
+        raise
+    sync_folder(folder.parent)
     shutil.rmtree(former, ignore_errors=True)

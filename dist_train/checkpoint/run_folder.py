@@ -41,7 +41,7 @@ class RunFolder:
 
     def move_aside(self) -> Path | None:
         """Rename an older run out of the way, to the first free `<name>.old-N`; None when there is nothing to move."""
-        if not self.config.exists() and not self.metrics.exists():
+        if all(path == self.lock for path in self.path.iterdir()):
             return None
         number = 1
         while (target := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
@@ -64,10 +64,14 @@ class RunLock:
         self._stream: IO[str] | None = None
 
     def __enter__(self) -> RunLock:
+        deadline = time.monotonic() + self._patience_seconds
         stream = self._file.open("a+")
-        if not _lock_within(stream, self._patience_seconds):
+        while not self._holds(stream):
             stream.close()
-            raise UserError(f"{self._file.parent}: another job is using this run folder: {self._who()}") from None
+            if time.monotonic() >= deadline:
+                raise UserError(f"{self._file.parent}: another job is using this run folder: {self._who()}")
+            time.sleep(0.1)
+            stream = self._file.open("a+")
         stream.seek(0)
         stream.truncate()
         json.dump(dict(self._holder), stream)
@@ -87,26 +91,22 @@ class RunLock:
             self._stream.close()
             self._stream = None
 
+    def _holds(self, stream: IO[str]) -> bool:
+        """Lock the open file, and see that it is still the one in the folder: the holder may have moved it aside."""
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(stream.fileno()), self._file.stat())
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOENT):
+                raise
+        return False
+
     def _who(self) -> str:
         try:
             holder = json.loads(self._file.read_text())
             return ", ".join(f"{key} {value}" for key, value in holder.items())
         except (OSError, ValueError, AttributeError):
             return "it has not said who it is"
-
-
-def _lock_within(stream: IO[str], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.1)
 
 
 def this_process(job_id: str | None) -> dict[str, Any]:

@@ -26,7 +26,11 @@ def choose_mode(mode: Literal["auto"] | Mode, environ: Mapping[str, str]) -> Mod
 
 
 class WandbRun:
-    """One wandb run, resumed by its id. Steps that the run already holds are not sent again."""
+    """One wandb run, resumed by its id. Steps that the run already holds are not sent again.
+
+    `sent_step` is the last step in a metrics.jsonl that has not been cut yet. It is kept beside the run: the next
+    resume finds a metrics.jsonl that was cut, and may come before training has reached that step again.
+    """
 
     def __init__(
         self,
@@ -40,13 +44,15 @@ class WandbRun:
         sent_step: int,
     ) -> None:
         self.run_id = run_id or secrets.token_hex(4)
-        self._sent_step = sent_step if run_id else 0
+        self._sent_step = 0
         self._run: Any = None
         if mode == "disabled":
             return
         try:
             import wandb
 
+            if run_id:
+                self._sent_step = _raise_mark(folder / "wandb" / f"sent-{run_id}", sent_step)
             self._run = wandb.init(
                 dir=folder,
                 id=self.run_id,
@@ -80,12 +86,12 @@ class WandbRun:
         except Exception as error:
             self._give_up(error)
 
-    def close(self) -> None:
-        """Finish the run."""
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the run; a second call does nothing."""
         run, self._run = self._run, None
         try:
             if run is not None:
-                run.finish()
+                run.finish(exit_code=int(failed))
         except Exception as error:
             self._give_up(error)
 
@@ -96,6 +102,15 @@ class WandbRun:
     def _give_up(self, error: Exception) -> None:
         self._run = None
         log.warning("wandb failed (%s): training goes on without it", type(error).__name__)
+
+
+def _raise_mark(file: Path, step: int) -> int:
+    """The highest step ever given for this file, which remembers it."""
+    known = file.read_text() if file.exists() else ""
+    step = max(step, int(known) if known.isdecimal() else 0)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(str(step))
+    return step
 
 
 def _key_in_netrc(environ: Mapping[str, str]) -> bool:

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import signal
+import stat
 import sys
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -35,9 +36,9 @@ COMPARED = ("step", "epoch", "samples", "split", "loss")
 TINY_JOB = (
     "data.target=grade",
     "model.hidden_dim=16",
-    "optim.lr=0.02",
+    "optim.lr=0.05",
     "schedule.warmup_steps=5",
-    "train.epochs=9",
+    "train.epochs=30",
     "train.global_batch_size=16",
     "train.accumulation_steps=2",
     "train.ema_decay=0.9",
@@ -54,14 +55,15 @@ TINY_JOB = (
 class Trap:
     """Where rank 0 kills itself.
 
-    `step`: before that step is trained. `save` and `operation`: before that file operation (from 1) of that save
-    (from 1), `tear` cuts the file that is being written to half first. `record`: nobody dies; the number of file
-    operations of each save is written to this file.
+    `step`: before that step is trained. `save`: in that save of this process (from 1) or a later one, before its `nth`
+    file operation of `kind` (any kind: an empty text); at an fsync, `tear` first cuts the file to half. `record`:
+    nobody dies; the names of the file operations of each save go to this file.
     """
 
     step: int | None = None
     save: int | None = None
-    operation: int | None = None
+    kind: str = ""
+    nth: int = 1
     tear: bool = False
     record: str | None = None
 
@@ -78,7 +80,7 @@ class Ended:
         return self.codes[0] == -signal.SIGKILL
 
 
-def write_table(path: Path, rows: int = 137, seed: int = 0) -> Path:
+def write_table(path: Path, rows: int = 150, seed: int = 0) -> Path:
     """A small table with a number, a number with missing cells, a text column and a target that can be learned."""
     draw = random.Random(seed)
     lines = ["income,debt,region,grade"]
@@ -160,7 +162,7 @@ def _rank(arguments: list[str], rank: int, size: int, store: str, log: str, trap
     rendezvous = f"file://{store}" if size > 1 else ""
     world = World(rank=rank, size=size, local_rank=rank, local_size=size, rendezvous=rendezvous)
     if trap and rank == 0:
-        _lay(trap)
+        lay(trap)
     run_command(lambda: train(load_config(arguments), world, {}))
 
 
@@ -169,7 +171,8 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _lay(trap: Trap) -> None:
+def lay(trap: Trap) -> None:
+    """Make this process die where the trap says."""
     if trap.step is not None:
         take_step = EagerStep.__call__
 
@@ -182,13 +185,13 @@ def _lay(trap: Trap) -> None:
         return
     counted = Operations()
     save = Checkpoints.write
-    saves: list[int] = []
+    saves: list[list[str]] = []
 
     def write(self: Checkpoints, step: int, parts: Any, best_step: int | None) -> None:
-        armed = len(saves) + 1 == trap.save
-        with counted.watching(trap.operation if armed else None, tear=trap.tear):
+        armed = trap.save is not None and len(saves) + 1 >= trap.save
+        with counted.watching(trap if armed else None):
             save(self, step, parts, best_step)
-        saves.append(len(counted.seen))
+        saves.append(counted.seen)
         if trap.record:
             Path(trap.record).write_text(json.dumps(saves))
 
@@ -207,8 +210,7 @@ class Operations:
     def __init__(self) -> None:
         self.seen: list[str] = []
         self._watching = False
-        self._fatal: int | None = None
-        self._tear = False
+        self._trap: Trap | None = None
         sys.addaudithook(self._hear)
         fsync = os.fsync
 
@@ -218,9 +220,9 @@ class Operations:
 
         os.fsync = counted_fsync  # type: ignore[assignment]
 
-    def watching(self, fatal: int | None, *, tear: bool = False) -> Operations:
+    def watching(self, trap: Trap | None) -> Operations:
         """Count from here to the end of the block."""
-        self._fatal, self._tear = fatal, tear
+        self._trap = trap
         return self
 
     def __enter__(self) -> Operations:
@@ -242,8 +244,9 @@ class Operations:
         if not self._watching:
             return
         self.seen.append(event)
-        if len(self.seen) == self._fatal:
-            size = os.fstat(handle).st_size if handle is not None else 0
-            if self._tear and handle is not None and size and not os.path.isdir(f"/proc/self/fd/{handle}"):
-                os.ftruncate(handle, size // 2)
+        trap = self._trap
+        if trap and event.startswith(trap.kind) and sum(e.startswith(trap.kind) for e in self.seen) == trap.nth:
+            status = os.fstat(handle) if handle is not None else None
+            if trap.tear and handle is not None and status and stat.S_ISREG(status.st_mode):
+                os.ftruncate(handle, status.st_size // 2)
             die()
