@@ -74,8 +74,9 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
         if not self.training:
             # Ranks evaluate different numbers of batches: whatever the statistics are, each batch stands for itself.
             return super().forward(input)
-        self._check_input_dim(input)
-        # Statistics of half-precision rows are computed in the precision of the parameters, as torch does.
+        if input.ndim != 2:
+            raise ValueError(f"expected (rows, {self.num_features}), got a tensor of {input.ndim} dimensions")
+        # Half-precision rows are normalised in the precision of the parameters, as torch does.
         rows = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
         output, count, mean, var = _Normalise.apply(rows, self.weight, self.bias, self.eps, self.collectives)
         if self.track_running_stats:
@@ -90,35 +91,38 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(var * (count / (count - 1)), share)
+        for running, now in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
+            running.copy_(torch.lerp(running.double(), now, share))
 
 
 class _Normalise(torch.autograd.Function):
     """Two communications: (count, mean, M2) of each rank forwards, two sums over rows backwards.
 
     Means and squared deviations of the ranks are merged as Chan, Golub and LeVeque (1983, "Algorithms for computing
-    the sample variance") do, which stays exact for features far from zero.
+    the sample variance") do. The forward pass is float64 up to one rounding at its end: features may be far from zero,
+    and the cut of a batch into ranks shows only in the rare number whose rounding 1e-16 tips over. Fewer differences
+    matter: one that turns a ReLU on or off for one row sets two trainings apart for good.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, collectives: Collectives
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        num_rows = len(x)
-        if num_rows:
-            own_var, own_mean = torch.var_mean(x, 0, correction=0)
-        else:
-            own_var = own_mean = x.new_zeros(x.shape[1])
-        own = torch.cat([x.new_tensor([num_rows]), own_mean, own_var * num_rows])
-        counts, means, squares = torch.split(collectives.stack(own), [1, x.shape[1], x.shape[1]], 1)
-        count = counts.sum()
+        wide, width = x.double(), x.shape[1]
+        own = wide.new_zeros((3, width))  # the count in each column: one tensor, one communication
+        if len(x):
+            # torch's own kernel for the statistics of a BatchNorm: var_mean takes ten times as long along dimension 0.
+            own[0] = len(x)
+            own[1], own[2] = torch.batch_norm_update_stats(wide, None, None, 0.0)
+        counts, means, variances = collectives.stack(own).unbind(1)
+        total = counts.sum(0)
+        count = total[0]
         if count < 2:
             raise ValueError("BatchNorm needs at least two rows over all ranks in training")
-        mean = (means * counts).sum(0) / count
-        var = (squares + counts * (means - mean) ** 2).sum(0) / count
+        mean = (means * counts).sum(0) / total
+        var = (counts * (variances + (means - mean) ** 2)).sum(0) / total
         inverse_std = torch.rsqrt(var + eps)
-        normal = (x - mean) * inverse_std
+        normal = torch.addcmul(-mean * inverse_std, wide, inverse_std).to(x.dtype)
         ctx.collectives = collectives
         ctx.save_for_backward(normal, weight, inverse_std, count)
         output = normal if weight is None or bias is None else torch.addcmul(bias, normal, weight)
@@ -131,9 +135,9 @@ class _Normalise(torch.autograd.Function):
         own_grad_sum = grad.sum(0)
         own_product_sum = (grad * normal).sum(0)
         sums = ctx.collectives.sum(torch.stack([own_grad_sum, own_product_sum]))
-        grad_sum, product_sum = sums / count
         scale = inverse_std if weight is None else inverse_std * weight
-        grad_input = (grad - grad_sum - normal * product_sum) * scale
+        grad_shift, product_scale = (-sums / count * scale).to(grad.dtype)
+        grad_input = torch.addcmul(grad_shift, grad, scale.to(grad.dtype)).addcmul_(normal, product_scale)
         if weight is None:
             return grad_input, None, None, None, None
         return grad_input, own_product_sum, own_grad_sum, None, None
