@@ -1,0 +1,240 @@
+"""The encoder: fitted on the training rows alone, to the same bits on any number of ranks."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from torch import Tensor
+
+from dist_train.data.dataset import encode
+from dist_train.data.encoder import MISSING, UNKNOWN, Encoder
+from dist_train.data.fitting import fit_encoder
+from dist_train.data.table import feature_kinds
+from dist_train.errors import UserError
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.position import cut
+from dist_train.runtime.world import World
+from tests.ranks import on_ranks
+
+
+def table(num_rows: int = 301) -> pl.DataFrame:
+    """Heavy tails, holes, a constant, almost a constant, nothing, text, codes."""
+    random = np.random.default_rng(11)
+
+    def holes(values: Any, share: float) -> pl.Series:
+        return pl.Series(values).set(pl.Series(random.random(num_rows) < share), None)
+
+    return pl.DataFrame(
+        {
+            "income": holes(np.exp(random.normal(10, 3, num_rows)), 0.2),
+            "balance": random.normal(0, 1e-3, num_rows),
+            "constant": [7.5] * num_rows,
+            "rare": [0.0] * (num_rows - 3) + [5.0, 1.0, 2.0],
+            "nothing": pl.Series([None] * num_rows, dtype=pl.Float64),
+            "purpose": holes(random.choice(["car", "house", "träume"], num_rows, p=[0.2, 0.5, 0.3]), 0.1),
+            "code": random.integers(0, 5, num_rows),
+        }
+    )
+
+
+def fit(
+    frame: pl.DataFrame, collectives: Collectives | None = None, *, max_categories: int = 256, one_hot: bool = True
+) -> Encoder:
+    kinds = feature_kinds(frame, [], ["code"] if "code" in frame.columns else [], "t")
+    collectives = collectives or Collectives(World())
+    begin, end = cut(0, frame.height, collectives.size)[collectives.rank]
+    return fit_encoder(
+        frame[begin:end], kinds, ["bad", "good"], collectives,
+        max_categories=max_categories, one_hot=one_hot, source="t",
+    )  # fmt: skip
+
+
+def features(encoder: Encoder, frame: pl.DataFrame) -> Tensor:
+    return encode(frame, encoder, "t")[0]
+
+
+def image(encoder: Encoder) -> tuple[str, dict[str, bytes]]:
+    """An encoder to the bit."""
+    tensors = {name: tensor.numpy().tobytes() for name, tensor in encoder.state_dict().items()}
+    return json.dumps(encoder.describe()), tensors
+
+
+def image_on_rank(collectives: Collectives, frame: pl.DataFrame, max_categories: int) -> tuple[str, dict[str, bytes]]:
+    return image(fit(frame, collectives, max_categories=max_categories))
+
+
+@pytest.mark.parametrize("num_rows", [301, 2])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_it_is_the_same_to_the_bit_on_any_number_of_ranks(world_size: int, num_rows: int) -> None:
+    """Two rows on three ranks: one rank has none."""
+    frame = table()[:num_rows]
+    alone = image(fit(frame, max_categories=2))
+    assert on_ranks(world_size, image_on_rank, frame, 2) == [alone] * world_size
+
+
+def test_numbers_are_scaled_by_median_and_quartiles_and_clipped_smoothly() -> None:
+    """RealMLP's preprocessing (Holzmüller, Grinsztajn and Steinwart 2024), written out with numpy."""
+    frame = table().select("income", "balance")
+    encoded = features(fit(frame), frame)
+    for index, name in enumerate(("income", "balance")):
+        values = frame[name].to_numpy().astype(np.float64)
+        rounded = values.astype(np.float32).astype(np.float64)
+        lower, median, upper = np.nanquantile(rounded, (0.25, 0.5, 0.75))
+        scaled = (np.where(np.isnan(values), median, values) - median) / (upper - lower)
+        expected = scaled / np.sqrt(1 + (scaled / 3) ** 2)
+        np.testing.assert_allclose(encoded[:, index].numpy(), expected, rtol=1e-6, atol=1e-6)
+    assert encoded.abs().max() <= 3
+
+
+def test_without_quartiles_half_the_range_is_the_scale_and_a_constant_encodes_to_zero() -> None:
+    frame = table().select("constant", "rare")
+    encoded = features(fit(frame), frame)
+    assert (encoded[:, 0] == 0).all()
+    np.testing.assert_allclose(encoded[-3:, 1], [x / np.sqrt(1 + (x / 3) ** 2) for x in (2.0, 0.4, 0.8)], rtol=1e-6)
+    assert (features(fit(frame), pl.DataFrame({"constant": [1e30], "rare": [0.0]})) == 0).all()
+
+
+def test_missing_numbers_are_the_median_and_flagged_where_training_had_some() -> None:
+    frame = table().select("income", "balance")
+    encoder = fit(frame)
+    assert encoder.flagged.tolist() == [True, False]
+    encoded = features(encoder, pl.DataFrame({"income": [None, 5.0], "balance": [0.0, None]}))
+    assert encoded.shape == (2, 3)
+    assert encoded[0, 0] == 0
+    assert encoded[1, 1] == 0
+    assert encoded[:, 2].tolist() == [1.0, 0.0]
+
+
+def test_a_column_without_values_adds_only_its_flag() -> None:
+    frame = table().select("nothing", "balance")
+    encoded = features(fit(frame), frame)
+    assert (encoded[:, 0] == 0).all()
+    assert (encoded[:, 2] == 1).all()
+    assert features(fit(frame), pl.DataFrame({"nothing": [3e38], "balance": [0.0]}))[0, 0] == 0
+
+
+def test_categories_have_a_slot_each_the_most_frequent_first() -> None:
+    encoder = fit(pl.DataFrame({"x": ["b", "a", "b", "c", "a", "b", None]}))
+    assert encoder.description.categories == {"x": ["b", "a", "c"]}
+    encoded = features(encoder, pl.DataFrame({"x": ["b", "c", None, "new"]}))
+    assert encoded.tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 0, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
+
+
+def test_equally_frequent_categories_are_in_the_order_of_their_names() -> None:
+    assert fit(pl.DataFrame({"x": ["c", "a", "b", "b", "a", "c"]})).description.categories == {"x": ["a", "b", "c"]}
+
+
+def test_categories_beyond_the_limit_share_the_slot_for_unknown_ones() -> None:
+    encoder = fit(pl.DataFrame({"x": ["a", "a", "b", "b", "c"]}), max_categories=2)
+    assert encoder.description.categories == {"x": ["a", "b"]}
+    # The slot occurred in training, so an unknown category uses it; a missing cell did not occur.
+    assert features(encoder, pl.DataFrame({"x": ["c", "new", None]})).tolist() == [[0, 1, 0, 0]] * 2 + [[0] * 4]
+
+
+def test_embedded_categories_are_handed_on_as_slots() -> None:
+    frame = table()
+    encoder = fit(frame, one_hot=False)
+    dense, slots = encode(frame, encoder, "t")
+    assert dense.shape == (301, encoder.input_dim)
+    assert encoder.embedded_sizes == [2 + 3, 2 + 5]
+    words = encoder.description.categories["purpose"]
+    expected = [MISSING if word is None else 2 + words.index(word) for word in frame["purpose"]]
+    assert slots[:, 0].tolist() == expected
+    new = frame[:1].with_columns(purpose=pl.lit("new"))
+    assert encode(new, encoder, "t")[1][0, 0] == UNKNOWN
+
+
+def test_one_hot_features_are_the_slots_written_out() -> None:
+    frame = table()
+    hot, embedded = fit(frame), fit(frame, one_hot=False)
+    dense, slots = encode(frame, embedded, "t")
+    width = dense.shape[1]
+    assert torch.equal(features(hot, frame)[:, :width], dense)
+    assert features(hot, frame).shape[1] == width + sum(embedded.embedded_sizes) == hot.input_dim
+    written_out = torch.cat(
+        [torch.nn.functional.one_hot(slots[:, i], size) for i, size in enumerate(embedded.embedded_sizes)], 1
+    )
+    assert torch.equal(features(hot, frame)[:, width:], written_out.float())
+
+
+def test_every_training_row_is_encoded_to_finite_numbers() -> None:
+    extremes = pl.DataFrame({"x": [3.4e38, -3.4e38, 1e-45, 0.0, None], "y": [1.0, 1 + 1e-7, 1.0, 1.0, 3e38]})
+    encoded = features(fit(extremes), extremes)
+    assert encoded.isfinite().all()
+    assert encoded.dtype == torch.float32
+
+
+def test_the_order_of_columns_and_further_columns_do_not_matter() -> None:
+    frame = table()
+    encoder = fit(frame)
+    shuffled = frame.select(reversed(frame.columns)).with_columns(more=pl.lit("x"))
+    assert torch.equal(features(encoder, shuffled), features(encoder, frame))
+
+
+def test_a_row_is_encoded_the_same_alone_and_among_others() -> None:
+    frame = table()
+    encoder = fit(frame)
+    together = features(encoder, frame)
+    assert torch.equal(torch.cat([features(encoder, frame[i : i + 1]) for i in range(0, 301, 37)]), together[::37])
+    assert features(encoder, frame[:0]).shape == (0, encoder.input_dim)
+
+
+def test_it_is_the_same_after_saving_and_loading() -> None:
+    frame = table()
+    encoder = fit(frame)
+    file = io.BytesIO()
+    torch.save(encoder.state_dict(), file)
+    file.seek(0)
+    tensors: Mapping[str, Tensor] = torch.load(file, weights_only=True)
+    again = Encoder.from_description(json.loads(json.dumps(encoder.describe())), tensors)
+    assert image(again) == image(encoder)
+    assert torch.equal(features(again, frame), features(encoder, frame))
+
+
+def test_only_categories_and_only_numbers_are_tables_too() -> None:
+    for names in (["purpose"], ["balance"]):
+        frame = table().select(names)
+        encoder = fit(frame)
+        assert features(encoder, frame).shape == (301, encoder.input_dim)
+        dense, *slots = encode(frame, fit(frame, one_hot=False), "t")
+        assert dense.shape[0] == 301
+        assert len(slots) == (names == ["purpose"])
+
+
+def test_a_missing_column_is_named() -> None:
+    with pytest.raises(UserError, match=r"t: no column 'code' \(the model was trained on it\)"):
+        features(fit(table()), table().drop("code"))
+
+
+def test_a_column_of_another_type_is_named() -> None:
+    encoder = fit(table())
+    with pytest.raises(UserError, match="t: column 'balance', data row 1: 'x' is not a number"):
+        features(encoder, table().with_columns(balance=pl.lit("x")))
+    with pytest.raises(UserError, match="t: column 'balance' has type Date"):
+        features(encoder, table().with_columns(balance=pl.date(2020, 1, 1)))
+    with pytest.raises(UserError, match="t: column 'purpose' has type List"):
+        features(encoder, table().with_columns(purpose=pl.concat_list("code")))
+
+
+def _bad_cell_on_one_rank(collectives: Collectives) -> str:
+    frame = pl.DataFrame({"x": ["1", "2", "3", "four"]})
+    begin, end = cut(0, 4, collectives.size)[collectives.rank]
+    kinds = feature_kinds(pl.DataFrame({"x": [1.0]}), [], [], "t")
+    try:
+        fit_encoder(frame[begin:end], kinds, ["a", "b"], collectives, max_categories=2, one_hot=True, source="t")
+    except UserError as error:
+        return str(error)
+    return "fitted"
+
+
+def test_a_mistake_that_one_rank_finds_is_known_to_all() -> None:
+    first, second = on_ranks(2, _bad_cell_on_one_rank)
+    assert first == second
+    assert "'four' is not a number" in first
