@@ -71,7 +71,7 @@ class Predictor:
         frame = read_table(file, self.config.data.missing_values)
         inputs = encode(frame, self.encoder, str(file))
         targets = torch.zeros(frame.height, dtype=torch.int64)
-        rows = resident(inputs, targets, targets, self.collectives.device, self._dtype)
+        rows = resident(inputs, targets, torch.arange(frame.height), self.collectives.device, self._dtype)
         batch_size = self.config.evaluation.batch_size
         predicted = probabilities(self.model, rows, batch_size, len(self.class_names), self.collectives)
         columns = {f"probability_{name}": predicted[:, i].numpy() for i, name in enumerate(self.class_names)}

@@ -35,7 +35,7 @@ def main() -> None:
     )
     parser.add_argument("config", nargs="*", help="configuration files (.yaml) and key=value")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # --dry-run may stand anywhere
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_when_parent_dies()
     config = load_config(arguments.config)

@@ -159,8 +159,8 @@ YAML_FILES = {
     "optim: 3\n": ("optim",),
     "optim:\n": ("optim", "empty"),
     "3: 4\n": ("3",),
-    "optim:\n  lr: ${nowhere}\n": ("optim.lr", "nowhere"),
-    "optim:\n  lr: ???\n": ("optim.lr",),
+    "optim:\n  eps: ${nowhere}\n": ("optim.eps", "nowhere"),
+    "optim:\n  eps: ???\n": ("optim.eps",),
     "optim:\n  lr: 1\n  lr: 2\n": ("lr",),
     "a: !!python/object/apply:os.system ['touch harm']\n": ("python/object",),
 }

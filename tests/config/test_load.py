@@ -1,0 +1,194 @@
+"""Command line and YAML files -> one frozen object, or every mistake at once."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import FrozenInstanceError, asdict, fields
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_train.config.load import config_to_yaml, load_config, read_config
+from dist_train.config.schema import JobConfig, ModelConfig
+from dist_train.errors import UserError
+from dist_train.models.registry import MODELS
+
+
+def mistakes(*arguments: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(arguments)
+    return str(caught.value)
+
+
+def yaml_file(folder: Path, name: str, text: str) -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_without_arguments_all_values_are_the_defaults() -> None:
+    assert load_config([]) == JobConfig()
+
+
+def test_later_files_win_over_earlier_ones_and_the_command_line_over_all(tmp_path: Path) -> None:
+    first = yaml_file(tmp_path, "a.yaml", "optim: {lr: 0.1, eps: 1.0e-3}\ntrain: {epochs: 3}\n")
+    second = yaml_file(tmp_path, "b.yaml", "optim: {lr: 0.2}\n")
+    config = load_config(["train.epochs=5", first, "optim.weight_decay=0.5", second, "train.epochs=6"])
+    assert (config.optim.lr, config.optim.eps, config.optim.weight_decay) == (0.2, 1e-3, 0.5)
+    assert config.train.epochs == 6
+    assert load_config([second, first]).optim.lr == 0.1
+
+
+def test_lists_replace_and_mappings_merge(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, "a.yaml", "data: {drop: [a, b]}\ntrain: {class_weights: {low: 1, high: 2}}\n")
+    config = load_config([file, "data.drop=[c]", "train.class_weights.high=3"])
+    assert config.data.drop == ["c"]
+    assert config.train.class_weights == {"low": 1, "high": 3}
+    assert load_config([file, "train.class_weights=balanced"]).train.class_weights == "balanced"
+    assert load_config([file, "train.class_weights=null"]).train.class_weights is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "section", "key", "value"),
+    [
+        ("optim.lr=1e-3", "optim", "lr", 1e-3),
+        ("optim.lr=1", "optim", "lr", 1.0),
+        ("optim.max_grad_norm=null", "optim", "max_grad_norm", None),
+        ("train.max_steps=7", "train", "max_steps", 7),
+        ("run.name=2024-01-01", "run", "name", "2024-01-01"),
+        ("run.name='null'", "run", "name", "null"),
+        ("run.dir=a=b", "run", "dir", "a=b"),
+        ("run.dir=runs/x.yaml", "run", "dir", "runs/x.yaml"),
+        ("run.force=yes", "run", "force", True),
+        ("model.dropout=0.5", "model", "dropout", 0.5),
+        ("model.dropout=[0,0]", "model", "dropout", [0, 0]),
+        ("data.missing_values=[NA,-1]", "data", "missing_values", ["NA", "-1"]),
+        ("data.drop=[]", "data", "drop", []),
+        ("data.target='a, b: c'", "data", "target", "a, b: c"),
+        ("data.target=größe", "data", "target", "größe"),
+        ("train.class_weights={0: 1, 1: 2.5}", "train", "class_weights", {0: 1, 1: 2.5}),
+    ],
+)
+def test_values_mean_what_yaml_says(argument: str, section: str, key: str, value: object) -> None:
+    found = getattr(getattr(load_config([argument]), section), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_value_can_refer_to_another() -> None:
+    assert load_config(["run.name=lr_${optim.lr}", "optim.lr=0.25"]).run.name == "lr_0.25"
+
+
+def test_the_result_is_frozen() -> None:
+    config = load_config(["optim.lr=0.1"])
+    with pytest.raises(FrozenInstanceError):
+        config.optim.lr = 0.2  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        config.optim = config.optim  # type: ignore[misc]
+
+
+def test_two_configurations_share_nothing_that_can_change() -> None:
+    first, second = load_config([]), load_config([])
+    first.data.drop.append("x")
+    assert second.data.drop == JobConfig().data.drop == []
+
+
+def test_all_mistakes_are_listed_at_once_in_order_of_what_finds_them(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, "a.yaml", "optim: {lrr: 1, lr: -1}\nmodle: {name: x}\n")
+    text = mistakes(file, "nowhere.yaml", "train.epochs=two", "model.dropout=1.5", "word", "checkpoint.keep=0")
+    lines = text.splitlines()
+    assert lines[0] == "8 mistakes in the configuration:"
+    for line, parts in zip(
+        lines[1:],
+        [
+            ("a.yaml", "'optim.lrr'", "Did you mean"),
+            ("a.yaml", "'modle'", "Did you mean", "model"),
+            ("nowhere.yaml", "no such file"),
+            ("train.epochs", "two"),
+            ("'word'", "key=value"),
+            ("model.dropout", "1.5"),
+            ("optim.lr", "-1"),
+            ("checkpoint.keep", "0"),
+        ],
+        strict=True,
+    ):
+        assert all(part in line for part in parts), text
+
+
+def test_one_mistake_is_one_line() -> None:
+    assert mistakes("optim.lr=nan") == "optim.lr: must be finite and above 0, is nan"
+
+
+def test_a_key_without_its_section_is_answered_with_the_section() -> None:
+    assert "'optim.lr'" in mistakes("lr=1")
+    assert "'evaluation.every_steps' or 'checkpoint.every_steps' or 'log.every_steps'" in mistakes("every_steps=3")
+
+
+NUMBERS = [
+    f"{section.name}.{key}"
+    for section in fields(JobConfig)
+    for key, value in asdict(JobConfig())[section.name].items()
+    if isinstance(value, (int, float)) and not isinstance(value, bool)
+]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "many", "[1]", "null", "true"])
+def test_no_number_takes_what_is_none(key: str, value: str) -> None:
+    if (key, value) == ("optim.max_grad_norm", "null"):
+        return  # means: not clipped
+    assert key in mistakes(f"{key}={value}")
+
+
+def resolved() -> st.SearchStrategy[list[str]]:
+    names = st.text(st.characters(codec="utf-8", exclude_characters="/\\${}"), min_size=1, max_size=20)
+    texts = names.filter(lambda t: t.strip() and t not in {".", "..", "???"} and "\0" not in t)
+    quoted = texts.map(lambda t: "'" + t.replace("'", "''") + "'").filter(lambda t: t.isprintable())
+    unit = st.floats(0, 0.99)
+    return st.tuples(
+        quoted.map(lambda t: f"run.name={t}"),
+        st.integers(0, 2**63 - 1).map(lambda n: f"run.seed={n}"),
+        st.floats(1e-30, 1e30).map(lambda x: f"optim.lr={x!r}"),
+        st.tuples(unit, unit).map(lambda p: f"model.dropout=[{p[0]!r}, {p[1]!r}]"),
+        st.lists(quoted, max_size=3, unique=True).map(lambda names: f"data.missing_values=[{', '.join(names)}]"),
+        st.dictionaries(st.integers(0, 9), st.floats(0.1, 9), max_size=3).map(
+            lambda d: "train.class_weights={" + ", ".join(f"{k}: {v!r}" for k, v in d.items()) + "}"
+        ),
+    ).map(list)
+
+
+@settings(deadline=None, max_examples=30)
+@given(resolved())
+def test_config_yaml_reads_back_as_the_same_object(
+    tmp_path_factory: pytest.TempPathFactory, arguments: list[str]
+) -> None:
+    config = load_config(arguments)
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    path.write_text(config_to_yaml(config))
+    assert read_config(path) == config
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(["optim.lr", "optim", "model.dropout", "train.class_weights", "data.drop", "run.name", "x", ""]),
+    st.text(max_size=12),
+)
+def test_whatever_is_typed_is_taken_or_refused_in_words(key: str, value: str) -> None:
+    with suppress(UserError):
+        load_config([f"{key}={value}"])
+
+
+def test_every_shipped_configuration_loads() -> None:
+    folder = Path(__file__).parents[2] / "configs"
+    files = [str(path) for path in sorted(folder.glob("*.yaml"))]
+    assert files
+    for file in files:
+        load_config([file])
+    assert load_config([f"{folder}/credit_risk.yaml", f"{folder}/debug.yaml"]).run.name == "debug"
+
+
+def test_the_names_of_models_are_those_of_the_registry() -> None:
+    assert set(get_args(get_type_hints(ModelConfig)["name"])) == set(MODELS)
