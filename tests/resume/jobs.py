@@ -57,7 +57,8 @@ class Trap:
 
     `step`: before that step is trained. `save`: in that save of this process (from 1) or a later one, before its `nth`
     file operation of `kind` (any kind: an empty text); at an fsync, `tear` first cuts the file to half. `record`:
-    nobody dies; the names of the file operations of each save go to this file.
+    nobody dies; the names of the file operations of each save go to this file. `signal`: nobody dies either; before
+    `step`, rank `rank` gets this signal, `times` times.
     """
 
     step: int | None = None
@@ -66,6 +67,9 @@ class Trap:
     nth: int = 1
     tear: bool = False
     record: str | None = None
+    signal: int = 0
+    rank: int = 0
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def _rank(arguments: list[str], rank: int, size: int, store: str, log: str, trap
     torch.set_num_threads(1)
     rendezvous = f"file://{store}" if size > 1 else ""
     world = World(rank=rank, size=size, local_rank=rank, local_size=size, rendezvous=rendezvous)
-    if trap and rank == 0:
+    if trap and rank == trap.rank:
         lay(trap)
     run_command(lambda: train(load_config(arguments), world, {}))
 
@@ -177,7 +181,10 @@ def lay(trap: Trap) -> None:
         take_step = EagerStep.__call__
 
         def step(self: EagerStep, batches: Any, number: int, *, wants_stop: bool) -> Any:
-            if number == trap.step:
+            if number == trap.step and trap.signal:
+                for _ in range(trap.times):
+                    signal.raise_signal(trap.signal)
+            elif number == trap.step:
                 die()
             return take_step(self, batches, number, wants_stop=wants_stop)
 

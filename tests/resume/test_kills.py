@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.resume.jobs import Trap, finish, folder_of, outcome, run_job, tiny_job, write_table
+from tests.resume.conftest import Whole
+from tests.resume.jobs import Trap, finish, folder_of, run_job, tiny_job
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("kills")
-    write_table(folder / "clients.csv")
-    return folder
-
-
-@cache
-def uninterrupted(place: Path, ranks: int) -> tuple[dict[str, Any], list[list[str]]]:
-    """The outcome of a run that nobody interrupts, and the file operations of each of its saves."""
-    record = place / f"operations{ranks}.json"
-    arguments = tiny_job(place / "clients.csv", place / f"uninterrupted{ranks}")
-    ended = run_job(arguments, ranks, Trap(record=str(record)))
-    assert ended.codes == [0] * ranks, ended.errors
-    return outcome(folder_of(arguments)), json.loads(record.read_text())
-
-
-def test_the_job_exercises_what_could_be_forgotten(place: Path) -> None:
-    whole, saves = uninterrupted(place, 1)
-    run_dir = place / "uninterrupted1"
+def test_the_job_exercises_what_could_be_forgotten(table: Path, uninterrupted: Whole) -> None:
+    whole, saves = uninterrupted(1)
+    run_dir = table.parent / "uninterrupted1"
     checkpoint = run_dir / "checkpoints" / f"step_{whole['steps']:08d}"
     assert {p.name for p in checkpoint.iterdir()} == {
         "model.pth", "optimizer.pth", "average.pth", "meter.pth", "encoder.pth", "state.json", "MANIFEST.json",
@@ -45,8 +26,8 @@ def test_the_job_exercises_what_could_be_forgotten(place: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_one_kill_after_another_changes_no_bit(place: Path, ranks: int) -> None:
-    whole, saves = uninterrupted(place, ranks)
+def test_one_kill_after_another_changes_no_bit(table: Path, tmp_path: Path, uninterrupted: Whole, ranks: int) -> None:
+    whole, saves = uninterrupted(ranks)
     assert saves[6].index("os.rename") < saves[6].index("os.remove")  # the new one stands before an old one goes
     assert saves[6].count("fsync") == 9
     traps = [
@@ -58,7 +39,7 @@ def test_one_kill_after_another_changes_no_bit(place: Path, ranks: int) -> None:
         Trap(save=4, kind="os.remove", nth=3),  # half of an old checkpoint is gone
         Trap(step=37),  # in the middle of an epoch and of a line of metrics
     ]
-    arguments = tiny_job(place / "clients.csv", place / f"killed{ranks}")
+    arguments = tiny_job(table, tmp_path / f"killed{ranks}")
     if ranks == 2:  # where the second rank makes a difference
         traps = [traps[0], traps[2], traps[5], traps[6]]
     for trap in traps:
@@ -71,21 +52,23 @@ def test_one_kill_after_another_changes_no_bit(place: Path, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_kill_on_more_ranks_changes_no_bit(place: Path, ranks: int) -> None:
+def test_a_kill_on_more_ranks_changes_no_bit(table: Path, tmp_path: Path, ranks: int) -> None:
     """Sums of more than two ranks depend on the order in which they are added: it must survive a restart."""
     short = ("train.epochs=4", "train.early_stopping_patience=null")
-    whole = finish(tiny_job(place / "clients.csv", place / f"uninterrupted{ranks}", *short), ranks)
-    arguments = tiny_job(place / "clients.csv", place / f"killed{ranks}", *short)
+    whole = finish(tiny_job(table, tmp_path / f"uninterrupted{ranks}", *short), ranks)
+    arguments = tiny_job(table, tmp_path / f"killed{ranks}", *short)
     assert run_job(arguments, ranks, Trap(step=17)).killed
     assert finish(arguments, ranks) == whole
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_kill_before_every_file_operation_of_a_save_changes_no_bit(place: Path) -> None:
-    whole, saves = uninterrupted(place, 1)
+def test_a_kill_before_every_file_operation_of_a_save_changes_no_bit(
+    table: Path, tmp_path: Path, uninterrupted: Whole
+) -> None:
+    whole, saves = uninterrupted(1)
     for save in (1, 7):
         for number in range(1, len(saves[save - 1]) + 1):
-            arguments = tiny_job(place / "clients.csv", place / f"save{save}-{number}")
+            arguments = tiny_job(table, tmp_path / f"save{save}-{number}")
             assert run_job(arguments, 1, Trap(save=save, nth=number, tear=True)).killed
             assert finish(arguments) == whole, (save, number, saves[save - 1][number - 1])

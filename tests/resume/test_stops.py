@@ -1,0 +1,86 @@
+"""Asked to stop, a run saves, says so and leaves with 0; without its launcher it does not train on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_train.runtime.stopping import STOP_SIGNALS
+from tests.resume.conftest import Whole
+from tests.resume.jobs import Trap, finish, folder_of, outcome, run_job, tiny_job
+from tests.resume.processes import job
+
+PAUSE_SECONDS = 0.05  # after each step, so that a signal from outside comes in the middle of training
+
+
+def test_a_signal_to_one_rank_of_two_stops_both_and_nothing_is_lost(
+    table: Path, tmp_path: Path, uninterrupted: Whole
+) -> None:
+    arguments = tiny_job(table, tmp_path / "run")
+    run_dir = folder_of(arguments)
+    for number, (name, rank) in enumerate(zip(STOP_SIGNALS, (1, 0, 1, 0), strict=True)):
+        step = 3 + 12 * number
+        ended = run_job(arguments, 2, Trap(step=step, signal=name, rank=rank))
+        assert ended.codes == [0, 0], ended.errors
+        assert json.loads((run_dir / "requeue").read_text()) == {"step": step + 2}  # it is heard at the next step
+        assert f"stopped at step {step + 2} of" in ended.errors[0]
+        assert ended.errors[1] == ""
+        assert not (run_dir / "summary.json").exists()
+    assert finish(arguments, 2) == uninterrupted(2)[0]
+    assert not (run_dir / "requeue").exists()
+
+
+def test_a_signal_at_the_last_step_ends_the_run(table: Path, tmp_path: Path) -> None:
+    arguments = tiny_job(table, tmp_path / "run", "train.max_steps=6")
+    ended = run_job(arguments, 1, Trap(step=5, signal=signal.SIGTERM))
+    assert ended.codes == [0], ended.errors
+    assert not (tmp_path / "run" / "requeue").exists()
+    assert outcome(tmp_path / "run")["steps"] == 6
+
+
+def test_a_second_interrupt_does_not_wait(table: Path, tmp_path: Path) -> None:
+    arguments = tiny_job(table, tmp_path / "run")
+    ended = run_job(arguments, 1, Trap(step=3, signal=signal.SIGINT, times=2))
+    assert ended.codes == [-signal.SIGINT], ended.errors
+    assert not (tmp_path / "run" / "requeue").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc, and the kernel's parent-death signal")
+def test_under_torchrun_any_end_is_mended_by_the_same_command(
+    table: Path, tmp_path: Path, uninterrupted: Whole
+) -> None:
+    arguments = tiny_job(table, tmp_path / "run")
+    requeue = folder_of(arguments) / "requeue"
+
+    # torchrun hands SIGTERM on to the ranks; they leave with 0, torchrun itself with 1.
+    with job(arguments, 2, tmp_path / "log", pause=PAUSE_SECONDS) as stopped:
+        stopped.wait_for_step(3)
+        os.kill(stopped.launcher, signal.SIGTERM)
+        assert stopped.wait() == 1
+        assert "saved; the same command continues" in stopped.log()
+        assert "Traceback" not in stopped.log().split("stopped at step")[0]
+    step = json.loads(requeue.read_text())["step"]
+
+    # The launcher alone is killed: its ranks notice, save and leave.
+    with job(arguments, 2, tmp_path / "log", pause=PAUSE_SECONDS) as orphaned:
+        orphaned.wait_for_step(step + 3)
+        assert not requeue.exists()
+        os.kill(orphaned.launcher, signal.SIGKILL)
+        assert orphaned.wait() == -signal.SIGKILL
+        assert "saved; the same command continues" in orphaned.log()
+    step = json.loads(requeue.read_text())["step"]
+
+    # The node dies.
+    with job(arguments, 2, tmp_path / "log", pause=PAUSE_SECONDS) as killed:
+        killed.wait_for_step(step + 3)
+        killed.kill_all()
+
+    with job(arguments, 2, tmp_path / "log") as last:
+        assert last.wait() == 0, last.log()
+    assert outcome(folder_of(arguments)) == uninterrupted(2)[0]
+    assert not requeue.exists()
