@@ -11,21 +11,25 @@ from torch import Tensor, nn
 from dist_train.runtime.collectives import Collectives
 
 
-def sync_batch_norm(model: nn.Module, collectives: Collectives) -> nn.Module:
+def sync_batch_norm(model: nn.Module, collectives: Collectives | None = None) -> nn.Module:
     """Let every BatchNorm of a model see the rows of all ranks; state_dict keys do not change.
 
-    In a world of one the model already does. On CUDA this is torch's SyncBatchNorm, which refuses CPU tensors; on the
-    CPU it is `GatheredBatchNorm1d`. Other BatchNorm layers than BatchNorm1d raise TypeError on the CPU.
+    On CUDA this is torch's SyncBatchNorm, which refuses CPU tensors; on the CPU it is `GatheredBatchNorm1d`, in a world
+    of one as well, so that one process rounds as several do. Other BatchNorm layers than BatchNorm1d raise TypeError on
+    several CPU ranks. Without `collectives` the ranks are those of torch's default process group.
     """
-    if collectives.size == 1:
-        return model
+    if collectives is None:
+        collectives = Collectives.of_default_group(next(model.parameters(), torch.empty(0)).device)
+    alone = collectives.size == 1
     if collectives.device.type == "cuda":
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        converted: nn.Module = model if alone else nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return converted
+    if type(model) is nn.BatchNorm1d:
+        return GatheredBatchNorm1d.from_plain(model, collectives)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.BatchNorm1d):
+        if type(module) is nn.BatchNorm1d:
             model.set_submodule(name, GatheredBatchNorm1d.from_plain(module, collectives))
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not alone:
             raise TypeError(f"{name}: {type(module).__name__} cannot be synchronised on {collectives.device}")
     return model
 

@@ -23,6 +23,13 @@ class Collectives:
         self.size = world.size
         self.device = world.device
 
+    @classmethod
+    def of_default_group(cls, device: torch.device) -> Collectives:
+        """Over the ranks of torch's default process group; a world of one when none is open."""
+        if not dist.is_initialized():
+            return cls(World(device=device))
+        return cls(World(rank=dist.get_rank(), size=dist.get_world_size(), device=device))
+
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, the one that writes."""

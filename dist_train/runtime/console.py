@@ -52,7 +52,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         else:
             time.sleep(QUIET_RANK_GRACE_SECONDS)
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else EXIT_FAULT
+        code = stop.code if isinstance(stop.code, int) else EXIT_FAULT if stop.code else 0
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except BaseException:

@@ -113,11 +113,12 @@ def _from_slurm(environ: Mapping[str, str]) -> World:
 
 
 def _first_host(nodelist: str) -> str:
-    """First host of Slurm's compressed notation: `gpu[03-05,9],cpu1` -> `gpu03`."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?", nodelist)
-    if match is None:
+    """First host of Slurm's compressed notation: `gpu[03-05,9],cpu1` -> `gpu03`, `rack[1-2]node[7,8]` -> `rack1node7`."""
+    shortened = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodelist)
+    host = shortened.split(",")[0].strip()
+    if not host or re.search(r"[\[\]\s]", host):
         raise UserError(f"SLURM_STEP_NODELIST={nodelist!r} names no host")
-    return match.group(1) + (match.group(2) or "")
+    return host
 
 
 def _integer(environ: Mapping[str, str], name: str) -> int:

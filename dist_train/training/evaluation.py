@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_train.errors import TrainingFault
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.position import cut
 from dist_train.training.metrics import classification_metrics
@@ -35,10 +36,19 @@ def probabilities(model: nn.Module, rows: Rows, batch_size: int, num_classes: in
 def evaluate(
     model: nn.Module, rows: Rows, class_names: list[str], batch_size: int, collectives: Collectives
 ) -> dict[str, Any] | None:
-    """Metrics of the model on all rows, the same on every rank; None when there are no rows."""
+    """Metrics of the model on all rows, the same on every rank; None when there are no rows.
+
+    TrainingFault on every rank when probabilities are not finite.
+    """
     if len(rows) == 0:
         return None
     predicted = probabilities(model, rows, batch_size, len(class_names), collectives)
+    lost = int((~predicted.isfinite().all(1)).sum())
+    if lost:
+        raise TrainingFault(
+            f"the model's probabilities are not finite for {lost} of {len(rows)} rows: its weights are too large or "
+            "not finite; lower optim.lr or set optim.max_grad_norm"
+        )
 
     def score() -> dict[str, Any]:
         return classification_metrics(predicted.numpy(), rows.targets.cpu().numpy(), class_names)

@@ -152,10 +152,31 @@ def test_far_from_zero_in_float32_no_worse_than_torch() -> None:
         assert error <= 1e-6 * np.abs(value.numpy()).max() + np.abs(theirs[name] - value.numpy()).max(), name
 
 
-def test_a_world_of_one_keeps_torchs_own_layer() -> None:
-    model = nn.Sequential(nn.Linear(2, FEATURES), layer({}, torch.float32))
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_a_world_of_one_is_the_same_code(options: Case) -> None:
+    check([[8], [5]], options, torch.float32, 1e-6)
+
+
+def test_without_collectives_it_finds_the_process_group() -> None:
+    """As torch's own conversion is called, with the model alone."""
+    norm = sync_batch_norm(layer({}, torch.float32))
+    assert isinstance(norm, GatheredBatchNorm1d)
+    assert norm.collectives.size == 1
+    assert on_ranks(2, size_of_default_group) == [(0, 2), (1, 2)]
+
+
+def size_of_default_group(_collectives: Collectives) -> tuple[int, int]:
+    norm = sync_batch_norm(nn.Sequential(layer({}, torch.float32)))[0]  # type: ignore[index]
+    return norm.collectives.rank, norm.collectives.size
+
+
+def test_layers_of_another_kind() -> None:
+    """Alone, they need nothing from anybody."""
+    model = nn.Sequential(nn.BatchNorm2d(3))
     assert sync_batch_norm(model, Collectives(World())) is model
-    assert type(model[1]) is nn.BatchNorm1d
+    assert type(model[0]) is nn.BatchNorm2d
+    with pytest.raises(ValueError, match="tensor of 3 dimensions"):
+        sync_batch_norm(layer({}, torch.float32))(torch.ones(2, FEATURES, 3))
 
 
 def replace_in_a_model(collectives: Collectives) -> None:

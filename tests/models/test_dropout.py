@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -46,7 +48,7 @@ def test_extreme_rates() -> None:
 def test_a_row_keeps_its_mask_however_the_batch_is_cut(width: int) -> None:
     whole = mask(0.4, 97, width, epoch=3, first=1000)
     for cuts in ([0, 97], [0, 1, 97], [0, 50, 50, 96, 97]):
-        parts = [mask(0.4, b - a, width, epoch=3, first=1000 + a) for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [mask(0.4, b - a, width, epoch=3, first=1000 + a) for a, b in pairwise(cuts)]
         assert torch.equal(torch.cat(parts), whole)
     assert mask(0.4, 0, width).shape == (0, width)
 

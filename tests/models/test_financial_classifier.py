@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from dist_train.config.schema import ModelConfig
 from dist_train.errors import UserError
+from dist_train.models.batch_norm import still_cancelled_biases, sync_batch_norm
+from dist_train.models.dropout import convert_dropout
 from dist_train.models.embedded import SPECIAL_SLOTS, Embedded
 from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.models.registry import MODELS, build_model, check_model_name
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.keyed_random import RowRandom
 from dist_train.runtime.world import World
-from dist_train.models.batch_norm import still_cancelled_biases, sync_batch_norm
-from dist_train.models.dropout import convert_dropout
 
 
 class Plain(nn.Module):

@@ -1,0 +1,200 @@
+"""What the loop does when: logging, evaluations, checkpoints, ends; with every room a fake."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train.errors import TrainingFault
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.position import Position
+from dist_train.runtime.world import World
+from dist_train.training.loop import Ending, Loop, Rhythm
+from dist_train.training.meter import Meter
+from dist_train.training.progress import Progress
+from dist_train.training.step import Outcome
+from tests.ranks import on_ranks
+from tests.training.fakes import FakeFeed, FakeStep
+
+NEVER = 1000
+
+
+@dataclass
+class Rig:
+    """A loop with fakes, and what it did to them."""
+
+    losses: Sequence[float] = (2.0, 4.0, 6.0)
+    validation: Sequence[float] | None = None
+    stop_at: int | None = None
+    collectives: Collectives = field(default_factory=lambda: Collectives(World()))
+    steps_per_epoch: int = 4
+    saved: list[int] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    updates: int = 0
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.step = FakeStep(self.losses)
+        self.feed = FakeFeed(self.steps_per_epoch)
+        self.meter = Meter(torch.device("cpu"))
+
+    def run(self, **rhythm: Any) -> Ending:
+        """Train; every rhythm that is not given is `never`."""
+        quiet = {"log_steps": NEVER, "save_steps": NEVER, "evaluate_steps": NEVER, "patience": None}
+        evaluations = iter(self.validation or [])
+
+        def evaluate() -> dict[str, Any] | None:
+            return None if self.validation is None else {"loss": next(evaluations), "auroc": 0.8}
+
+        def updated() -> None:
+            self.updates += 1
+
+        loop = Loop(
+            self.step,
+            self.feed,
+            self.progress,
+            self.meter,
+            Rhythm(**(quiet | rhythm)),
+            self.collectives,
+            evaluate=evaluate,
+            save=self.saved.append,
+            track=self.lines.append,
+            after_update=updated,
+            wants_stop=lambda: self.stop_at is not None and len(self.step.taken) >= self.stop_at,
+        )
+        return loop.run()
+
+    def logged(self, split: str, key: str) -> list[Any]:
+        """One field of every line of a split."""
+        return [line[key] for line in self.lines if line["split"] == split]
+
+
+def test_lines_hold_the_mean_since_the_line_before() -> None:
+    rig = Rig()
+    assert rig.run(total_steps=8, log_steps=3) is Ending.FINISHED
+    assert rig.logged("train", "step") == [3, 6, 8]
+    assert rig.logged("train", "loss") == [4.0, 4.0, 3.0]
+    assert rig.logged("train", "epoch") == [1, 2, 2]
+    assert rig.logged("train", "samples") == [30, 60, 80]
+    assert rig.logged("train", "learning_rate") == [0.1 / 3, 0.1 / 6, 0.1 / 8]
+    assert rig.logged("train", "grad_norm") == [1.5] * 3
+    assert all(rate > 0 for rate in rig.logged("train", "samples_per_second"))
+    assert rig.updates == 8
+    assert rig.step.taken == list(range(8))
+    assert rig.saved == [8]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(None, [4, 8, 10]), (3, [3, 6, 9, 10])])
+def test_evaluations_at_their_rhythm_and_at_the_end(every: int | None, expected: list[int]) -> None:
+    rig = Rig(validation=[5, 4, 6, 7])
+    rig.run(total_steps=10, evaluate_steps=every)
+    assert rig.logged("valid", "step") == expected
+    assert rig.logged("valid", "loss") == [5, 4, 6, 7][: len(expected)]
+    assert (rig.progress.best_step, rig.progress.best_loss) == (expected[1], 4)
+
+
+def test_checkpoints_at_their_rhythm_at_each_best_and_at_the_end() -> None:
+    rig = Rig(validation=[5, 6, 4])
+    rig.run(total_steps=11, save_steps=5, evaluate_steps=None)
+    assert rig.saved == [4, 5, 10, 11]  # best at 4, none at 8, best at 11, which is also the end
+
+
+def test_early_stopping_ends_with_a_checkpoint_and_stays_ended() -> None:
+    rig = Rig(validation=[3, 1, 2, 2, 0])
+    assert rig.run(total_steps=100, evaluate_steps=2, patience=2) is Ending.EARLY_STOP
+    assert rig.progress.step == 8
+    assert rig.saved == [2, 4, 8]
+    assert rig.run(total_steps=100, evaluate_steps=2, patience=2) is Ending.EARLY_STOP
+    assert len(rig.step.taken) == 8
+
+
+def test_without_validation_rows_nothing_is_best() -> None:
+    rig = Rig()
+    assert rig.run(total_steps=4, evaluate_steps=1, patience=1) is Ending.FINISHED
+    assert rig.progress.best_step is None
+    assert rig.logged("valid", "step") == []
+
+
+def test_a_stop_saves_and_the_next_run_goes_on_to_the_same_lines() -> None:
+    whole = Rig(validation=[5, 4, 3])
+    whole.run(total_steps=10, log_steps=4, evaluate_steps=None)
+    rig = Rig(validation=[5, 4, 3], stop_at=5)
+    assert rig.run(total_steps=10, log_steps=4, evaluate_steps=None) is Ending.STOPPED
+    assert rig.progress.step == 6
+    assert rig.saved == [4, 6]
+    rig.stop_at = None
+    rig.validation = [4, 3]
+    assert rig.run(total_steps=10, log_steps=4, evaluate_steps=None) is Ending.FINISHED
+    assert rig.feed.asked == [Position(0, 0), Position(1, 20)]
+    strip = [{k: v for k, v in line.items() if k != "samples_per_second"} for line in rig.lines]
+    assert strip == [{k: v for k, v in line.items() if k != "samples_per_second"} for line in whole.lines]
+
+
+def test_a_stop_at_the_last_step_is_the_end() -> None:
+    rig = Rig(stop_at=3)
+    assert rig.run(total_steps=4) is Ending.FINISHED
+
+
+def test_a_finished_run_does_nothing_more() -> None:
+    rig = Rig()
+    rig.run(total_steps=4)
+    assert rig.run(total_steps=4) is Ending.FINISHED
+    assert (len(rig.step.taken), rig.saved) == (4, [4])
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_names_step_and_rows(loss: float) -> None:
+    rig = Rig(losses=[1, 1, 1, 1, 1, loss])
+    with pytest.raises(TrainingFault, match=r"step 6 \(epoch 2\): the loss is (nan|inf).* data rows 11, 12, .*and more"):
+        rig.run(total_steps=8, save_steps=4)
+    assert rig.progress.step == 5
+    assert rig.updates == 5
+    assert rig.saved == [4]
+
+
+class VotingStep(FakeStep):
+    """Sums the votes over ranks, as the real step does."""
+
+    def __init__(self, collectives: Collectives) -> None:
+        super().__init__([1.0])
+        self.collectives = collectives
+
+    def __call__(self, batches: Sequence[Any], step: int, *, wants_stop: bool) -> Outcome:
+        outcome = super().__call__(batches, step, wants_stop=wants_stop)
+        self.collectives.sum(outcome.totals)
+        return outcome
+
+
+def one_rank_votes(collectives: Collectives) -> tuple[Ending, int, list[int]]:
+    rig = Rig(collectives=collectives, stop_at=3 if collectives.rank == 1 else None)
+    rig.step = VotingStep(collectives)
+    ending = rig.run(total_steps=50)
+    return ending, rig.progress.step, rig.saved
+
+
+def test_the_vote_of_one_rank_stops_all_at_the_same_step() -> None:
+    assert on_ranks(3, one_rank_votes) == [(Ending.STOPPED, 4, [4])] * 3
+
+
+def test_progress_counts_evaluations_and_survives_json() -> None:
+    progress = Progress()
+    results: list[bool] = []
+    note: Callable[[float], bool] = progress.note_validation
+    for step, loss in enumerate([3.0, 2.0, 2.0, math.nan, 1.0]):
+        progress.step = step
+        results.append(note(loss))
+    assert results == [True, True, False, False, True]
+    assert (progress.best_step, progress.best_loss, progress.evaluations_without_gain) == (4, 1.0, 0)
+
+
+@pytest.mark.parametrize(("position", "epoch"), [(Position(0, 10), 1), (Position(1, 0), 1), (Position(1, 10), 2)])
+def test_an_epoch_ends_with_its_own_number(position: Position, epoch: int) -> None:
+    progress = Progress()
+    progress.position = position
+    assert progress.epoch_number() == epoch
+    assert progress.samples(40) == position.epoch * 40 + position.rows
