@@ -51,8 +51,8 @@ class Job:
 
     def __init__(self, arguments: list[str], ranks: int, log: Path, **trap: Any) -> None:
         self._arguments, self._log = arguments, log
-        self._metrics = Path(arguments[1].removeprefix("run.dir=")) / arguments[2].removeprefix("run.name=")
-        self._metrics /= "metrics.jsonl"
+        setting = dict(a.split("=", 1) for a in arguments if "=" in a)
+        self._metrics = Path(setting["run.dir"]) / setting["run.name"] / "metrics.jsonl"
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
                 [
