@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tests.dist.sessions import BUILTIN, Trained, train, write_table
 from tests.ranks import on_ranks
 
 NO_DROPOUT = "model.dropout=0"
 EVERYTHING = ["train.class_weights=balanced", "train.label_smoothing=0.1", "train.accumulation_steps=2"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As many threads in a world of one as on a rank of several: a sum over threads rounds in another order."""
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
 
 
 def compare(arguments: list[str], world_size: int) -> tuple[Trained, Trained]:

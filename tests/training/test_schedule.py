@@ -29,9 +29,7 @@ def test_equals_torchs_linear_warm_up_and_cosine(warmup: int, total: int, ratio:
         else:
             optimizer.step()
             schedulers[step >= warmup].step()
-    ours = [
-        learning_rate(s, peak=PEAK, warmup_steps=warmup, total_steps=total, min_ratio=ratio) for s in range(total)
-    ]
+    ours = [learning_rate(s, peak=PEAK, warmup_steps=warmup, total_steps=total, min_ratio=ratio) for s in range(total)]
     assert ours == pytest.approx(rates, rel=1e-9, abs=1e-15)
 
 

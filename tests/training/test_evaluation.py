@@ -1,0 +1,101 @@
+"""Every row is counted once, and the numbers are the same bits on every world size."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_train.errors import TrainingFault
+from dist_train.models.financial_classifier import FinancialClassifier
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.keyed_random import seeded
+from dist_train.runtime.world import World
+from dist_train.training.evaluation import evaluate, probabilities
+from dist_train.training.metrics import classification_metrics
+from tests.ranks import on_ranks
+from tests.training.fakes import FakeRows
+
+NAMES = ["high", "low", "medium"]
+PASS = 8
+ROW_COUNTS = [0, 1, 2, 7, 8, 9, 16, 17, 23, 24, 25, 40]
+
+
+def rows(count: int) -> FakeRows:
+    rng = np.random.default_rng(count)
+    features = rng.normal(size=(count, 6)).astype(np.float32)
+    return FakeRows(torch.from_numpy(features), torch.from_numpy(rng.integers(0, 3, count)))
+
+
+def classifier() -> nn.Module:
+    with seeded("test"):
+        return FinancialClassifier(6, 8, 3)
+
+
+def on_a_rank(collectives: Collectives) -> list[tuple[npt.NDArray[Any], dict[str, Any] | None]]:
+    model = classifier()
+    answers = []
+    for count in ROW_COUNTS:
+        predicted = probabilities(model, rows(count), PASS, 3, collectives)
+        answers.append((predicted.numpy(), evaluate(model, rows(count), NAMES, PASS, collectives)))
+        assert model.training
+    return answers
+
+
+def test_any_row_count_on_one_two_and_three_ranks() -> None:
+    (alone,) = on_ranks(1, on_a_rank)
+    model = classifier().eval()
+    for count, (predicted, metrics) in zip(ROW_COUNTS, alone, strict=True):
+        expected = model(rows(count).inputs).double().softmax(1).detach().numpy()
+        assert predicted.shape == (count, 3)
+        np.testing.assert_allclose(predicted, expected, rtol=0, atol=1e-6)
+        if count:
+            assert metrics == classification_metrics(predicted, rows(count).targets.numpy(), NAMES)
+            assert metrics["rows"] == np.sum(metrics["confusion_matrix"]) == count
+        else:
+            assert metrics is None
+    for world_size in (2, 3):
+        for answers in on_ranks(world_size, on_a_rank):
+            for (predicted, metrics), (theirs, their_metrics) in zip(answers, alone, strict=True):
+                assert predicted.tobytes() == theirs.tobytes()
+                assert metrics == their_metrics
+
+
+class Watched(nn.Module):
+    """Remembers what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        self.shown += x[:, 0].tolist()
+        return x[:, :3]
+
+
+def test_every_row_is_shown_once_in_order() -> None:
+    model, table = Watched(), rows(21)
+    probabilities(model, table, PASS, 3, Collectives(World()))
+    assert model.shown == table.inputs[:, 0].tolist()
+
+
+def broken(collectives: Collectives) -> str:
+    model = classifier()
+    with torch.no_grad():
+        model.get_parameter("layers.7.weight").fill_(math.inf)
+    with pytest.raises(TrainingFault) as fault:
+        evaluate(model, rows(20), NAMES, PASS, collectives)
+    return str(fault.value)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_weights_that_overflow_are_a_fault_on_every_rank(world_size: int) -> None:
+    messages = on_ranks(world_size, broken)
+    assert len(set(messages)) == 1
+    assert messages[0].startswith("the model's probabilities are not finite for 20 of 20 rows")
