@@ -87,3 +87,11 @@ def test_a_split_does_not_follow_the_order_of_the_table() -> None:
         # The mean row number of a random subset is near the middle (five standard errors).
         error = 3000 / 12**0.5 / len(split[name]) ** 0.5
         assert abs(split[name].double().mean() - 1500) < 5 * error
+
+
+def test_the_classes_of_other_rows_hardly_move_a_row() -> None:
+    """Rows are ranked by the hash of their own number: what the table says of other rows moves the borders only."""
+    shares = {"validation_fraction": 0.2, "test_fraction": 0.2}
+    alone = of(split_by_fraction(torch.zeros(4000, dtype=torch.int64), **shares, seed=5), 4000)
+    halves = of(split_by_fraction((torch.arange(4000) < 2000).long(), **shares, seed=5), 4000)
+    assert sum(a != b for a, b in zip(alone, halves, strict=True)) < 0.1 * 4000

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -200,3 +203,23 @@ def test_a_long_row_of_a_wide_table_reads(tmp_path: Path) -> None:
     rows = [f'{i},"{"long " * 20_000}\n"' for i in range(30)]
     frame = read_csv(tmp_path / "t.csv", "a,b\n" + "\n".join(rows))
     assert frame["a"].to_list() == [str(i) for i in range(30)]
+
+
+def test_text_of_a_parquet_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    cell = "größer".encode("latin-1")
+    offsets = struct.pack("<2i", 0, len(cell))
+    column = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(cell)])
+    pyarrow.parquet.write_table(pa.table({"purpose": column}), tmp_path / "t.parquet", use_dictionary=False)
+    with pytest.raises(UserError, match=r"t\.parquet: cannot be read as parquet: .*Invalid UTF8"):
+        read_table(tmp_path / "t.parquet", MISSING)
+
+
+def test_a_bit_that_flips_in_a_page_with_a_checksum_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    values = pa.table({"x": pa.array(range(1000), pa.int64())})
+    pyarrow.parquet.write_table(values, path, use_dictionary=False, compression="none", write_page_checksum=True)
+    content = bytearray(path.read_bytes())
+    content[content.index(struct.pack("<q", 500))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"t\.parquet: cannot be read as parquet: .*checksum"):
+        read_table(path, MISSING)

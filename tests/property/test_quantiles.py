@@ -91,3 +91,10 @@ def test_float64_values_count_as_the_float32_they_round_to() -> None:
 
 def test_no_values_give_nan() -> None:
     assert in_one_piece(torch.empty(0)).isnan().all()
+
+
+def test_minus_zero_counts_as_zero() -> None:
+    """Else the bits of a median would say in which order the signs came."""
+    for values in ([-0.0], [-0.0, 0.0], [-0.0, -0.0, 0.0, 5.0], [-5.0, -0.0, -0.0]):
+        zeros = in_one_piece(torch.tensor(values))
+        assert not zeros[zeros == 0].signbit().any()
