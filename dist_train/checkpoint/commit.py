@@ -1,7 +1,7 @@
 """A folder of parts that is either whole and verified, or not there.
 
 Written aside, synced to disk, read back and compared, then made real by one rename. Its MANIFEST.json is written last
-and holds the size and SHA-256 of every part.
+and holds the size and SHA-256 of every part, and a SHA-256 of that list.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "MANIFEST.json"
 _ASIDE = ".partial-"
@@ -33,7 +34,8 @@ def commit(folder: Path, parts: Mapping[str, bytes]) -> None:
         }
         for name, data in parts.items():
             write_synced(aside / name, data)
-        write_synced(aside / MANIFEST, json.dumps({"parts": manifest}, indent=1).encode())
+        content = {"parts": manifest, "sha256": _digest(manifest)}
+        write_synced(aside / MANIFEST, json.dumps(content, indent=1).encode())
         sync_folder(aside)
         try:
             read_verified(aside)
@@ -49,7 +51,10 @@ def commit(folder: Path, parts: Mapping[str, bytes]) -> None:
 def read_verified(folder: Path) -> dict[str, bytes]:
     """The parts of a committed folder; Damaged when one is missing, torn, of another size or content."""
     try:
-        listed = json.loads((folder / MANIFEST).read_bytes())["parts"]
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        listed = manifest["parts"]
+        if manifest["sha256"] != _digest(listed):
+            raise Damaged(f"{folder / MANIFEST} has another content than was written (SHA-256 differs)")
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
     except FileNotFoundError:
         raise Damaged(f"{folder / MANIFEST} is missing") from None
@@ -79,6 +84,11 @@ def remove(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     folder.replace(aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    # A flipped bit can turn the name of one part into that of another, and JSON keeps only the last of two equal names.
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def sweep(parent: Path) -> None:

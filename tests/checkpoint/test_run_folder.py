@@ -1,0 +1,101 @@
+"""One job at a time in a run folder, and an older run is never overwritten."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from dist_train.checkpoint.run_folder import RunFolder, RunLock, this_process
+from dist_train.errors import UserError
+from tests.ranks import _server
+
+
+def _hold(file: Path, pipe: Connection) -> None:
+    with RunLock(file, this_process("4711")):
+        pipe.send(os.getpid())
+        pipe.recv()
+
+
+def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    ours, theirs = _server().Pipe()
+    holder = _server().Process(target=_hold, args=(file, theirs))
+    holder.start()
+    try:
+        assert ours.poll(30)
+        process = ours.recv()
+        who = f"host {socket.gethostname()}, process {process}, job 4711"
+        with pytest.raises(UserError, match=f"another job is using this run folder: {who}"):
+            RunLock(file, this_process(None), patience_seconds=0).__enter__()
+        os.kill(process, signal.SIGKILL)
+        with RunLock(file, this_process(None), patience_seconds=30):
+            assert f'"process": {os.getpid()}' in file.read_text()
+    finally:
+        holder.kill()
+        holder.join()
+
+
+def test_a_lock_is_given_back_once(tmp_path: Path) -> None:
+    first = RunLock(tmp_path / "lock", {"process": 1}, 0)
+    with first:
+        first.release()
+        first.release()
+        with RunLock(tmp_path / "lock", {"process": 2}, 0), pytest.raises(UserError, match="process 2"):
+            RunLock(tmp_path / "lock", {}, 0).__enter__()
+    with RunLock(tmp_path / "lock", {}, 0):
+        pass
+
+
+def test_a_holder_that_has_not_said_who_it_is(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "lock", {}, 0):
+        (tmp_path / "lock").write_text("{half")
+        with pytest.raises(UserError, match="it has not said who it is"):
+            RunLock(tmp_path / "lock", {}, 0).__enter__()
+
+
+def test_who_waits_for_a_run_that_is_moved_aside_gets_the_new_folder_not_the_old_one(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    folder.config.write_text("")
+    first = RunLock(folder.lock, {"process": 1}, 0)
+    second = RunLock(folder.lock, {"process": 2}, 30)
+    with first:
+        waiting = threading.Thread(target=second.__enter__)
+        waiting.start()
+        assert folder.move_aside() == tmp_path / "run.old-1"
+        folder.create()
+    waiting.join(30)
+    assert not waiting.is_alive()
+    try:
+        assert folder.lock.exists()
+        with pytest.raises(UserError, match="process 2"):
+            RunLock(folder.lock, {}, 0).__enter__()
+    finally:
+        second.release()
+
+
+def test_moving_aside_never_overwrites(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    folder.lock.touch()
+    assert folder.move_aside() is None, "there is nothing to keep"
+    for number in (1, 2, 3):
+        (folder.checkpoints / "step_00000001").mkdir(parents=True)
+        (folder.checkpoints / "number").write_text(str(number))
+        assert folder.move_aside() == tmp_path / f"run.old-{number}"
+        folder.create()
+    kept = [(tmp_path / f"run.old-{n}" / "checkpoints" / "number").read_text() for n in (1, 2, 3)]
+    assert kept == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("parent", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path: Path, parent: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="the run folder cannot be written"):
+        RunFolder(tmp_path / parent / "run").create()
