@@ -1,0 +1,103 @@
+"""Collectives on one, two and three ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_train.errors import TrainingFault, UserError
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.world import World
+from tests.ranks import on_ranks
+
+WORLDS = pytest.mark.parametrize("world_size", [1, 2, 3])
+
+
+def everything(c: Collectives) -> None:
+    ranks = range(c.size)
+    assert c.is_first == (c.rank == 0)
+    ones = torch.full((2,), float(c.rank + 1), dtype=torch.float64)
+    assert c.sum(ones) is ones
+    assert ones.tolist() == [c.size * (c.size + 1) / 2] * 2
+    stacked = c.stack(torch.arange(6).view(2, 3).t() + 10 * c.rank)
+    assert torch.equal(stacked, torch.stack([torch.arange(6).view(2, 3).t() + 10 * r for r in ranks]))
+    assert c.stack(torch.tensor(c.rank)).tolist() == list(ranks)
+    for lengths in ([2, 0, 3], [0, 0, 0], [0, 4, 0], [1, 1, 1]):
+        own = torch.full((lengths[c.rank], 2), c.rank)
+        expected = [[r, r] for r in ranks for _ in range(lengths[r])]
+        joined = c.concatenate(own)
+        assert joined.shape == (len(expected), 2)
+        assert joined.tolist() == expected
+    assert c.agree(lambda: {"rank": c.rank}) == [{"rank": r} for r in ranks]
+    calls: list[int] = []
+    assert c.from_first(lambda: calls.append(c.rank) or "made") == "made"  # type: ignore[func-returns-value]
+    assert calls == ([0] if c.is_first else [])
+    c.barrier()
+
+
+@WORLDS
+def test_everything(world_size: int) -> None:
+    on_ranks(world_size, everything)
+
+
+def failing(c: Collectives, failing_ranks: list[int], kind: type[Exception]) -> tuple[str, str]:
+    def act() -> int:
+        if c.rank in failing_ranks:
+            raise kind(f"rank {c.rank} has found a mistake")
+        return c.rank
+
+    with pytest.raises(kind) as failure:
+        c.agree(act)
+    assert c.agree(lambda: c.rank) == list(range(c.size)), "the ranks are out of step after a failure"
+    return type(failure.value).__name__, str(failure.value)
+
+
+@pytest.mark.parametrize("kind", [UserError, TrainingFault, OSError, FileNotFoundError])
+@pytest.mark.parametrize("failing_ranks", [[1], [2, 1], [0, 2]])
+def test_a_failure_on_any_rank_is_that_of_the_lowest_on_all(failing_ranks: list[int], kind: type[Exception]) -> None:
+    lowest = min(failing_ranks)
+    assert on_ranks(3, failing, failing_ranks, kind) == [(kind.__name__, f"rank {lowest} has found a mistake")] * 3
+
+
+def failing_first(c: Collectives) -> str:
+    def make() -> None:
+        raise PermissionError(13, "Permission denied", "/somewhere")
+
+    with pytest.raises(PermissionError) as failure:
+        c.from_first(make)
+    return str(failure.value)
+
+
+@WORLDS
+def test_a_failure_of_the_first_is_raised_on_all(world_size: int) -> None:
+    assert on_ranks(world_size, failing_first) == ["[Errno 13] Permission denied: '/somewhere'"] * world_size
+
+
+def same_bits(c: Collectives) -> bytes:
+    values = torch.from_numpy(np.random.default_rng(c.rank).normal(size=1000)).float()
+    return c.sum(values).numpy().tobytes()
+
+
+def test_a_sum_is_the_same_bits_on_every_rank() -> None:
+    assert len(set(on_ranks(3, same_bits))) == 1
+
+
+def default_group(c: Collectives) -> Any:
+    found = Collectives.of_default_group(torch.device("cpu"))
+    return (found.rank, found.size) == (c.rank, c.size)
+
+
+@WORLDS
+def test_the_default_group(world_size: int) -> None:
+    assert all(on_ranks(world_size, default_group))
+
+
+def test_one_process_shares_nothing() -> None:
+    alone, x = Collectives(World()), torch.arange(3)
+    assert alone.concatenate(x) is x
+    assert alone.stack(x).shape == (1, 3)
+    with pytest.raises(KeyError):  # a fault of the program is not dressed up as the user's mistake
+        alone.agree(lambda: {}["missing"])
