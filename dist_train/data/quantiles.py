@@ -43,7 +43,7 @@ def exact_quantiles(values: Tensor, fractions: Sequence[float], add_up: Callable
 
 
 def _ordered_keys(values: Tensor) -> Tensor:
-    bits = (values + 0.0).view(torch.int32)  # + 0.0: minus zero counts as zero
+    bits = values.view(torch.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
 
 
