@@ -218,7 +218,7 @@ class PoisonedFeed(FakeFeed):
         super().__init__(5)
         self.collectives = collectives
 
-    def steps(self, position: Position) -> Any:
+    def steps(self, position: Position) -> Any:  # noqa: ARG002
         for index in range(5):
             x, y = data(index, 10)
             if index == 2:

@@ -1,0 +1,78 @@
+"""Log lines and the end of a process, as another process sees them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.commands import REPOSITORY, environment
+
+PROGRAM = """
+import logging, sys
+from dist_train.errors import TrainingFault, UserError
+from dist_train.runtime import console
+console.QUIET_RANK_GRACE_SECONDS = 0.01
+def main():
+    console.log.info("an info")
+    console.log.warning("a warning")
+    print("an answer")
+    {body}
+console.run_command(main)
+"""
+
+
+def run(body: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(body=body)],
+        cwd=REPOSITORY,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_rank_0_says_everything_and_answers_stay_alone_on_stdout() -> None:
+    done = run("pass")
+    assert (done.returncode, done.stdout) == (0, "an answer\n")
+    lines = done.stderr.splitlines()
+    assert [line.split(" ", 1)[1] for line in lines] == ["[rank 0] an info", "[rank 0] a warning"]
+
+
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
+def test_other_ranks_are_silent_below_warning(variable: str) -> None:
+    done = run("pass", **{variable: "3"})
+    assert [line.split(" ", 1)[1] for line in done.stderr.splitlines()] == ["[rank 3] a warning"]
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("raise UserError('no such file')", 2, "error: no such file"),
+        ("raise TrainingFault('the loss is nan')", 1, "error: the loss is nan"),
+        ("sys.exit(2)", 2, None),
+        ("sys.exit()", 0, None),
+        ("raise KeyboardInterrupt", 130, None),
+    ],
+)
+def test_exit_codes_without_a_traceback(body: str, code: int, said: str | None) -> None:
+    done = run(body)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == ([said] if said else [])
+    assert done.stdout == "an answer\n"
+
+
+def test_a_mistake_is_said_by_rank_0_alone() -> None:
+    done = run("raise UserError('no such file')", RANK="1")
+    assert done.returncode == 2
+    assert "no such file" not in done.stderr
+
+
+def test_a_fault_of_the_program_shows_where() -> None:
+    done = run("1 / 0", RANK="1")
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
