@@ -77,7 +77,7 @@ def test_first_host_of_a_node_list(nodelist: str, host: str) -> None:
 
 @pytest.mark.parametrize("nodelist", ["", "[", "gpu[1-2", " "])
 def test_a_node_list_without_a_host(nodelist: str) -> None:
-    with pytest.raises(UserError, match="SLURM_STEP_NODELIST=.* names no host"):
+    with pytest.raises(UserError, match=r"SLURM_STEP_NODELIST=.* names no host"):
         read(SRUN | {"SLURM_STEP_NODELIST": nodelist})
 
 

@@ -1,0 +1,159 @@
+"""What must hold where there is a GPU: the numbers of the CPU. Skipped, with the reason, where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dist_train.models.batch_norm import sync_batch_norm
+from dist_train.models.dropout import KeyedDropout
+from dist_train.models.financial_classifier import FinancialClassifier
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.keyed_random import RowRandom, seeded
+from dist_train.runtime.world import World, process_group
+from dist_train.training.evaluation import evaluate
+from tests.dist.sessions import BUILTIN, build
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda sees no GPU on this machine"),
+]
+
+
+def on(device: str) -> Collectives:
+    return Collectives(World(device=torch.device(device)))
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    """TensorFloat-32 would round matrix products to 10 bits."""
+    former = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(former)
+
+
+def losses(device: str, *more: str, steps: int = 20) -> list[float]:
+    session = build(on(device), [*BUILTIN, *more])
+    found: list[float] = []
+    for batches, _ in session.feed.steps(session.progress.position):
+        outcome = session.step(batches, len(found), wants_stop=False)
+        assert outcome.finite.item()
+        session.after_update()
+        found.append((outcome.totals[0] / outcome.totals[1]).item())
+        if len(found) == steps:
+            return found
+    raise AssertionError("a feed has no end")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["model.dropout=0"],
+        [],  # dropout on: the masks are the same bits on every device
+        ["train.class_weights=balanced", "train.label_smoothing=0.1", "model.embedding_dim=4", "train.ema_decay=0.9"],
+        ["train.accumulation_steps=3"],
+    ],
+)
+def test_training_equals_the_cpu(more: list[str]) -> None:
+    np.testing.assert_allclose(losses("cuda", *more), losses("cpu", *more), rtol=0, atol=1e-4)
+
+
+def test_bfloat16_trains() -> None:
+    half = losses("cuda", "train.precision=bf16", steps=60)
+    full = losses("cuda", steps=60)
+    assert half[-1] < 0.9 * half[0]
+    np.testing.assert_allclose(half, full, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("width", [1, 7, 384])
+def test_dropout_bits_are_the_same_on_both_devices(width: int) -> None:
+    masks = []
+    for device in ("cpu", "cuda"):
+        random = RowRandom(3)
+        random.begin(4, 5_000_000_000)
+        bits = random.bits16("layer", 257, width, torch.device(device))
+        random.begin(4, 12345)
+        layer = KeyedDropout(0.3, "layer", random)
+        masks.append((bits.cpu(), layer(torch.ones(257, width, device=device)).cpu()))
+    assert torch.equal(masks[0][0], masks[1][0])
+    assert torch.equal(masks[0][1], masks[1][1])
+
+
+def test_building_a_model_leaves_the_gpus_generator_alone() -> None:
+    torch.cuda.manual_seed(7)
+    before = torch.cuda.get_rng_state()
+    with seeded("weights", 1):
+        torch.randn(3)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_evaluation_equals_the_cpu() -> None:
+    scores = []
+    for device in ("cpu", "cuda"):
+        collectives = on(device)
+        session = build(collectives, BUILTIN)
+        names = session.dataset.encoder.class_names
+        metrics = evaluate(session.scored, session.dataset.splits["test"], names, 2048, collectives)
+        assert metrics is not None
+        scores.append(metrics)
+    for name in ("loss", "accuracy", "balanced_accuracy", "macro_f1", "auroc", "brier"):
+        assert scores[1][name] == pytest.approx(scores[0][name], abs=1e-5), name
+    # A probability near the edge of a bin may fall to its other side: a row's worth in 5993.
+    assert scores[1]["ece"] == pytest.approx(scores[0]["ece"], abs=1e-3)
+
+
+def test_a_step_that_is_not_finite_updates_nothing() -> None:
+    session = build(on("cuda"), BUILTIN)
+    batches, _ = next(iter(session.feed.steps(session.progress.position)))
+    session.step(batches, 0, wants_stop=False)
+    before = [p.detach().clone() for p in session.model.parameters()]
+    batches[0].inputs[0][0] = torch.nan
+    assert not session.step(batches, 1, wants_stop=False).finite.item()
+    assert all(torch.equal(p, q) for p, q in zip(session.model.parameters(), before, strict=True))
+
+
+def test_sync_batch_norm_is_torchs_own_on_several_gpus() -> None:
+    """The conversion alone needs no second GPU."""
+    model = FinancialClassifier(4, 8, 2).cuda()
+    keys = list(model.state_dict())
+    two = Collectives(World(rank=0, size=2, local_size=2, device=torch.device("cuda", 0), backend="nccl"))
+    converted = sync_batch_norm(model, two)
+    assert isinstance(converted.get_submodule("layers.1"), nn.SyncBatchNorm)
+    assert list(converted.state_dict()) == keys
+    alone = FinancialClassifier(4, 8, 2).cuda()
+    assert type(sync_batch_norm(alone, on("cuda")).get_submodule("layers.1")) is nn.BatchNorm1d
+
+
+def one_gpu_world(tmp_path: object) -> World:
+    return World(rank=0, size=1, device=torch.device("cuda", 0), backend="nccl", rendezvous=f"file://{tmp_path}/store")
+
+
+def test_torchs_synchronised_layer_equals_the_plain_one_under_nccl(tmp_path: object) -> None:
+    """A process group of one rank runs the same kernels as one of many."""
+    world = one_gpu_world(tmp_path)
+    torch.cuda.set_device(world.device)
+    torch.distributed.init_process_group(
+        "nccl", init_method=world.rendezvous, rank=0, world_size=1, device_id=world.device
+    )
+    try:
+        plain = nn.BatchNorm1d(5).cuda()
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(5))).cuda()
+        x = torch.randn(33, 5, generator=torch.Generator().manual_seed(0)).cuda()
+        torch.testing.assert_close(synced(x), plain(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(synced[0].running_var, plain.running_var, rtol=1e-5, atol=1e-6)
+        collectives = Collectives(world)
+        assert collectives.concatenate(torch.arange(3, device="cuda")).tolist() == [0, 1, 2]
+        assert list(collectives.agree(lambda: "here")) == ["here"]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_world_of_one_needs_no_process_group(tmp_path: object) -> None:
+    with process_group(one_gpu_world(tmp_path), 10):
+        assert not torch.distributed.is_initialized()
+        assert torch.cuda.current_device() == 0
