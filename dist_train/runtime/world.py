@@ -113,7 +113,7 @@ def _from_slurm(environ: Mapping[str, str]) -> World:
 
 
 def _first_host(nodelist: str) -> str:
-    """First host of Slurm's compressed notation: `gpu[03-05,9],cpu1` -> `gpu03`, `rack[1-2]node[7,8]` -> `rack1node7`."""
+    """First host of Slurm's compressed notation: `gpu[03-05,9],cpu1` -> `gpu03`, `a[1-2]b[7,8]` -> `a1b7`."""
     shortened = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodelist)
     host = shortened.split(",")[0].strip()
     if not host or re.search(r"[\[\]\s]", host):
