@@ -37,7 +37,7 @@ def test_one_kill_after_another_changes_no_bit(table: Path, tmp_path: Path, unin
         Trap(save=2, kind="open", nth=7),  # before the manifest
         Trap(save=4, kind="fsync", nth=9),  # made real, and killed at once
         Trap(save=4, kind="os.remove", nth=3),  # half of an old checkpoint is gone
-        Trap(step=37),  # in the middle of an epoch and of a line of metrics
+        Trap(step=52),  # in the middle of an epoch, of a line of metrics, and of losing patience
     ]
     arguments = tiny_job(table, tmp_path / f"killed{ranks}")
     if ranks == 2:  # where the second rank makes a difference
