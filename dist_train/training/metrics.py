@@ -50,7 +50,8 @@ def classification_metrics(probabilities: Floats, targets: Integers, class_names
 def calibration_error(probabilities: Floats, targets: Integers, num_bins: int = NUM_CALIBRATION_BINS) -> float:
     """Expected calibration error of the predicted class over equal-width bins (Guo et al. 2017), from 0 to 1.
 
-    scikit-learn has none, and torchmetrics' rounds to float32; bins are open to the left, as in theirs.
+    scikit-learn has none, and torchmetrics' rounds to float32. A bin holds its upper bound and not its lower one, as in
+    the paper; torchmetrics has it the other way round, which only a confidence on the very edge can tell.
     """
     confidence = probabilities.max(1)
     correct = probabilities.argmax(1) == targets

@@ -154,7 +154,7 @@ def test_round_trip(make: Callable[[], Subject], acts: int) -> None:
     again.stateful.load_state_dict(saved)  # what was saved does not change with what was loaded from it
     again.act()
     again.act()
-    assert again.stand() == new.stand()
+    assert again.stand() == old.stand()
 
 
 def test_the_journal_goes_back_to_where_it_was_saved(tmp_path: Path) -> None:

@@ -78,6 +78,10 @@ def test_calibration_error_of_known_cases() -> None:
     assert calibration_error(sure, right) == 0.25
     assert calibration_error(np.array([[0.75, 0.25]] * 4), right) == 0.0
     assert calibration_error(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 1])) == 0.0
+    # 0.75 is the upper bound of the third bin of four, 0.8 is in the fourth: |1 - 0.75| / 2 + |0 - 0.8| / 2.
+    edge = np.array([[0.75, 0.25], [0.8, 0.2]])
+    assert calibration_error(edge, np.array([0, 1]), 4) == pytest.approx(0.525)
+    assert calibration_error(edge, np.array([0, 1]), 1) == pytest.approx(0.275)
 
 
 def is_json(value: Any) -> bool:
