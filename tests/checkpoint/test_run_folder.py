@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
-import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,25 +60,23 @@ def test_a_holder_that_has_not_said_who_it_is(tmp_path: Path) -> None:
             RunLock(tmp_path / "lock", {}, 0).__enter__()
 
 
-def test_who_waits_for_a_run_that_is_moved_aside_gets_the_new_folder_not_the_old_one(tmp_path: Path) -> None:
+def test_a_run_moved_aside_between_opening_and_locking_is_not_the_one_that_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.create()
-    folder.config.write_text("")
-    first = RunLock(folder.lock, {"process": 1}, 0)
-    second = RunLock(folder.lock, {"process": 2}, 30)
-    with first:
-        waiting = threading.Thread(target=second.__enter__)
-        waiting.start()
+    folder.config.touch()
+    lock = fcntl.flock
+
+    def too_late(*arguments: Any) -> None:
+        monkeypatch.undo()
         assert folder.move_aside() == tmp_path / "run.old-1"
         folder.create()
-    waiting.join(30)
-    assert not waiting.is_alive()
-    try:
-        assert folder.lock.exists()
-        with pytest.raises(UserError, match="process 2"):
-            RunLock(folder.lock, {}, 0).__enter__()
-    finally:
-        second.release()
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    with RunLock(folder.lock, {"process": 1}, 30), pytest.raises(UserError, match="process 1"):
+        RunLock(folder.lock, {}, 0).__enter__()
 
 
 def test_moving_aside_never_overwrites(tmp_path: Path) -> None:
