@@ -19,16 +19,19 @@ from dist_train.data.sampler import PositionSampler
 from dist_train.errors import UserError
 from dist_train.models.batch_norm import still_cancelled_biases, sync_batch_norm
 from dist_train.models.dropout import convert_dropout
+from dist_train.models.virtual_ranks import convert_virtual_ranks
 from dist_train.models.registry import build_model
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.keyed_random import RowRandom
+from dist_train.runtime.slices import Slices
 from dist_train.runtime.world import World
 from dist_train.training.meter import Meter
 from dist_train.training.objective import CrossEntropy, balanced_weights
 from dist_train.training.optimizer import NamedOptimizerState, average_of, build_adamw
-from dist_train.training.parts import Stateful
+from dist_train.training.parts import Batch, Stateful
 from dist_train.training.plan import Plan
 from dist_train.training.progress import Progress
+from dist_train.training.reduction import AveragedInBackward, FoldedSlices
 from dist_train.training.schedule import learning_rate
 from dist_train.training.step import EagerStep
 
@@ -56,8 +59,9 @@ class Session:
             num_classes=len(encoder.class_names),
             seed=config.run.seed,
         ).to(collectives.device, dtype_of(train.precision))
-        self.model = convert_dropout(still_cancelled_biases(sync_batch_norm(plain, collectives)), random)
-        self.average = average_of(self.model, train.ema_decay) if train.ema_decay else None
+        self.average = average_of(plain, train.ema_decay) if train.ema_decay else None
+        slices = Slices(random)
+        self.model = self._synchronised(convert_dropout(plain, random), slices, collectives)
         self.optimizer = build_adamw(
             self.model,
             lr=config.optim.lr,
@@ -72,17 +76,27 @@ class Session:
             seed=config.run.seed,
             global_batch_size=train.global_batch_size,
             accumulation_steps=train.accumulation_steps,
+            num_slices=train.virtual_ranks,
         )
         self.feed = Feed(dataset.splits["train"], sampler)
         self.total_steps = min(train.epochs * self.feed.steps_per_epoch, train.max_steps or 2**63)
         self.meter = Meter(collectives.device)
         self.progress = Progress()
+        trained = self._replicated(collectives)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+        def begin(batch: Batch) -> None:
+            slices.begin(batch.slices, batch.epoch, batch.first_row)
+
         self.step = EagerStep(
-            self._replicated(collectives),
+            trained,
             CrossEntropy(self._class_weights(collectives), train.label_smoothing),
             self.optimizer,
             self.learning_rate,
-            random,
+            begin,
+            FoldedSlices(slices, parameters, collectives)
+            if train.virtual_ranks
+            else AveragedInBackward(trained, parameters, collectives),
             collectives,
             max_grad_norm=config.optim.max_grad_norm,
             autocast_dtype=torch.bfloat16 if train.precision == "bf16" else None,
@@ -158,8 +172,18 @@ class Session:
             activation_bytes=share * item * _activations_of_a_row(model, self.dataset) * 2,  # and their gradients
         )
 
+    def _synchronised(self, plain: nn.Module, slices: Slices, collectives: Collectives) -> nn.Module:
+        """The model, computing over the rows of all ranks: exactly where virtual ranks are set."""
+        virtual_ranks = self.config.train.virtual_ranks
+        if virtual_ranks is None:
+            model = sync_batch_norm(plain, collectives)
+        else:
+            share = virtual_ranks // collectives.size
+            model = convert_virtual_ranks(plain, slices, collectives, slices_of_a_rank=share)
+        return still_cancelled_biases(model)
+
     def _replicated(self, collectives: Collectives) -> nn.Module:
-        if collectives.size == 1:
+        if collectives.size == 1 or self.config.train.virtual_ranks:
             return self.model
         # Buffers need no broadcast: synchronised BatchNorm leaves the same statistics on every rank.
         # The argument's name changed between torch 2.11 and 2.13.

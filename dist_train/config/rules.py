@@ -117,8 +117,7 @@ def _train(t: TrainConfig) -> Iterator[tuple[str, str]]:
     yield from _at_least("train.accumulation_steps", t.accumulation_steps, 1)
     if t.accumulation_steps * 2 > t.global_batch_size >= 2:
         yield "train.accumulation_steps", "leaves fewer than two rows of train.global_batch_size for a pass"
-    if t.virtual_ranks is not None:
-        yield "train.virtual_ranks", "the exact mode is not in this version: leave it null"
+    yield from _at_least("train.virtual_ranks", t.virtual_ranks, 1)
     weights = t.class_weights
     if isinstance(weights, dict):
         for name, value in weights.items():

@@ -17,12 +17,14 @@ class Batch:
     """This rank's rows of one forward-backward pass, on the device.
 
     `inputs` are the arguments of the model, each (n, ...); `targets` class indices, (n,); `rows` the rows' numbers in
-    the table; `first_row` and `epoch` say where in the training order they stand; `global_rows` counts all ranks' rows.
+    the table; `slices` the lengths of the slices that they consist of; `first_row` and `epoch` say where in the
+    training order they stand; `global_rows` counts all ranks' rows.
     """
 
     inputs: tuple[Tensor, ...]
     targets: Tensor
     rows: Tensor
+    slices: tuple[int, ...]
     epoch: int
     first_row: int
     global_rows: int
@@ -50,6 +52,7 @@ class ResidentRows:
             inputs=tuple(x.index_select(0, index) for x in self.inputs),
             targets=self.targets.index_select(0, index),
             rows=self.row_numbers[share.rows],
+            slices=share.slices,
             epoch=share.epoch,
             first_row=share.first_row,
             global_rows=share.global_rows,

@@ -18,11 +18,12 @@ from dist_train.runtime.position import Position, cut
 class Share:
     """This rank's rows of one forward-backward pass.
 
-    `rows` are row numbers, (n,), n may be 0; `first_row` is the place of the first one in the epoch's order;
-    `global_rows` counts the rows of the pass over all ranks.
+    `rows` are row numbers, (n,), n may be 0; `slices` the lengths of the contiguous slices that they consist of;
+    `first_row` is the place of the first row in the epoch's order; `global_rows` counts the pass's rows of all ranks.
     """
 
     rows: Tensor
+    slices: tuple[int, ...]
     epoch: int
     first_row: int
     global_rows: int
@@ -37,8 +38,9 @@ class PositionSampler(DistributedSampler[int]):
     """A DistributedSampler whose state is a position, so that it needs no `set_epoch` and resumes anywhere at once.
 
     The order of an epoch is a function of (seed, epoch). Each global batch is the next `global_batch_size` rows of
-    that order, cut into `accumulation_steps` passes, each of them cut into contiguous shares, one a rank. Nothing is
-    padded and nothing dropped: shares differ by one row at most and may be empty.
+    that order, cut into `accumulation_steps` passes, each of them cut into `num_slices` contiguous slices, of which
+    each rank owns a contiguous run. Nothing is padded and nothing dropped: slices differ by one row at most and may be
+    empty.
 
     As an iterable (for a torch DataLoader) it yields this rank's row numbers from `position` to the end of the epoch,
     and the next iteration is the next epoch.
@@ -53,6 +55,7 @@ class PositionSampler(DistributedSampler[int]):
         seed: int,
         global_batch_size: int,
         accumulation_steps: int = 1,
+        num_slices: int | None = None,
         position: Position = Position(),  # noqa: B008  (immutable)
     ) -> None:
         if num_rows < 2:
@@ -62,6 +65,7 @@ class PositionSampler(DistributedSampler[int]):
         self.num_rows = num_rows
         self.global_batch_size = global_batch_size
         self.accumulation_steps = accumulation_steps
+        self.slices_of_a_rank = (num_slices or world_size) // world_size
         self.position = position
         self._order: tuple[int, Tensor] | None = None
 
@@ -91,8 +95,11 @@ class PositionSampler(DistributedSampler[int]):
         order = self.order(position.epoch)
         shares = []
         for first, last in cut(position.rows, stop, passes):
-            begin, end = cut(first, last, self.num_replicas)[self.rank]
-            shares.append(Share(order[begin:end], position.epoch, begin, last - first))
+            slices = cut(first, last, self.num_replicas * self.slices_of_a_rank)
+            own = slices[self.rank * self.slices_of_a_rank : (self.rank + 1) * self.slices_of_a_rank]
+            begin, end = own[0][0], own[-1][1]
+            lengths = tuple(stop - start for start, stop in own)
+            shares.append(Share(order[begin:end], lengths, position.epoch, begin, last - first))
         return shares
 
     def set_epoch(self, epoch: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.slices import Slices
 
 
 def sync_batch_norm(model: nn.Module, collectives: Collectives | None = None) -> nn.Module:
@@ -52,25 +53,38 @@ def still_cancelled_biases(model: nn.Module) -> nn.Module:
 
 def _still(bias: Tensor | None, norm: nn.Module) -> None:
     if bias is not None and bias.requires_grad:
-        bias.register_hook(lambda gradient: torch.zeros_like(gradient) if norm.training else gradient)
+
+        def still(gradient: Tensor | None) -> Tensor | None:
+            # None: the exact mode keeps the gradient of each slice elsewhere, and this is called for each of them.
+            return torch.zeros_like(gradient) if norm.training and gradient is not None else gradient
+
+        bias.register_hook(still)
 
 
 class GatheredBatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm1d whose batch is the rows of all ranks together; a rank may hold any number of them, also none.
+    """BatchNorm1d whose batch is the rows of all slices of all ranks; a slice may hold any number of them, also none.
 
     Shapes: (rows, num_features). Output, gradients and running statistics are those of nn.BatchNorm1d on the joined
-    batch. Every rank must call it at the same time, in training and in its backward pass.
+    batch, and the same bits however many ranks hold the slices. Every rank must call it at the same time, in training
+    and in its backward pass.
     """
 
     collectives: Collectives
+    slices: Slices
 
     @classmethod
-    def from_plain(cls, plain: nn.BatchNorm1d, collectives: Collectives) -> GatheredBatchNorm1d:
-        """The synchronised twin of a plain layer; it takes over the layer's own parameters and buffers."""
+    def from_plain(
+        cls, plain: nn.BatchNorm1d, collectives: Collectives, slices: Slices | None = None
+    ) -> GatheredBatchNorm1d:
+        """The synchronised twin of a plain layer; it takes over the layer's own parameters and buffers.
+
+        Without `slices` the rows of a rank are one slice.
+        """
         twin = cls(plain.num_features, plain.eps, plain.momentum, plain.affine, plain.track_running_stats)
         twin._parameters = plain._parameters
         twin._buffers = plain._buffers
         twin.collectives = collectives
+        twin.slices = slices or Slices()
         return twin.train(plain.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -82,7 +96,9 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
             raise ValueError(f"expected (rows, {self.num_features}), got a tensor of {input.ndim} dimensions")
         # Half-precision rows are normalised in the precision of the parameters, as torch does.
         rows = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-        output, count, mean, var = _Normalise.apply(rows, self.weight, self.bias, self.eps, self.collectives)
+        output, count, mean, var = _Normalise.apply(
+            rows, self.weight, self.bias, self.eps, self.collectives, self.slices
+        )
         if self.track_running_stats:
             self._update_running(float(count), mean, var)
         normalised: Tensor = output.to(input.dtype)
@@ -100,25 +116,27 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
 
 
 class _Normalise(torch.autograd.Function):
-    """Two communications: (count, mean, M2) of each rank forwards, two sums over rows backwards.
+    """Two communications: (count, mean, variance) of each slice forwards, two sums over its rows backwards.
 
-    Means and squared deviations of the ranks are merged as Chan, Golub and LeVeque (1983, "Algorithms for computing
+    Means and squared deviations of the slices are merged as Chan, Golub and LeVeque (1983, "Algorithms for computing
     the sample variance") do. The forward pass is float64 up to one rounding at its end: features may be far from zero,
-    and the cut of a batch into ranks shows only in the rare number whose rounding 1e-16 tips over. Fewer differences
+    and the cut of a batch into slices shows only in the rare number whose rounding 1e-16 tips over. Fewer differences
     matter: one that turns a ReLU on or off for one row sets two trainings apart for good.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, collectives: Collectives
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        collectives: Collectives,
+        slices: Slices,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide, width = x.double(), x.shape[1]
-        own = wide.new_zeros((3, width))  # the count in each column: one tensor, one communication
-        if len(x):
-            # torch's own kernel for the statistics of a BatchNorm: var_mean takes ten times as long along dimension 0.
-            own[0] = len(x)
-            own[1], own[2] = torch.batch_norm_update_stats(wide, None, None, 0.0)
-        counts, means, variances = collectives.stack(own).unbind(1)
+        wide = [part.double() for part in slices.split(x)]
+        own = torch.stack([_statistics(part) for part in wide])
+        counts, means, variances = collectives.stack(own).flatten(0, 1).unbind(1)
         total = counts.sum(0)
         count = total[0]
         if count < 2:
@@ -126,22 +144,40 @@ class _Normalise(torch.autograd.Function):
         mean = (means * counts).sum(0) / total
         var = (counts * (variances + (means - mean) ** 2)).sum(0) / total
         inverse_std = torch.rsqrt(var + eps)
-        normal = torch.addcmul(-mean * inverse_std, wide, inverse_std).to(x.dtype)
-        ctx.collectives = collectives
-        ctx.save_for_backward(normal, weight, inverse_std, count)
-        output = normal if weight is None or bias is None else torch.addcmul(bias, normal, weight)
+        shift = -mean * inverse_std
+        normals = [torch.addcmul(shift, part, inverse_std).to(x.dtype) for part in wide]
+        ctx.collectives, ctx.slices, ctx.normals = collectives, slices, normals
+        ctx.weight, ctx.bias, ctx.inverse_std, ctx.count = weight, bias, inverse_std, count
         ctx.mark_non_differentiable(count, mean, var)
-        return output, count, mean, var
+        outputs = normals
+        if weight is not None and bias is not None:
+            outputs = [torch.addcmul(bias, normal, weight) for normal in normals]
+        return torch.cat(outputs), count, mean, var
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
-        normal, weight, inverse_std, count = ctx.saved_tensors
-        own_grad_sum = grad.sum(0)
-        own_product_sum = (grad * normal).sum(0)
-        sums = ctx.collectives.sum(torch.stack([own_grad_sum, own_product_sum]))
-        scale = inverse_std if weight is None else inverse_std * weight
-        grad_shift, product_scale = (-sums / count * scale).to(grad.dtype)
-        grad_input = torch.addcmul(grad_shift, grad, scale.to(grad.dtype)).addcmul_(normal, product_scale)
-        if weight is None:
-            return grad_input, None, None, None, None
-        return grad_input, own_product_sum, own_grad_sum, None, None
+        pairs = list(zip(ctx.slices.split(grad), ctx.normals, strict=True))
+        own = torch.stack([torch.stack([g.sum(0), (g * normal).sum(0)]) for g, normal in pairs])
+        sums = ctx.collectives.fold(own)
+        scale = ctx.inverse_std if ctx.weight is None else ctx.inverse_std * ctx.weight
+        shift, product_scale = (-sums / ctx.count * scale).to(grad.dtype)
+        scale = scale.to(grad.dtype)
+        grad_input = torch.cat([torch.addcmul(shift, g, scale).addcmul_(n, product_scale) for g, n in pairs])
+        grad_weight = grad_bias = None
+        if ctx.weight is not None:
+            if ctx.slices.gradients is None:
+                grad_bias, grad_weight = own.sum(0)
+            else:
+                ctx.slices.gradients[ctx.weight] += own[:, 1]
+                ctx.slices.gradients[ctx.bias] += own[:, 0]
+        return grad_input, grad_weight, grad_bias, None, None, None
+
+
+def _statistics(rows: Tensor) -> Tensor:
+    """Count (in each column: one tensor is one communication), mean and variance: (rows, C) -> (3, C)."""
+    statistics = rows.new_zeros((3, rows.shape[1]))
+    if len(rows):
+        # torch's own kernel for the statistics of a BatchNorm: var_mean takes ten times as long along dimension 0.
+        statistics[0] = len(rows)
+        statistics[1], statistics[2] = torch.batch_norm_update_stats(rows, None, None, 0.0)
+    return statistics

@@ -49,6 +49,13 @@ class Collectives:
         dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         return gathered
 
+    def fold(self, partials: Tensor) -> Tensor:
+        """Sum of the partials of all slices of all ranks in one fixed order: (slices, ...) -> (...).
+
+        The same bits for every world size, as long as the slices of all ranks together are the same.
+        """
+        return self.stack(partials).flatten(0, 1).sum(0)
+
     def concatenate(self, tensor: Tensor) -> Tensor:
         """Tensors of all ranks joined along their first dimension in rank order; lengths may differ or be 0."""
         if self.size == 1:

@@ -12,7 +12,10 @@ from dist_train.training.parts import Batch
 
 
 class LossSum(NamedTuple):
-    """`loss` summed over rows (a scalar with a gradient) and the `weight` to divide it by, once, over all ranks."""
+    """Per slice of the batch, (slices,): the `loss` summed over rows, and the `weight` to divide it by in the end.
+
+    The sums of all slices of all ranks are added up before they are divided, once.
+    """
 
     loss: Tensor
     weight: Tensor
@@ -32,15 +35,21 @@ class CrossEntropy:
         self.label_smoothing = label_smoothing
 
     def __call__(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Sums over the rows of the batch; a batch without rows has loss 0 and weight 0."""
+        """Sums over the rows of each slice; a slice without rows has loss 0 and weight 0."""
         logits = model(*batch.inputs)
         logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-        loss = F.cross_entropy(
-            logits, batch.targets, self.class_weights, label_smoothing=self.label_smoothing, reduction="sum"
-        )
+        # Copies: a kernel may round differently where a slice begins at another place in memory.
+        pairs = [(a.clone(), t) for a, t in zip(logits.split(batch.slices), batch.targets.split(batch.slices), strict=True)]
+        losses = torch.stack([self._sum(own, targets) for own, targets in pairs])
         if self.class_weights is None:
-            return LossSum(loss, loss.new_tensor(len(batch.targets)))
-        return LossSum(loss, self.class_weights[batch.targets].sum())
+            return LossSum(losses, losses.new_tensor(batch.slices))
+        weights = self.class_weights
+        return LossSum(losses, torch.stack([weights[targets].sum() for _, targets in pairs]))
+
+    def _sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(
+            logits, targets, self.class_weights, label_smoothing=self.label_smoothing, reduction="sum"
+        )
 
 
 def balanced_weights(targets: Tensor, num_classes: int) -> Tensor:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.keyed_random import RowRandom
 from dist_train.training.objective import Objective
 from dist_train.training.parts import Batch
+from dist_train.training.reduction import Reduction
 
 
 class Outcome(NamedTuple):
@@ -39,7 +38,7 @@ class Step(Protocol):
 class EagerStep:
     """The plain step.
 
-    `model` averages gradients over ranks in its backward pass (DistributedDataParallel), or is alone.
+    `begin` tells the modules of `model` which batch comes next; `reduction` sums the gradients over ranks.
     """
 
     def __init__(
@@ -48,7 +47,8 @@ class EagerStep:
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         learning_rate: Callable[[int], float],
-        random: RowRandom,
+        begin: Callable[[Batch], None],
+        reduction: Reduction,
         collectives: Collectives,
         *,
         max_grad_norm: float | None,
@@ -58,7 +58,8 @@ class EagerStep:
         self.objective = objective
         self.optimizer = optimizer
         self.learning_rate = learning_rate
-        self.random = random
+        self.begin = begin
+        self.reduction = reduction
         self.collectives = collectives
         self.max_grad_norm = max_grad_norm
         self.autocast_dtype = autocast_dtype
@@ -68,19 +69,21 @@ class EagerStep:
         """Train on the batches unless the loss or the gradient is not finite on some rank."""
         lr = self._set_learning_rate(step)
         rows = sum(batch.global_rows for batch in batches)
-        totals = torch.zeros(3, dtype=torch.float64, device=self.collectives.device)
-        self.optimizer.zero_grad()
+        # Of each slice: loss, weight, and the vote to stop.
+        sums = torch.zeros((len(batches[0].slices), 3), dtype=torch.float64, device=self.collectives.device)
+        self.reduction.begin()
         for index, batch in enumerate(batches):
-            self.random.begin(batch.epoch, batch.first_row)
-            with self._reduce_if(index == len(batches) - 1):
+            self.begin(batch)
+            with self.reduction.backward_of(last=index == len(batches) - 1):
                 with torch.autocast(self.collectives.device.type, self.autocast_dtype, self.autocast_dtype is not None):
                     loss, weight = self.objective(self.model, batch)
-                # Ranks are averaged: times their number it is a sum. Divided by rows, it is the mean when rows weigh 1.
-                (loss * (self.collectives.size / rows)).backward()
-            totals[0] += loss.detach()
-            totals[1] += weight
-        totals[2] = wants_stop
-        self.collectives.sum(totals)
+                # Divided by rows, the sum is the mean when rows weigh 1.
+                (loss.sum() * (self.reduction.divisor / rows)).backward()
+            sums[:, 0] += loss.detach()
+            sums[:, 1] += weight
+        sums[:, 2] = wants_stop
+        totals = self.collectives.fold(sums)
+        self.reduction.finish()
         norm = self._scale_and_clip(rows / totals[1])
         finite = totals[0].isfinite() & norm.isfinite()
         self._update(finite)
@@ -91,10 +94,6 @@ class EagerStep:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
-
-    def _reduce_if(self, last: bool) -> AbstractContextManager[Any]:
-        no_sync = getattr(self.model, "no_sync", nullcontext)
-        return nullcontext() if last else no_sync()
 
     def _scale_and_clip(self, factor: Tensor) -> Tensor:
         """Turn the mean over rows into the mean over weights and clip its global norm; the norm before clipping."""
