@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_train.errors import UserError
 from dist_train.models.batch_norm import GatheredBatchNorm1d
 from dist_train.models.dropout import KeyedDropout
 from dist_train.runtime.collectives import Collectives
@@ -144,3 +145,13 @@ def _convert(module: nn.Module, name: str, slices: Slices, collectives: Collecti
         module.__class__ = SlicedSequential
         module.slices = slices  # type: ignore[assignment]
     return module
+
+
+def require_world_size(virtual_ranks: int, world_size: int) -> None:
+    """UserError when the virtual ranks cannot be shared out evenly; it lists the world sizes that work."""
+    if virtual_ranks % world_size:
+        sizes = [str(n) for n in range(1, virtual_ranks + 1) if virtual_ranks % n == 0]
+        raise UserError(
+            f"train.virtual_ranks={virtual_ranks} cannot be shared by {world_size} ranks; "
+            f"it works on {', '.join(sizes[:-1])}{' or ' if sizes[:-1] else ''}{sizes[-1]}"
+        )
