@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +14,25 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_train.checkpoint.state import Parts
 from dist_train.config.rules import given_class_weights
 from dist_train.config.schema import JobConfig
-from dist_train.data.dataset import Dataset
+from dist_train.data.dataset import Dataset, load_dataset
+from dist_train.data.encoder import Encoder
 from dist_train.data.feed import Feed
 from dist_train.data.sampler import PositionSampler
 from dist_train.errors import UserError
 from dist_train.models.batch_norm import still_cancelled_biases, sync_batch_norm
 from dist_train.models.dropout import convert_dropout
-from dist_train.models.virtual_ranks import convert_virtual_ranks
 from dist_train.models.registry import build_model
+from dist_train.models.virtual_ranks import convert_virtual_ranks
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.keyed_random import RowRandom
 from dist_train.runtime.slices import Slices
 from dist_train.runtime.world import World
+from dist_train.training.evaluation import evaluate
+from dist_train.training.loop import Loop, Rhythm
 from dist_train.training.meter import Meter
 from dist_train.training.objective import CrossEntropy, balanced_weights
 from dist_train.training.optimizer import NamedOptimizerState, average_of, build_adamw
-from dist_train.training.parts import Batch, Stateful
+from dist_train.training.parts import Batch, Save, Stateful, Track
 from dist_train.training.plan import Plan
 from dist_train.training.progress import Progress
 from dist_train.training.reduction import AveragedInBackward, FoldedSlices
@@ -130,6 +134,11 @@ class Session:
         if self.average:
             self.average.update_parameters(self.model)
 
+    def score(self, split: str, collectives: Collectives) -> dict[str, Any] | None:
+        """Metrics of the scored model on a split, the same on every rank; None when the split has no rows."""
+        encoder, rows = self.dataset.encoder, self.dataset.splits[split]
+        return evaluate(self.scored, rows, encoder.class_names, self.config.evaluation.batch_size, collectives)
+
     def tensor_parts(self) -> Parts:
         """All tensors of a checkpoint."""
         return {name: dict(part.state_dict()) for name, part in self._tensors.items()}
@@ -216,6 +225,49 @@ class Session:
             else balanced_weights(self.dataset.splits["train"].targets, len(names))
         )
         return weights.to(collectives.device, dtype_of(self.config.train.precision))
+
+
+def load_data(config: JobConfig, collectives: Collectives, encoder: Encoder | None = None) -> Dataset:
+    """The data of a configuration; encoded by `encoder` where one is given, else by one that is fitted to them."""
+    return load_dataset(
+        config.data,
+        collectives,
+        seed=config.run.seed,
+        one_hot=config.model.embedding_dim is None,
+        dtype=dtype_of(config.train.precision),
+        encoder=encoder,
+    )
+
+
+def build_loop(
+    config: JobConfig,
+    session: Session,
+    collectives: Collectives,
+    *,
+    save: Save,
+    track: Track,
+    wants_stop: Callable[[], bool],
+) -> Loop:
+    """The training loop of a session, in the rhythm of its configuration."""
+    return Loop(
+        session.step,
+        session.feed,
+        session.progress,
+        session.meter,
+        Rhythm(
+            total_steps=session.total_steps,
+            log_steps=config.log.every_steps,
+            save_steps=config.checkpoint.every_steps,
+            evaluate_steps=config.evaluation.every_steps,
+            patience=config.train.early_stopping_patience,
+        ),
+        collectives,
+        evaluate=lambda: session.score("valid", collectives),
+        save=save,
+        track=track,
+        after_update=session.after_update,
+        wants_stop=wants_stop,
+    )
 
 
 def scored_weights(parts: Parts) -> dict[str, Tensor]:

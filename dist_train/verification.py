@@ -17,12 +17,12 @@ from dist_train.checkpoint.run_folder import RunFolder
 from dist_train.checkpoint.state import Parts, read_parts, weights_sha256
 from dist_train.config.load import read_config
 from dist_train.config.schema import JobConfig
-from dist_train.data.dataset import load_dataset
+from dist_train.data.encoder import Encoder
 from dist_train.errors import UserError
 from dist_train.models.virtual_ranks import require_world_size
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.machine import describe_machine
-from dist_train.session import Session, build_loop, dtype_of
+from dist_train.session import Session, build_loop, load_data
 from dist_train.training.parts import Record
 
 _COMPARED = ("step", "epoch", "samples", "split", "loss")
@@ -166,14 +166,11 @@ class _Replay:
 
 
 def _session(config: JobConfig, collectives: Collectives, found: Found | None) -> Session:
-    dataset = load_dataset(
-        config.data,
-        collectives,
-        seed=config.run.seed,
-        one_hot=config.model.embedding_dim is None,
-        dtype=dtype_of(config.train.precision),
-    )
-    session = Session(config, dataset, collectives)
+    """The run as it stood; its own encoder, where there is a checkpoint, or one fitted anew."""
+    encoder = None
+    if found:
+        encoder = Encoder.from_description(found.parts["state.json"]["encoder"], found.parts["encoder.pth"])
+    session = Session(config, load_data(config, collectives, encoder), collectives)
     if found:
         session.restore(found.parts)
     return session
@@ -186,8 +183,8 @@ def _check_world(config: JobConfig, evidence: Evidence, collectives: Collectives
     origin = evidence.origin()
     if origin and origin["world_size"] != collectives.size:
         raise UserError(
-            f"the run was trained in the fast mode on {origin['world_size']} ranks: its bits can be verified on as many "
-            "only; with train.virtual_ranks set, on any number"
+            f"the run was trained in the fast mode on {origin['world_size']} ranks: its bits can be verified "
+            "on as many only; with train.virtual_ranks set, on any number"
         )
 
 
@@ -251,7 +248,10 @@ def _journal(file: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            yield _short(record) if int(record["step"]) >= 0 else {}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if number < len(lines):  # the last line may be one that is just being written
-                raise UserError(f"{file}, line {number}: is not a line of metrics") from None
+            known = isinstance(record["step"], int) and isinstance(record["split"], str)
+        except (ValueError, KeyError, TypeError):
+            known = False
+        if known:
+            yield _short(record)
+        elif number < len(lines):  # the last line may be one that is just being written
+            raise UserError(f"{file}, line {number}: is not a line of metrics")

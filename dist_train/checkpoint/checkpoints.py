@@ -34,18 +34,18 @@ class Checkpoints:
 
     def write(self, step: int, parts: Parts, best_step: int | None) -> None:
         """Commit a checkpoint, then let go of older ones beyond the newest `keep` and the best; OSError on failure."""
-        commit(self._path(step), encode_parts(parts))
+        commit(self.path(step), encode_parts(parts))
         newest = self.steps()[-self.keep :]
         for old in self.steps():
             if old not in newest and old != best_step:
-                remove(self._path(old))
+                remove(self.path(old))
 
     def newest(self) -> tuple[Found | None, list[str]]:
         """The newest checkpoint that verifies, None when there is none; and why newer ones were skipped."""
         skipped: list[str] = []
         for step in reversed(self.steps()):
             try:
-                return Found(step, read_parts(self._path(step))), skipped
+                return Found(step, read_parts(self.path(step))), skipped
             except Damaged as damage:
                 skipped.append(str(damage))
         return None, skipped
@@ -56,7 +56,7 @@ class Checkpoints:
             have = ", ".join(str(s) for s in self.steps()) or "none"
             raise UserError(f"{self.folder}: there is no checkpoint of step {step}; there is {have}")
         try:
-            return read_parts(self._path(step))
+            return read_parts(self.path(step))
         except Damaged as damage:
             raise UserError(f"the checkpoint of step {step} is damaged: {damage}") from None
 
@@ -64,7 +64,8 @@ class Checkpoints:
         """Remove checkpoints of later steps (damaged ones that were skipped), so that their names are free again."""
         for later in self.steps():
             if later > step:
-                remove(self._path(later))
+                remove(self.path(later))
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
         return self.folder / f"{_PREFIX}{step:08d}"

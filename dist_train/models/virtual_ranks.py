@@ -6,7 +6,7 @@ Every kernel sees one slice, in memory of its own, so it sees the same shapes on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 

@@ -39,7 +39,9 @@ class CrossEntropy:
         logits = model(*batch.inputs)
         logits = logits.float() if logits.dtype == torch.bfloat16 else logits
         # Copies: a kernel may round differently where a slice begins at another place in memory.
-        pairs = [(a.clone(), t) for a, t in zip(logits.split(batch.slices), batch.targets.split(batch.slices), strict=True)]
+        pairs = [
+            (a.clone(), t) for a, t in zip(logits.split(batch.slices), batch.targets.split(batch.slices), strict=True)
+        ]
         losses = torch.stack([self._sum(own, targets) for own, targets in pairs])
         if self.class_weights is None:
             return LossSum(losses, losses.new_tensor(batch.slices))

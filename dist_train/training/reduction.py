@@ -42,7 +42,7 @@ class AveragedInBackward:
 
     def backward_of(self, *, last: bool) -> AbstractContextManager[Any]:
         """Communicate in the last backward pass alone."""
-        return nullcontext() if last else self._no_sync()  # type: ignore[no-any-return]
+        return nullcontext() if last else self._no_sync()
 
     def finish(self) -> None:
         """Nothing is left to do."""

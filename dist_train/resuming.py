@@ -1,0 +1,141 @@
+"""Going on where a run stood: its folder, its lock, its newest sound checkpoint, and whether it may be gone on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+from dist_train.checkpoint.checkpoints import Checkpoints, Found
+from dist_train.checkpoint.commit import guarded, sweep, write_atomically
+from dist_train.checkpoint.run_folder import RunFolder, RunLock, this_process
+from dist_train.config.differences import differences
+from dist_train.config.load import config_to_yaml
+from dist_train.config.schema import JobConfig
+from dist_train.data.dataset import Dataset
+from dist_train.data.encoder import Encoder
+from dist_train.errors import UserError
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.console import log
+from dist_train.runtime.machine import describe_machine
+from dist_train.session import load_data
+
+
+def open_run(
+    folder: RunFolder, config: JobConfig, checkpoints: Checkpoints, stack: ExitStack, environ: Mapping[str, str]
+) -> Found | None:
+    """Rank 0: create and lock the run folder; the checkpoint to go on from, if any."""
+    return guarded(lambda: _open_folder(folder, config, checkpoints, stack, environ), "the run folder")
+
+
+def _open_folder(
+    folder: RunFolder, config: JobConfig, checkpoints: Checkpoints, stack: ExitStack, environ: Mapping[str, str]
+) -> Found | None:
+    holder = this_process(environ.get("SLURM_JOB_ID"))
+    folder.create()
+    lock = stack.enter_context(RunLock(folder.lock, holder))
+    if config.run.resume == "never":
+        former = folder.move_aside()
+        if former:
+            lock.release()
+            log.info("the run that was in %s is now in %s", folder.path, former)
+            folder.create()
+            stack.enter_context(RunLock(folder.lock, holder))
+    sweep(folder.path)
+    sweep(folder.checkpoints)
+    found, skipped = checkpoints.newest()
+    for reason in skipped:
+        log.warning("skipped a damaged checkpoint: %s", reason)
+    if skipped and not found:
+        raise UserError(
+            f"{folder.checkpoints}: no checkpoint verifies ({skipped[0]}); "
+            "run.resume=never starts anew and keeps them aside"
+        )
+    if found:
+        _refuse_changes(found, config)
+        _check_best(found, config, checkpoints)
+    return found
+
+
+def take_over(folder: RunFolder, config: JobConfig, checkpoints: Checkpoints, step: int) -> None:
+    """Rank 0: the run goes on from `step`; until here a refusal has left the folder as it was."""
+
+    def write() -> None:
+        checkpoints.drop_after(step)
+        folder.requeue.unlink(missing_ok=True)
+        write_atomically(folder.config, config_to_yaml(config).encode())
+
+    guarded(write, "the run folder")
+
+
+def _refuse_changes(found: Found, config: JobConfig) -> None:
+    state = found.parts["state.json"]
+    now = json.loads(json.dumps(asdict(config)))  # as the checkpoint has it: the keys of a mapping are text
+    harmful, harmless = differences(state["config"], now)
+    for line in harmless:
+        log.info("changed since the checkpoint: %s", line)
+    if harmful and not config.run.force:
+        raise UserError(
+            f"the checkpoint of step {found.step} was trained with another configuration: {'; '.join(harmful)}. "
+            "Set them back, choose another run.name, start anew with run.resume=never, or insist with run.force=true"
+        )
+    for line in harmful:
+        log.warning("forced to go on although %s", line)
+
+
+def _check_best(found: Found, config: JobConfig, checkpoints: Checkpoints) -> None:
+    """Find out now, and not when training is over, whether the best weights so far can be shipped."""
+    progress = found.parts["state.json"]["progress"]
+    best = progress["best_step"]
+    if best is None or best == found.step:
+        return
+    try:
+        checkpoints.read(best)
+        return
+    except UserError as error:
+        # When a newer best one was skipped as damaged, this one may be gone for good reason: training finds the
+        # newer one again.
+        if best in checkpoints.steps() and not config.run.force:
+            raise UserError(
+                f"{error}. It holds the best weights so far: start anew with run.resume=never, "
+                "or go on without it with run.force=true"
+            ) from None
+        log.warning("the best weights so far are lost, going on without them: %s", error)
+    progress |= {"best_step": None, "best_loss": None}
+
+
+def matching_dataset(found: Found | None, config: JobConfig, dataset: Dataset, collectives: Collectives) -> Dataset:
+    """The dataset to go on with: encoded as the checkpoint's model knows it."""
+    if not found:
+        return dataset
+    state = found.parts["state.json"]
+    _note_other_bits(state, config, collectives)
+    log.info("resuming from the checkpoint of step %d", found.step)
+    if state["data_sha256"] == dataset.sha256:
+        return dataset
+    if not config.run.force:
+        raise UserError(
+            f"{config.data.path}: the file has changed since the checkpoint of step {found.step}; "
+            "choose another run.name, start anew with run.resume=never, or insist with run.force=true"
+        )
+    log.warning("forced to go on although the data have changed")
+    return load_data(config, collectives, Encoder.from_description(state["encoder"], found.parts["encoder.pth"]))
+
+
+def _note_other_bits(state: Mapping[str, Any], config: JobConfig, collectives: Collectives) -> None:
+    """Say so where the run cannot end in the bits of one that was never interrupted."""
+    if config.train.virtual_ranks is None and state["world_size"] != collectives.size:
+        log.warning(
+            "the checkpoint was trained on %d ranks, this is a world of %d: results agree to rounding, not to the bit "
+            "(train.virtual_ranks would make them)",
+            state["world_size"],
+            collectives.size,
+        )
+    for name, value in describe_machine(collectives.device).items():
+        if state["machine"].get(name) != value:
+            log.warning(
+                "%s is %s, the checkpoint was trained with %s: equal bits are not promised",
+                name, value, state["machine"].get(name),
+            )  # fmt: skip

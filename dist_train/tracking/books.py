@@ -1,0 +1,70 @@
+"""What rank 0 writes about a run while it trains: metrics.jsonl, wandb, the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dist_train.config.schema import JobConfig
+from dist_train.errors import TrainingFault
+from dist_train.runtime.console import terminal
+from dist_train.tracking.journal import Journal
+from dist_train.tracking.screen import Screen
+from dist_train.tracking.wandb_run import WandbRun, choose_mode
+
+
+class Books:
+    """All trackers of a run; on other ranks than 0 there are none, and every call does nothing.
+
+    `state` is what `state_dict` gave at the checkpoint that the run goes on from.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        metrics_file: Path,
+        *,
+        total_steps: int,
+        start_step: int,
+        state: Mapping[str, Any] | None,
+        environ: Mapping[str, str],
+    ) -> None:
+        self.journal = Journal(metrics_file)
+        self.wandb = WandbRun(
+            folder=metrics_file.parent,
+            name=config.run.name,
+            project=config.wandb.project,
+            mode=choose_mode(config.wandb.mode, environ),
+            config=asdict(config),
+            run_id=state["wandb"]["run_id"] if state else None,
+            sent_step=self.journal.last_step,
+        )
+        self.journal.load_state_dict(state["journal"] if state else {"bytes": 0})
+        self.screen = Screen(terminal(), total_steps=total_steps, num_epochs=config.train.epochs, start_step=start_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the journal ends, and the id of the wandb run."""
+        return {"journal": self.journal.state_dict(), "wandb": self.wandb.state_dict()}
+
+    def track(self, record: Mapping[str, Any]) -> None:
+        """Write a line of metrics everywhere."""
+        try:
+            self.journal.log(record)
+        except OSError as error:
+            raise TrainingFault(f"metrics.jsonl could not be written: {error}; the checkpoints are intact") from None
+        self.wandb.log(record)
+        self.screen.log(record)
+
+    def close(self, *, failed: bool) -> None:
+        """End all of them; a second call does nothing."""
+        self.screen.close()
+        self.wandb.close(failed=failed)
+        self.journal.close()
+
+    def __enter__(self) -> Books:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
