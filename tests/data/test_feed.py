@@ -24,19 +24,20 @@ def rows(*numbers: int, dtype: torch.dtype = torch.float32) -> ResidentRows:
 @pytest.mark.parametrize("index", [[], [4], [0, 4, 2], [1, 1]])
 def test_a_batch_is_direct_indexing(index: list[int]) -> None:
     chosen = rows(19, 3, 5, 7, 11)
-    share = Share(torch.tensor(index, dtype=torch.int64), epoch=2, first_row=7, global_rows=9)
+    share = Share(torch.tensor(index, dtype=torch.int64), (len(index),), epoch=2, first_row=7, global_rows=9)
     batch = chosen.gather(share)
     table_rows = [[19, 3, 5, 7, 11][i] for i in index]
     assert torch.equal(batch.inputs[0], FEATURES[table_rows])
     assert torch.equal(batch.inputs[1], SLOTS[table_rows])
     assert torch.equal(batch.targets, TARGETS[table_rows])
     assert batch.rows.tolist() == table_rows
+    assert batch.slices == (len(index),)
     assert (batch.epoch, batch.first_row, batch.global_rows) == (2, 7, 9)
     assert batch.inputs[0].shape == (len(index), 3)
 
 
 def test_only_floating_point_inputs_change_their_type() -> None:
-    batch = rows(1, 2, dtype=torch.float64).gather(Share(torch.tensor([0]), 0, 0, 1))
+    batch = rows(1, 2, dtype=torch.float64).gather(Share(torch.tensor([0]), (1,), 0, 0, 1))
     assert batch.inputs[0].dtype == torch.float64
     assert batch.inputs[1].dtype == torch.int64
 

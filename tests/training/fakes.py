@@ -24,6 +24,11 @@ class FakeBatch:
     first_row: int = 0
     global_rows: int = 0
 
+    @property
+    def slices(self) -> tuple[int, ...]:
+        """One slice, as in the fast mode."""
+        return (len(self.targets),)
+
 
 def fake_batch(x: Tensor, y: Tensor, *, rank: int = 0, size: int = 1) -> FakeBatch:
     """This rank's contiguous share of the rows."""

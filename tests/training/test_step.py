@@ -18,7 +18,7 @@ from dist_train.errors import TrainingFault
 from dist_train.models.batch_norm import still_cancelled_biases, sync_batch_norm
 from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.keyed_random import RowRandom, seeded
+from dist_train.runtime.keyed_random import seeded
 from dist_train.runtime.position import Position, cut
 from dist_train.runtime.world import World
 from dist_train.training.loop import Loop, Rhythm
@@ -26,6 +26,7 @@ from dist_train.training.meter import Meter
 from dist_train.training.objective import CrossEntropy, LossSum, balanced_weights
 from dist_train.training.optimizer import NamedOptimizerState, average_of, build_adamw
 from dist_train.training.progress import Progress
+from dist_train.training.reduction import AveragedInBackward
 from dist_train.training.step import EagerStep, Outcome
 from tests.ranks import on_ranks
 from tests.training.fakes import FakeBatch, FakeFeed, fake_batch
@@ -62,7 +63,8 @@ def build_step(
     if collectives.size > 1:
         model = DistributedDataParallel(model)
     crit = CrossEntropy(**objective)
-    return EagerStep(model, crit, optimizer, rate, RowRandom(0), collectives, max_grad_norm=max_grad_norm)
+    reduction = AveragedInBackward(model, list(model.parameters()), collectives)
+    return EagerStep(model, crit, optimizer, rate, lambda _: None, reduction, collectives, max_grad_norm=max_grad_norm)
 
 
 def state(model: nn.Module) -> dict[str, npt.NDArray[Any]]:
@@ -154,7 +156,7 @@ def test_objective_is_cross_entropy_also_over_parts(weights: Tensor | None, smoo
     expected = F.cross_entropy(model(x), y, weights, label_smoothing=smoothing)
     for pieces in (1, 2, 40):  # 40 pieces: some without rows
         parts = [objective(model, fake_batch(x[a:b], y[a:b])) for a, b in cut(0, 31, pieces)]
-        total = torch.stack([p.loss for p in parts]).sum() / torch.stack([p.weight for p in parts]).sum()
+        total = torch.cat([p.loss for p in parts]).sum() / torch.cat([p.weight for p in parts]).sum()
         torch.testing.assert_close(total, expected, rtol=1e-13, atol=0)
 
 

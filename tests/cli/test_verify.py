@@ -1,0 +1,195 @@
+"""Verification believes an honest run, and names the step of a run in which anything has been altered."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_train.checkpoint.commit import commit
+from dist_train.checkpoint.state import encode_parts, read_parts
+from tests.cli.in_process import command
+from tests.commands import run
+from tests.resume.jobs import finish, folder_of, tiny_job, write_table
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in the exact mode, trained on two ranks."""
+    folder = tmp_path_factory.mktemp("honest")
+    table = write_table(folder / "clients.csv")
+    more = ("train.virtual_ranks=4", f"train.max_steps={STEPS}", "checkpoint.keep=3")
+    arguments = tiny_job(table, folder / "run", *more)
+    finish(arguments, 2)
+    return folder_of(arguments)
+
+
+def saves(run_dir: Path) -> list[int]:
+    """Steps of the checkpoints that are there."""
+    return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def copy(honest: Path, tmp_path: Path) -> Path:
+    """The run, to be tampered with; its table lies beside it."""
+    shutil.copytree(honest.parent, tmp_path / "copy")
+    config = tmp_path / "copy" / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(honest.parent), str(tmp_path / "copy")))
+    return tmp_path / "copy" / "run"
+
+
+def test_an_honest_run_is_believed_on_one_process(honest: Path) -> None:
+    before = {p: p.read_bytes() for p in honest.rglob("*") if p.is_file()}
+    seen = command("verify", honest)
+    assert seen.code == 0, seen.err
+    report = json.loads(seen.out)
+    summary = json.loads((honest / "summary.json").read_text())
+    assert report["difference"] is None
+    assert report["notes"] == []
+    assert report["first_step"] == 0
+    assert report["last_step"] == STEPS
+    assert report["lines"] == len((honest / "metrics.jsonl").read_text().splitlines())
+    assert report["checkpoints"] >= len(saves(honest)) > 2
+    assert report["weights_sha256"] == summary["weights_sha256"]
+    assert report["data_sha256"] == summary["data_sha256"]
+    assert report["machine"] == summary["machine"]
+    assert report["config"]["train"]["virtual_ranks"] == 4
+    assert {p: p.read_bytes() for p in honest.rglob("*") if p.is_file()} == before
+
+
+def test_part_of_it_on_another_world_size(honest: Path) -> None:
+    first, _, last = saves(honest)[-3:]
+    done = run("verify", honest, "--steps", f"{first}:{last}", ranks=4)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["first_step"], report["last_step"], report["difference"]) == (first, last, None)
+    assert 0 < report["checkpoints"] < len(saves(honest))
+
+
+def test_a_running_run_can_be_verified(copy: Path) -> None:
+    (copy / "summary.json").unlink()
+    shutil.rmtree(copy / "model")
+    with (copy / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 25, "epo')  # a line that is just being written
+    seen = command("verify", copy)
+    assert seen.code == 0, seen.err
+    assert "not finished" in json.loads(seen.out)["notes"][0]
+
+
+def altered_tensor(run_dir: Path) -> None:
+    """One bit of one number of the moments at step 20, with a manifest that vouches for it."""
+    checkpoint = run_dir / "checkpoints" / "step_00000020"
+    parts = read_parts(checkpoint)
+    name = next(n for n in parts["optimizer.pth"] if n.endswith("exp_avg"))
+    tensor = parts["optimizer.pth"][name]
+    tensor.view(-1)[0] = tensor.view(-1)[0] * (1 + 2**-20)
+    commit(checkpoint, encode_parts(parts))
+
+
+def flipped_bit(run_dir: Path) -> None:
+    part = run_dir / "checkpoints" / "step_00000020" / "model.pth"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(bytes(data))
+
+
+def altered_weights(run_dir: Path) -> None:
+    parts: dict[str, Any] = read_parts(run_dir / "model")
+    parts["model.pth"]["layers.0.weight"][0, 0] += 1e-6
+    commit(run_dir / "model", encode_parts(parts))
+
+
+def edit_line(number: int, edit: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Callable[[Path], None]:
+    def alter(run_dir: Path) -> None:
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        edited = edit(json.loads(lines[number]))
+        lines[number : number + 1] = [] if edited is None else [json.dumps(edited)]
+        (run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+    return alter
+
+
+def altered_row(run_dir: Path) -> None:
+    table = run_dir.parent / "clients.csv"
+    lines = table.read_text().splitlines()
+    income, rest = lines[40].split(",", 1)
+    lines[40] = f"{float(income) + 0.5},{rest}"
+    table.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("alter", "named"),
+    [
+        (altered_tensor, "step 20 differs: the checkpoint's optimizer.pth, tensor"),
+        (flipped_bit, "step 20 differs: the checkpoint does not verify"),
+        (altered_weights, "differs: model/model.pth does not have the weights_sha256 of summary.json"),
+        (edit_line(4, lambda line: line | {"loss": line["loss"] * (1 + 2**-51)}), "differs: {split} loss: recorded"),
+        (edit_line(4, lambda line: line | {"samples": line["samples"] + 1}), "differs: {split} samples: recorded"),
+        (edit_line(4, lambda _: None), "differs: metrics.jsonl has no {split} line of this step"),
+        (edit_line(4, lambda line: line | {"split": "test"}), "{split} line of this step"),
+    ],
+)
+def test_what_was_altered_is_named_with_its_step(copy: Path, alter: Callable[[Path], None], named: str) -> None:
+    line = json.loads((copy / "metrics.jsonl").read_text().splitlines()[4])
+    alter(copy)
+    seen = command("verify", copy)
+    assert seen.code == 1
+    assert seen.err.count("error:") == 1
+    assert named.format(split=line["split"]) in seen.err
+    if "{split}" in named:
+        assert f"step {line['step']} differs" in seen.err
+    assert json.loads(seen.out)["difference"] is not None
+
+
+def test_an_altered_row_of_the_data_is_found_at_the_first_line(copy: Path) -> None:
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if line["split"] == "valid")  # the row is one of the validation rows
+    altered_row(copy)
+    seen = command("verify", copy)
+    assert seen.code == 1
+    assert f"error: step {first['step']} differs: valid loss: recorded" in seen.err
+    assert "the data are not those of the run" in json.loads(seen.out)["notes"][0]
+
+
+def test_another_machine_is_said_in_words(copy: Path) -> None:
+    for step in saves(copy):
+        checkpoint = copy / "checkpoints" / f"step_{step:08d}"
+        parts = read_parts(checkpoint)
+        parts["state.json"]["machine"] |= {"torch": "2.0.0", "processor": "abacus"}
+        commit(checkpoint, encode_parts(parts))
+    seen = command("verify", copy)
+    assert seen.code == 0
+    notes = json.loads(seen.out)["notes"]
+    assert "the run had 2.0.0: equal bits are not promised" in notes[0]
+    assert "the run had abacus" in notes[1]
+
+
+def test_a_run_in_the_fast_mode_needs_its_own_world_size(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "clients.csv")
+    arguments = tiny_job(table, tmp_path / "fast", "train.max_steps=10")
+    finish(arguments, 2)
+    seen = command("verify", folder_of(arguments))
+    assert seen.code == 2
+    assert "on 2 ranks" in seen.err
+    done = run("verify", folder_of(arguments), ranks=2)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("steps", ["5", "a:b", "9:3", "100:"])
+def test_a_range_without_steps_is_refused(honest: Path, steps: str) -> None:
+    seen = command("verify", honest, "--steps", steps)
+    assert seen.code == 2
+    assert "error:" in seen.err
+
+
+def test_a_world_size_that_does_not_divide_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "clients.csv")
+    done = run("train", *tiny_job(table, tmp_path / "run", "train.virtual_ranks=8"), ranks=3)
+    assert done.stderr.count("error: train.virtual_ranks=8 cannot be shared by 3 ranks; it works on 1, 2, 4 or 8") == 1
+    assert not (tmp_path / "run").exists()
