@@ -1,6 +1,11 @@
-"""The two ways in which a run ends early with a message of its own."""
+"""The ways in which a run ends early with a message of its own."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 EXIT_USER_ERROR = 2
 EXIT_FAULT = 1
@@ -16,3 +21,11 @@ class UserError(Exception):
 
 class TrainingFault(Exception):
     """Training cannot go on (a loss that is not finite, say): one message, exit code 1, no traceback."""
+
+
+def guarded(write: Callable[[], T], what: str) -> T:
+    """Run `write`; a failing disk becomes a TrainingFault of one line. What was committed before is untouched."""
+    try:
+        return write()
+    except OSError as error:
+        raise TrainingFault(f"{what} could not be written: {error}; what was saved before is intact") from None

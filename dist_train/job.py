@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dist_train.checkpoint.checkpoints import Checkpoints
-from dist_train.checkpoint.commit import guarded, write_atomically
+from dist_train.checkpoint.commit import write_atomically
 from dist_train.checkpoint.run_folder import RunFolder
 from dist_train.checkpoint.state import pack_json
 from dist_train.config.rules import given_class_weights
 from dist_train.config.schema import JobConfig
+from dist_train.errors import guarded
 from dist_train.models.registry import check_model_name
 from dist_train.models.virtual_ranks import require_world_size
 from dist_train.resuming import matching_dataset, open_run, take_over

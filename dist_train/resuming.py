@@ -9,14 +9,14 @@ from dataclasses import asdict
 from typing import Any
 
 from dist_train.checkpoint.checkpoints import Checkpoints, Found
-from dist_train.checkpoint.commit import guarded, sweep, write_atomically
+from dist_train.checkpoint.commit import sweep, write_atomically
 from dist_train.checkpoint.run_folder import RunFolder, RunLock, this_process
 from dist_train.config.differences import differences
 from dist_train.config.load import config_to_yaml
 from dist_train.config.schema import JobConfig
 from dist_train.data.dataset import Dataset
 from dist_train.data.encoder import Encoder
-from dist_train.errors import UserError
+from dist_train.errors import UserError, guarded
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import log
 from dist_train.runtime.machine import describe_machine

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from dist_train import __version__
 from dist_train.checkpoint.checkpoints import Checkpoints
-from dist_train.checkpoint.commit import commit, guarded, write_atomically
+from dist_train.checkpoint.commit import commit, write_atomically
 from dist_train.checkpoint.run_folder import RunFolder
 from dist_train.checkpoint.state import Parts, encode_parts, pack_json, weights_sha256
 from dist_train.config.schema import JobConfig
+from dist_train.errors import guarded
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import log
 from dist_train.runtime.machine import describe_machine

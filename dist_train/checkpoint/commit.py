@@ -10,13 +10,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
-
-from dist_train.errors import TrainingFault
-
-T = TypeVar("T")
+from typing import Any
 
 MANIFEST = "MANIFEST.json"
 _ASIDE = ".partial-"
@@ -153,11 +149,3 @@ def _replace_folder(aside: Path, folder: Path) -> None:
         raise
     sync_folder(folder.parent)
     shutil.rmtree(former, ignore_errors=True)
-
-
-def guarded(write: Callable[[], T], what: str) -> T:
-    """Run `write`; a failing disk becomes a TrainingFault of one line. What was committed before is untouched."""
-    try:
-        return write()
-    except OSError as error:
-        raise TrainingFault(f"{what} could not be written: {error}; what was saved before is intact") from None

@@ -155,7 +155,7 @@ def _features(
     """Feature columns by kind, numbers already parsed: from the whole table, so that a bad cell is named by its row."""
     kinds = feature_kinds(table.frame, not_features, categorical, table.source)
     parsed = [pl.Series(name, numbers(table.frame[name], table.source).numpy()) for name in kinds.numeric]
-    return table.frame.select(kinds.categorical).with_columns(parsed), kinds
+    return pl.DataFrame([*parsed, *(table.frame[name] for name in kinds.categorical)]), kinds
 
 
 def _targets(column: pl.Series, source: str) -> tuple[Tensor, list[str]]:

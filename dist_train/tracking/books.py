@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.config.schema import JobConfig
-from dist_train.errors import TrainingFault
+from dist_train.errors import guarded
 from dist_train.runtime.console import terminal
 from dist_train.tracking.journal import Journal
 from dist_train.tracking.screen import Screen
@@ -50,10 +50,7 @@ class Books:
 
     def track(self, record: Mapping[str, Any]) -> None:
         """Write a line of metrics everywhere."""
-        try:
-            self.journal.log(record)
-        except OSError as error:
-            raise TrainingFault(f"metrics.jsonl could not be written: {error}; the checkpoints are intact") from None
+        guarded(lambda: self.journal.log(record), "metrics.jsonl")
         self.wandb.log(record)
         self.screen.log(record)
 

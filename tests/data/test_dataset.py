@@ -173,3 +173,12 @@ def test_a_file_that_one_rank_cannot_find_stops_all_with_the_same_message(tmp_pa
     table().write_csv(tmp_path / "t.csv")
     messages = on_ranks(2, _mistake_on_rank, tmp_path)
     assert messages == [f"{tmp_path / 'nowhere.csv'}: no such file"] * 2
+
+
+@pytest.mark.parametrize("dropped", ["purpose", "income"])
+def test_a_table_of_numbers_alone_and_one_of_categories_alone(tmp_path: Path, dropped: str) -> None:
+    table().write_csv(tmp_path / "t.csv")
+    both = load(tmp_path / "t.csv")
+    one = load(tmp_path / "t.csv", drop=["client", dropped])
+    kept = slice(0, 2) if dropped == "purpose" else slice(2, None)  # income and its flag come first
+    assert torch.equal(one.splits["train"].inputs[0], both.splits["train"].inputs[0][:, kept])
