@@ -12,7 +12,7 @@ one process, for debugging (CPU or one GPU, seconds):
 the plan only; trains nothing, writes nothing:
     python launch/train.py configs/credit_risk.yaml --dry-run
 
-Arguments that end in .yaml are merged from left to right, then key=value. Every key: docs/configuration.md.
+Arguments that end in .yaml are merged from left to right, then key=value. Every key: README.md.
 The same command continues a run that was interrupted. Exit code 0: done, or stopped and saved; 2: a mistake in what
 was asked for; another: a fault.
 """

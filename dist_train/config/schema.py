@@ -1,6 +1,6 @@
 """Every key of a configuration, its default and its meaning.
 
-The text under each field is its documentation: `docs/configuration.md` is generated from it.
+The text under each field is its documentation: the README's table is made from it.
 Units stand in the names (`_rows`, `_steps`, `_seconds`) or in the text. Batch sizes are always global.
 """
 
@@ -103,7 +103,7 @@ class TrainConfig:
     accumulation_steps: int = 1
     """Forward-backward passes in which one global batch is worked through, to save memory. BatchNorm sees one pass at a time."""
     virtual_ranks: int | None = None
-    """Null: fast mode, arithmetic may round differently on another world size. The exact mode, V fixed slices of the global batch, is not in this version."""
+    """Null: the fast mode, results agree between world sizes to rounding. V: the exact mode, the global batch is computed in V fixed slices and the result is the same bits on every world size that divides V (docs/same-bits.md)."""
     precision: Literal["float32", "float64", "bf16"] = "float32"
     """`bf16`: weights stay float32, the forward pass runs under bfloat16 autocast."""
     class_weights: Any = None
