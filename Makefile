@@ -35,9 +35,10 @@ pictures: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python docs/pictures.py
 
-# Rows per second beside the tutorial loop
+# Rows per second beside the tutorial loop; what the exact mode costs
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.exact_mode
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -38,7 +38,11 @@ class NamedOptimizerState:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave; the tensors move to the device of the parameters."""
+        """Take over what `state_dict` gave, on the device of the parameters; KeyError names a parameter without state."""
+        known = {key.rpartition("/")[0] for key in state}
+        for name in self._parameters:
+            if known and name not in known:  # before the first step nothing has a state
+                raise KeyError(name)
         for key, value in state.items():
             name, _, quantity = key.rpartition("/")
             parameter = self._parameters[name]

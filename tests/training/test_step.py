@@ -320,3 +320,13 @@ def test_meter_weighs_steps_by_their_rows() -> None:
     assert meter.take_loss() == 1.0
     meter.add(Outcome(torch.tensor([8.0, 4.0, 0.0], dtype=F64), torch.tensor(0.0), torch.tensor(True), 0.0, 1))
     assert meter.take_loss() == 2.0
+
+
+def test_the_state_of_an_optimizer_must_be_whole() -> None:
+    model = classifier()
+    step = build_step(model)
+    step([fake_batch(*data(0))], 0, wants_stop=False)
+    named = NamedOptimizerState(step.optimizer, model)
+    state = {key: value for key, value in named.state_dict().items() if not key.startswith("layers.4.weight/")}
+    with pytest.raises(KeyError, match=r"layers\.4\.weight"):
+        named.load_state_dict(state)

@@ -1,0 +1,90 @@
+"""What the exact mode costs beside the fast mode, side by side in one run: `make bench`.
+
+V = 8 at a global batch of 4096 rows of the default job: on one rank, and on 8 gloo ranks of this machine. Both modes
+take turns in the same processes, one thread each; medians of the rounds, with the spread beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.throughput import our_loop
+from dist_train.config.load import load_config
+from dist_train.data.dataset import load_dataset
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.world import World, process_group
+from dist_train.session import Session
+
+BATCH_SIZE = 4096
+VIRTUAL_RANKS = 8
+WORLDS = (1, 8)
+ROUNDS = 9
+STEPS = 10
+RESULTS = Path(__file__).parent / "results" / "exact_mode.json"
+
+
+def main() -> None:
+    table = Table("ranks", "fast ms/step", "spread", "exact ms/step", "spread", "ratio")
+    results = []
+    for world_size in WORLDS:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.start_processes(measure, (world_size, folder), nprocs=world_size, start_method="spawn")
+            times = json.loads((Path(folder) / "times.json").read_text())
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        spreads = {name: max(values) / min(values) for name, values in times.items()}
+        ratio = medians["exact"] / medians["fast"]
+        table.add_row(
+            str(world_size),
+            *(text for name in times for text in (f"{medians[name] * 1e3:.1f}", f"{spreads[name]:.2f}")),
+            f"{ratio:.2f}",
+        )
+        results.append({"ranks": world_size, "median_seconds": medians, "spread": spreads, "ratio": ratio})
+    Console().print(table)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1))
+
+
+def measure(rank: int, world_size: int, folder: str) -> None:
+    """Seconds of a step in both modes, measured on rank 0."""
+    torch.set_num_threads(1)
+    world = World(
+        rank=rank, size=world_size, local_rank=rank, local_size=world_size, rendezvous=f"file://{folder}/store"
+    )
+    with process_group(world, 300):
+        collectives = Collectives(world)
+        steps = {"fast": build(collectives, "null"), "exact": build(collectives, str(VIRTUAL_RANKS))}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(ROUNDS):
+            for name, step in steps.items():
+                step()
+                collectives.barrier()
+                start = time.perf_counter()
+                for _ in range(STEPS):
+                    step()
+                collectives.barrier()
+                times[name].append((time.perf_counter() - start) / STEPS)
+    if rank == 0:
+        Path(folder, "times.json").write_text(json.dumps(times))
+
+
+def build(collectives: Collectives, virtual_ranks: str) -> Callable[[], int]:
+    """A step of the default job in one of the modes."""
+    config = load_config(
+        ["configs/credit_risk.yaml", f"train.global_batch_size={BATCH_SIZE}", f"train.virtual_ranks={virtual_ranks}"]
+    )
+    dataset = load_dataset(config.data, collectives, seed=0, one_hot=True, dtype=torch.float32)
+    return our_loop(Session(config, dataset, collectives))
+
+
+if __name__ == "__main__":
+    main()
