@@ -38,7 +38,7 @@ class NamedOptimizerState:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave, on the device of the parameters; KeyError names a parameter without state."""
+        """Take over what `state_dict` gave, beside the parameters; KeyError names a parameter without state."""
         known = {key.rpartition("/")[0] for key in state}
         for name in self._parameters:
             if known and name not in known:  # before the first step nothing has a state
