@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_train.checkpoint.checkpoints import Checkpoints, Found
+from dist_train.checkpoint.checkpoints import Checkpoints
 from dist_train.checkpoint.commit import Damaged
 from dist_train.checkpoint.run_folder import RunFolder
 from dist_train.checkpoint.state import Parts, read_parts, weights_sha256
-from dist_train.config.load import read_config
 from dist_train.config.schema import JobConfig
 from dist_train.data.encoder import Encoder
 from dist_train.errors import UserError
@@ -25,7 +24,8 @@ from dist_train.runtime.machine import describe_machine
 from dist_train.session import Session, build_loop, load_data
 from dist_train.training.parts import Record
 
-_COMPARED = ("step", "epoch", "samples", "split", "loss")
+# What a clock says, and what a run notes about itself: everything else must be equal.
+_OF_THE_CLOCK = ("samples_per_second", "train_seconds")
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Report:
     last_step: int
     lines: int = 0
     checkpoints: int = 0
+    model_compared: bool = False
     difference: str | None = None
     difference_step: int | None = None
     notes: list[str] = field(default_factory=list)
@@ -45,75 +46,107 @@ class Report:
     config: dict[str, Any] = field(default_factory=dict)
 
     def differ(self, step: int, what: str) -> None:
-        """Note a difference; the one of the earliest step counts."""
+        """Note a difference; the first one of the earliest step counts."""
         if self.difference_step is None or step < self.difference_step:
             self.difference, self.difference_step = what, step
 
 
+@dataclass
 class Evidence:
-    """What a run folder claims: its lines of metrics, its checkpoints, its weights. Nothing in it is changed."""
+    """What a run folder claims, read once: a run that goes on meanwhile may drop a checkpoint."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        if not folder.config.is_file():
-            raise UserError(f"{folder.path}: is not a run folder (it has no config.yaml)")
-        self.folder = folder
-        self.checkpoints = Checkpoints(folder.checkpoints, keep=1)
-        self.lines = list(_journal(folder.metrics))
-        self.damaged: list[tuple[int, str]] = []
-        self.states: dict[int, dict[str, Any]] = {}
-        for step in self.checkpoints.steps():
+    lines: list[dict[str, Any]]
+    checkpoints: dict[int, Parts]
+    damaged: dict[int, str]
+    summary: dict[str, Any] | None
+    model: Parts | None
+    model_damage: str | None
+    changes: list[dict[str, Any]]
+
+    @staticmethod
+    def of(folder: RunFolder) -> Evidence:
+        """Read a run folder; nothing in it is changed."""
+        stored = Checkpoints(folder.checkpoints, keep=1)
+        checkpoints, damaged = {}, {}
+        for step in stored.steps():
             try:
-                self.states[step] = read_parts(self.checkpoints.path(step))["state.json"]
+                checkpoints[step] = read_parts(stored.path(step))
             except Damaged as damage:
-                self.damaged.append((step, str(damage)))
+                if stored.path(step).is_dir():
+                    damaged[step] = str(damage)
+        summary = _read_json(folder.summary) if folder.summary.is_file() else None
+        model = model_damage = None
+        if summary:
+            try:
+                model = read_parts(folder.model)
+            except Damaged as damage:
+                model_damage = str(damage)
+        changes = _read_lines(folder.changes) if folder.changes.is_file() else []
+        return Evidence(_read_lines(folder.metrics), checkpoints, damaged, summary, model, model_damage, changes)
 
     @property
     def last_step(self) -> int:
         """The last step that anything is claimed of."""
-        return max([line["step"] for line in self.lines] + list(self.states), default=0)
+        return max([line["step"] for line in self.lines] + list(self.checkpoints), default=0)
 
-    def start(self, step: int) -> Found | None:
-        """The newest sound checkpoint at or before a step; None: start from the initial weights."""
-        usable = [s for s in self.states if s <= step]
-        return Found(max(usable), self.checkpoints.read(max(usable))) if usable else None
-
+    @property
     def origin(self) -> dict[str, Any] | None:
-        """What the run says of its machine and data: from a checkpoint, else from the summary."""
-        if self.states:
-            return self.states[max(self.states)]
-        if self.folder.summary.is_file():
-            origin: dict[str, Any] = json.loads(self.folder.summary.read_text())
-            return origin
-        return None
+        """What the run says of its machine and data: in its newest checkpoint, else in the summary."""
+        if self.checkpoints:
+            state: dict[str, Any] = self.checkpoints[max(self.checkpoints)]["state.json"]
+            return state
+        return self.summary
+
+    def start(self, first: int, last: int) -> int:
+        """Where a replay of the steps after `first` can begin: at a sound checkpoint, or at 0.
+
+        A run whose configuration was changed on the way is replayed from the last change on.
+        """
+        change = max((c["step"] for c in self.changes if c["step"] < last), default=0)
+        before = [step for step in self.checkpoints if change <= step <= max(first, change)]
+        if before or not change:
+            return max(before, default=0)
+        after = [step for step in self.checkpoints if change <= step < last]
+        if not after:
+            raise UserError(
+                f"the configuration was changed at step {change}, and no sound checkpoint from there on is left to "
+                "replay from"
+            )
+        return min(after)
 
 
-def verify(run_folder: Path, collectives: Collectives, first: int = 0, last: int | None = None) -> Report:
+def verify(
+    folder: RunFolder, config: JobConfig, collectives: Collectives, first: int = 0, last: int | None = None
+) -> Report:
     """Replay the steps after `first` up to `last` of a run; the same report on every rank.
 
-    Every line of metrics and every checkpoint in that range is compared to the bit. The replay starts from the newest
-    sound checkpoint at or before `first`, or from the initial weights.
+    Every line of metrics and every checkpoint in that range is compared to the bit, and where the range holds the best
+    step, the trained model and the metrics of the summary as well. The replay starts from the newest sound checkpoint
+    at or before `first`, or from the initial weights.
     """
-    evidence = collectives.from_first(lambda: Evidence(RunFolder(run_folder)))
-    config = read_config(evidence.folder.config)
+    evidence = collectives.from_first(lambda: Evidence.of(folder))
     last = evidence.last_step if last is None else min(last, evidence.last_step)
     if last <= first:
-        raise UserError(f"{run_folder}: nothing is recorded of the steps after {first} up to {last}")
+        raise UserError(f"{folder.path}: nothing is recorded of the steps after {first} up to {last}")
     _check_world(config, evidence, collectives)
-    found = collectives.from_first(lambda: evidence.start(first)) if first else None
-    session = _session(config, collectives, found)
-    report = Report(session.progress.step, last, machine=describe_machine(collectives.device), config=asdict(config))
-    _compare_origin(report, evidence, session)
-    for step, damage in evidence.damaged:
-        report.differ(step, f"the checkpoint does not verify: {damage}")
+    start = evidence.start(first, last)
+    session = _session(config, collectives, evidence, start)
+    report = Report(start, last, machine=describe_machine(collectives.device), config=asdict(config))
+    report.data_sha256 = session.dataset.sha256
+    for change in evidence.changes:
+        report.notes.append(f"changed at step {change['step']}: {'; '.join(change['changes'])}")
+    _compare_machine(report, evidence)
     replay = _Replay(evidence, session, report, collectives)
     replay.run(config)
-    if collectives.is_first and last == evidence.last_step:
-        _compare_shipped(report, evidence)
-    return collectives.from_first(lambda: report)
+    replay.compare_shipped()
+    if evidence.origin and evidence.origin["data_sha256"] != session.dataset.sha256:
+        was = evidence.origin["data_sha256"]
+        report.differ(last, f"the data are not those of the run: SHA-256 {session.dataset.sha256}, the run had {was}")
+    return report
 
 
 class _Replay:
-    """Listens to a training loop and compares what it says with what was recorded."""
+    """Listens to a training loop and compares what it says with what was recorded; alike on every rank."""
 
     def __init__(self, evidence: Evidence, session: Session, report: Report, collectives: Collectives) -> None:
         self.evidence = evidence
@@ -121,58 +154,113 @@ class _Replay:
         self.report = report
         self.collectives = collectives
         self.pending = [x for x in evidence.lines if report.first_step < x["step"] <= report.last_step]
+        self.best_weights: dict[str, Tensor] | None = None
+        self._encoder = dict(session.dataset.encoder.state_dict())
 
     def run(self, config: JobConfig) -> None:
         """Train over the range; ends at its last step, or early after a difference."""
         build_loop(
             config, self.session, self.collectives,
-            save=self.compare_checkpoint, track=self.compare_line, wants_stop=self.is_over,
+            save=lambda _step: None, track=self.compare_line, wants_stop=self.is_over,
         ).run()  # fmt: skip
+        self.compare_step()
+        if self.session.progress.step < self.report.last_step and self.report.difference is None:
+            self.report.differ(self.session.progress.step + 1, "the replay has no such step: it ends before")
         for line in self.pending:
-            self.report.differ(line["step"], f"metrics.jsonl has a line that the replay has not: {_short(line)}")
+            if line["step"] <= self.session.progress.step:
+                what = f"metrics.jsonl has a {line.get('split')} line that the replay has not"
+                self.report.differ(line["step"], what)
 
     def is_over(self) -> bool:
-        """Asked before each step: is it the last one?"""
-        step = self.session.progress.step
-        difference = self.report.difference_step
+        """Asked before each step: is it the last one? Everything of the step before has been done by then."""
+        self.compare_step()
+        step, difference = self.session.progress.step, self.report.difference_step
         return step + 1 >= self.report.last_step or (difference is not None and step >= difference)
 
     def compare_line(self, record: Record) -> None:
-        """A line of metrics, on every rank; rank 0's evidence is everybody's."""
-        if record["step"] > self.report.last_step:
+        """A line of metrics."""
+        step, split = record["step"], record["split"]
+        line = next((x for x in self.pending if (x["step"], x.get("split")) == (step, split)), None)
+        if line is None:
+            if step <= self.report.last_step:
+                self.report.differ(step, f"metrics.jsonl has no {split} line of this step")
             return
-        own = _short(json.loads(json.dumps(record)))
-        same_place = [x for x in self.pending if (x["step"], x["split"]) == (record["step"], record["split"])]
-        if not same_place:
-            self.report.differ(record["step"], f"metrics.jsonl has no {record['split']} line of this step")
-            return
-        self.pending.remove(same_place[0])
+        self.pending.remove(line)
         self.report.lines += 1
-        for name in _COMPARED:
-            if same_place[0].get(name) != own[name]:
-                claimed = same_place[0].get(name)
-                what = f"{record['split']} {name}: recorded {claimed!r}, replayed {own[name]!r}"
-                self.report.differ(record["step"], what)
+        name = _first_difference(line, json.loads(json.dumps(record)))
+        if name:
+            what = f"{split} {name}: recorded {line.get(name)!r}, replayed {record.get(name)!r}"
+            self.report.differ(step, what)
 
-    def compare_checkpoint(self, step: int) -> None:
-        """The tensors of a checkpoint, where the run has kept the one of this step."""
-        if step not in self.evidence.states or not self.collectives.is_first:
+    def compare_step(self) -> None:
+        """The checkpoint of the step where the replay stands, where the run has kept one."""
+        step = self.session.progress.step
+        summary = self.evidence.summary
+        if summary and step == (summary["best_step"] or summary["steps"]):
+            self.best_weights = {n: t.detach().clone() for n, t in self.session.scored.state_dict().items()}
+        if not self.report.first_step < step <= self.report.last_step:
             return
-        recorded = self.evidence.checkpoints.read(step)
+        damage = self.evidence.damaged.pop(step, None)
+        if damage:
+            self.report.differ(step, f"the checkpoint does not verify: {damage}")
+        recorded = self.evidence.checkpoints.pop(step, None)
+        if recorded is None:
+            return
         self.report.checkpoints += 1
-        name = _first_difference(recorded, self.session.tensor_parts())
+        replayed = self.session.tensor_parts() | {"encoder.pth": self._encoder}
+        name = _first_different_tensor(recorded, replayed)
+        state = recorded["state.json"]
         if name:
             self.report.differ(step, f"the checkpoint's {name} is not what the replay has")
+        elif state["encoder"] != self.session.dataset.encoder.describe():
+            self.report.differ(step, "the checkpoint's encoder is not what the replay has")
+        else:
+            name = _first_difference(state["progress"], self.session.progress.state_dict())
+            if name:
+                self.report.differ(step, f"the checkpoint's {name} is not what the replay has")
+
+    def compare_shipped(self) -> None:
+        """The trained model, its encoder, and the metrics that the summary claims for them."""
+        report, summary = self.report, self.evidence.summary
+        if summary is None:
+            report.notes.append("the run is not finished: there is no trained model to compare yet")
+            return
+        if report.difference is not None:
+            return
+        best = summary["best_step"] or summary["steps"]
+        if self.best_weights is None:
+            report.notes.append(f"the trained model is of step {best}, outside of what was replayed")
+            return
+        if self.evidence.model is None:
+            report.differ(best, f"the trained model does not verify: {self.evidence.model_damage}")
+            return
+        report.model_compared = True
+        report.weights_sha256 = weights_sha256(self.evidence.model["model.pth"])
+        replayed: Parts = {"model.pth": self.best_weights, "encoder.pth": self._encoder}
+        name = _first_different_tensor(self.evidence.model, replayed)
+        if name:
+            report.differ(best, f"the trained model's {name} is not what the replay has")
+        if self.evidence.model["encoder.json"] != self.session.dataset.encoder.describe():
+            report.differ(best, "the trained model's encoder is not what the replay has")
+        if report.weights_sha256 != summary["weights_sha256"]:
+            report.differ(best, "model/model.pth does not have the weights_sha256 of summary.json")
+        self.session.scored.load_state_dict(self.best_weights)
+        for split in ("valid", "test"):
+            score = self.session.score(split, self.collectives)
+            name = _first_difference(summary[split] or {}, json.loads(json.dumps(score)) or {})
+            if name:
+                report.differ(best, f"the summary's {split} {name} is not what the replayed weights have")
 
 
-def _session(config: JobConfig, collectives: Collectives, found: Found | None) -> Session:
-    """The run as it stood; its own encoder, where there is a checkpoint, or one fitted anew."""
+def _session(config: JobConfig, collectives: Collectives, evidence: Evidence, start: int) -> Session:
+    """The run as it stood. The encoder is fitted anew, unless the run went on with other data than it began with."""
+    parts = evidence.checkpoints.get(start)
     encoder = None
-    if found:
-        encoder = Encoder.from_description(found.parts["state.json"]["encoder"], found.parts["encoder.pth"])
+    if parts and evidence.changes:
+        encoder = Encoder.from_description(parts["state.json"]["encoder"], parts["encoder.pth"])
     session = Session(config, load_data(config, collectives, encoder), collectives)
-    if found:
-        session.restore(found.parts)
+    if parts:
+        session.restore(parts)
     return session
 
 
@@ -180,7 +268,7 @@ def _check_world(config: JobConfig, evidence: Evidence, collectives: Collectives
     if config.train.virtual_ranks:
         require_world_size(config.train.virtual_ranks, collectives.size)
         return
-    origin = evidence.origin()
+    origin = evidence.origin
     if origin and origin["world_size"] != collectives.size:
         raise UserError(
             f"the run was trained in the fast mode on {origin['world_size']} ranks: its bits can be verified "
@@ -188,44 +276,28 @@ def _check_world(config: JobConfig, evidence: Evidence, collectives: Collectives
         )
 
 
-def _compare_origin(report: Report, evidence: Evidence, session: Session) -> None:
-    report.data_sha256 = session.dataset.sha256
-    origin = evidence.origin()
-    if origin is None:
+def _compare_machine(report: Report, evidence: Evidence) -> None:
+    if evidence.origin is None:
         report.notes.append("the run has not said on which machine and data it was trained")
         return
-    for name, value in origin["machine"].items():
+    for name, value in evidence.origin["machine"].items():
         if report.machine.get(name) != value:
             now = report.machine.get(name, "nothing")
             report.notes.append(f"{name} is {now}, the run had {value}: equal bits are not promised")
-    if origin["data_sha256"] != session.dataset.sha256:
-        report.notes.append(
-            f"the data are not those of the run: SHA-256 {session.dataset.sha256}, the run had {origin['data_sha256']}"
-        )
 
 
-def _compare_shipped(report: Report, evidence: Evidence) -> None:
-    """The weights in model/, the summary's hash, and the checkpoint that they come from belong together."""
-    if not evidence.folder.summary.is_file():
-        report.notes.append("the run is not finished: there is no summary yet")
-        return
-    summary = json.loads(evidence.folder.summary.read_text())
-    step = summary["best_step"] or summary["steps"]
-    try:
-        parts = read_parts(evidence.folder.model)
-    except Damaged as damage:
-        report.differ(step, f"the trained model does not verify: {damage}")
-        return
-    report.weights_sha256 = weights_sha256(parts["model.pth"])
-    if report.weights_sha256 != summary["weights_sha256"]:
-        report.differ(step, "model/model.pth does not have the weights_sha256 of summary.json")
+def _first_difference(recorded: Mapping[str, Any], replayed: Mapping[str, Any]) -> str | None:
+    for name in [*replayed, *recorded]:
+        if name not in _OF_THE_CLOCK and recorded.get(name) != replayed.get(name):
+            return name
+    return None
 
 
-def _first_difference(recorded: Parts, replayed: Parts) -> str | None:
+def _first_different_tensor(recorded: Parts, replayed: Parts) -> str | None:
     for part, tensors in replayed.items():
         theirs: Mapping[str, Tensor] = recorded.get(part, {})
-        for name, tensor in tensors.items():
-            if name not in theirs or not _same_bits(theirs[name], tensor.cpu()):
+        for name in [*tensors, *theirs]:
+            if name not in theirs or name not in tensors or not _same_bits(theirs[name], tensors[name].detach().cpu()):
                 return f"{part}, tensor {name}"
     return None
 
@@ -236,22 +308,28 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
 
 
-def _short(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: record.get(name) for name in _COMPARED}
-
-
-def _journal(file: Path) -> Iterator[dict[str, Any]]:
+def _read_lines(file: Path) -> list[dict[str, Any]]:
     try:
         lines = file.read_text().splitlines()
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    records = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            known = isinstance(record["step"], int) and isinstance(record["split"], str)
+            known = isinstance(record["step"], int)
         except (ValueError, KeyError, TypeError):
             known = False
         if known:
-            yield _short(record)
+            records.append(record)
         elif number < len(lines):  # the last line may be one that is just being written
-            raise UserError(f"{file}, line {number}: is not a line of metrics")
+            raise UserError(f"{file}, line {number}: is not a line of a run")
+    return records
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{file}: cannot be read") from None
+    return content

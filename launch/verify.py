@@ -5,7 +5,8 @@
     torchrun --standalone --nproc_per_node=4 launch/verify.py runs/credit_risk
 
 A run in the exact mode (train.virtual_ranks) is replayed on any number of ranks that divides it; one in the fast mode
-on as many ranks as it was trained on. It may be finished or still running; nothing in its folder is changed.
+on as many ranks as it was trained on. It may be finished or still running; nothing in its folder is changed. The data
+are read from where the run's configuration says, relative to the current folder.
 A report goes to stderr, one line of JSON to stdout. Exit code 0: all agree; 1: the first step that differs is named.
 """
 
@@ -17,7 +18,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from dist_train.config.load import read_config
+from dist_train.checkpoint.run_folder import opened_run
 from dist_train.errors import TrainingFault, UserError
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import log, run_command
@@ -34,14 +35,13 @@ def main() -> None:
     parser.add_argument("--steps", default="0:", help="A:B, replay the steps after A up to B (default: all)")
     arguments = parser.parse_args()
     first, last = _range(arguments.steps)
-    if not (arguments.run_dir / "config.yaml").is_file():
-        raise UserError(f"{arguments.run_dir}: is not a run folder (it has no config.yaml)")
-    config = read_config(arguments.run_dir / "config.yaml")
-    world = world_from_environment(os.environ, device=config.runtime.device, backend=config.runtime.backend)
+    folder, config = opened_run(arguments.run_dir)
+    # A validator's machine need not be the run's: a GPU is used where there is one, unless the run was told not to.
+    world = world_from_environment(os.environ, device="cpu" if config.runtime.device == "cpu" else "auto")
     if config.train.virtual_ranks:
         pin_arithmetic(world.device)
     with process_group(world, config.runtime.timeout_seconds):
-        report = verify(arguments.run_dir, Collectives(world), first, last)
+        report = verify(folder, config, Collectives(world), first, last)
     if world.rank == 0:
         _show(report)
         print(json.dumps(asdict(report), ensure_ascii=False), flush=True)
@@ -65,7 +65,8 @@ def _show(report: Report) -> None:
     for note in report.notes:
         log.warning("%s", note)
     if report.difference is None:
-        log.info("%d lines of metrics and %d checkpoints agree to the bit", report.lines, report.checkpoints)
+        model = ", and the trained model and its metrics" if report.model_compared else ""
+        log.info("%d lines of metrics and %d checkpoints%s agree to the bit", report.lines, report.checkpoints, model)
 
 
 if __name__ == "__main__":

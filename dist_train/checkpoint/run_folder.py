@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from dist_train.config.load import read_config
+from dist_train.config.schema import JobConfig
 from dist_train.errors import UserError
 
 
@@ -28,6 +30,7 @@ class RunFolder:
         self.model = path / "model"
         self.requeue = path / "requeue"
         self.lock = path / "lock"
+        self.changes = path / "changes.jsonl"
 
     def create(self) -> None:
         """Make the folder and see that it can be written; UserError when it cannot."""
@@ -48,6 +51,14 @@ class RunFolder:
             number += 1
         self.path.replace(target)
         return target
+
+
+def opened_run(path: Path) -> tuple[RunFolder, JobConfig]:
+    """A run that is there, and the configuration that it was last trained with; UserError when it is not a run."""
+    folder = RunFolder(path)
+    if not folder.config.is_file():
+        raise UserError(f"{path}: is not a run folder (it has no config.yaml)")
+    return folder, read_config(folder.config)
 
 
 class RunLock:

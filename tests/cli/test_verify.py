@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from dist_train.checkpoint.commit import commit
-from dist_train.checkpoint.state import encode_parts, read_parts
+from dist_train.checkpoint.state import encode_parts, read_parts, weights_sha256
+from dist_train.config.load import read_config
+from dist_train.data.dataset import load_labelled
 from tests.cli.in_process import command
 from tests.commands import run
 from tests.resume.jobs import finish, folder_of, tiny_job, write_table
@@ -103,6 +105,30 @@ def altered_weights(run_dir: Path) -> None:
     parts: dict[str, Any] = read_parts(run_dir / "model")
     parts["model.pth"]["layers.0.weight"][0, 0] += 1e-6
     commit(run_dir / "model", encode_parts(parts))
+    edit_summary(weights_sha256=weights_sha256(parts["model.pth"]))(run_dir)
+
+
+def altered_encoder(run_dir: Path) -> None:
+    for folder in (run_dir / "model", *(run_dir / "checkpoints").iterdir()):
+        parts = read_parts(folder)
+        parts["encoder.pth"]["median"][0] += 1000
+        commit(folder, encode_parts(parts))
+
+
+def altered_progress(run_dir: Path) -> None:
+    checkpoint = run_dir / "checkpoints" / "step_00000020"
+    parts = read_parts(checkpoint)
+    parts["state.json"]["progress"]["best_loss"] = 0.1
+    commit(checkpoint, encode_parts(parts))
+
+
+def edit_summary(**values: Any) -> Callable[[Path], None]:
+    def alter(run_dir: Path) -> None:
+        summary = json.loads((run_dir / "summary.json").read_text())
+        summary |= values | ({"test": summary["test"] | values["test"]} if "test" in values else {})
+        (run_dir / "summary.json").write_text(json.dumps(summary))
+
+    return alter
 
 
 def edit_line(number: int, edit: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Callable[[Path], None]:
@@ -115,11 +141,14 @@ def edit_line(number: int, edit: Callable[[dict[str, Any]], dict[str, Any] | Non
     return alter
 
 
-def altered_row(run_dir: Path) -> None:
+def altered_row(run_dir: Path, split: str) -> None:
+    """Another income in one row of a split; the row keeps its place, and so do all the others."""
     table = run_dir.parent / "clients.csv"
+    data = load_labelled(read_config(run_dir / "config.yaml").data, seed=0)
     lines = table.read_text().splitlines()
-    income, rest = lines[40].split(",", 1)
-    lines[40] = f"{float(income) + 0.5},{rest}"
+    number = int(data.split[split][7]) + 1
+    income, rest = lines[number].split(",", 1)
+    lines[number] = f"{float(income) + 0.5},{rest}"
     table.write_text("\n".join(lines) + "\n")
 
 
@@ -128,15 +157,21 @@ def altered_row(run_dir: Path) -> None:
     [
         (altered_tensor, "step 20 differs: the checkpoint's optimizer.pth, tensor"),
         (flipped_bit, "step 20 differs: the checkpoint does not verify"),
-        (altered_weights, "differs: model/model.pth does not have the weights_sha256 of summary.json"),
+        (altered_weights, "differs: the trained model's model.pth, tensor layers.0.weight is not what the replay has"),
+        (edit_summary(weights_sha256="0"), "differs: model/model.pth does not have the weights_sha256 of summary.json"),
+        (edit_summary(test={"loss": 0.1}), "differs: the summary's test loss is not what the replayed weights have"),
+        (altered_encoder, "differs: the checkpoint's encoder.pth, tensor median is not what the replay has"),
+        (altered_progress, "step 20 differs: the checkpoint's best_loss is not what the replay has"),
         (edit_line(4, lambda line: line | {"loss": line["loss"] * (1 + 2**-51)}), "differs: {split} loss: recorded"),
+        (edit_line(0, lambda line: line | {"grad_norm": 0.1}), "differs: {split} grad_norm: recorded"),
         (edit_line(4, lambda line: line | {"samples": line["samples"] + 1}), "differs: {split} samples: recorded"),
         (edit_line(4, lambda _: None), "differs: metrics.jsonl has no {split} line of this step"),
         (edit_line(4, lambda line: line | {"split": "test"}), "{split} line of this step"),
     ],
 )
 def test_what_was_altered_is_named_with_its_step(copy: Path, alter: Callable[[Path], None], named: str) -> None:
-    line = json.loads((copy / "metrics.jsonl").read_text().splitlines()[4])
+    number = 0 if "grad_norm" in named else 4
+    line = json.loads((copy / "metrics.jsonl").read_text().splitlines()[number])
     alter(copy)
     seen = command("verify", copy)
     assert seen.code == 1
@@ -147,14 +182,31 @@ def test_what_was_altered_is_named_with_its_step(copy: Path, alter: Callable[[Pa
     assert json.loads(seen.out)["difference"] is not None
 
 
-def test_an_altered_row_of_the_data_is_found_at_the_first_line(copy: Path) -> None:
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_an_altered_row_of_the_data_is_found(copy: Path, split: str) -> None:
     lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
-    first = next(line for line in lines if line["split"] == "valid")  # the row is one of the validation rows
-    altered_row(copy)
+    altered_row(copy, split)
     seen = command("verify", copy)
     assert seen.code == 1
-    assert f"error: step {first['step']} differs: valid loss: recorded" in seen.err
-    assert "the data are not those of the run" in json.loads(seen.out)["notes"][0]
+    if split == "test":
+        best = json.loads((copy / "summary.json").read_text())["best_step"]
+        assert f"error: step {best} differs: the summary's test" in seen.err
+    else:
+        first = next(line for line in lines if line["split"] == split)
+        assert f"error: step {first['step']} differs: {split} " in seen.err
+
+
+def test_a_cell_that_nothing_is_computed_from_is_still_another_file(copy: Path) -> None:
+    table = copy.parent / "clients.csv"
+    table.write_text(table.read_text() + "\n")
+    seen = command("verify", copy)
+    assert seen.code == 1
+    assert f"error: step {STEPS} differs: the data are not those of the run" in seen.err
+
+
+def test_damage_outside_of_the_range_is_not_its_business(copy: Path) -> None:
+    flipped_bit(copy)
+    assert command("verify", copy, "--steps", "0:10").code == 0
 
 
 def test_another_machine_is_said_in_words(copy: Path) -> None:
