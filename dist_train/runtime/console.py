@@ -13,11 +13,12 @@ from typing import NoReturn
 from rich.console import Console
 
 from dist_train.errors import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingFault, UserError
+from dist_train.runtime.world import missing_from_torchrun
 
 log = logging.getLogger("dist_train")
 
 # Long enough for rank 0 to print its message before torchrun ends everybody because one rank has left.
-QUIET_RANK_GRACE_SECONDS = 10.0
+QUIET_RANK_GRACE_SECONDS = 5.0
 
 
 def set_up_logging(rank: int) -> None:
@@ -37,7 +38,8 @@ def terminal() -> Console:
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command to its exit code: 0, 2 for the user's mistake, 1 for a fault. Does not return.
 
-    A mistake is found by every rank; rank 0 alone prints it. The others give it the time to do so.
+    A mistake is found by every rank; rank 0 prints it. The others give it the time to do so, and speak up when nobody
+    has ended them by then: there may be no rank 0. In a half-set environment no rank is sure of its number: all speak.
     """
     rank = _rank_by_name()
     set_up_logging(rank)
@@ -47,10 +49,11 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         code = 0
     except (UserError, TrainingFault) as error:
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAULT
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
+        if rank != 0 and not missing_from_torchrun(os.environ):
             time.sleep(QUIET_RANK_GRACE_SECONDS)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        pass  # the reader of our output has gone, and knows that it has
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else EXIT_FAULT if stop.code else 0
     except KeyboardInterrupt:

@@ -53,6 +53,13 @@ def world_from_environment(environ: Mapping[str, str], *, device: str = "auto", 
     )  # fmt: skip
 
 
+def missing_from_torchrun(environ: Mapping[str, str]) -> list[str]:
+    """Variables of torchrun that are missing where others of them are set; empty when all or none are there."""
+    missing = [name for name in TORCHRUN_VARIABLES if name not in environ]
+    by_srun = "RANK" not in environ and "SLURM_STEP_NUM_TASKS" in environ  # job scripts often export MASTER_ADDR
+    return [] if by_srun or len(missing) == len(TORCHRUN_VARIABLES) else missing
+
+
 @contextmanager
 def process_group(world: World, timeout_seconds: float) -> Iterator[None]:
     """Open torch.distributed for a world of several; a world of one needs none."""
@@ -79,7 +86,7 @@ def process_group(world: World, timeout_seconds: float) -> Iterator[None]:
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> World:
-    missing = [name for name in TORCHRUN_VARIABLES if name not in environ]
+    missing = missing_from_torchrun(environ)
     if missing:
         present = [name for name in TORCHRUN_VARIABLES if name in environ]
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 from tests.commands import REPOSITORY, environment
 
 PROGRAM = """
-import logging, sys
+import logging, os, sys
 from dist_train.errors import TrainingFault, UserError
 from dist_train.runtime import console
 console.QUIET_RANK_GRACE_SECONDS = 0.01
@@ -66,10 +67,42 @@ def test_exit_codes_without_a_traceback(body: str, code: int, said: str | None) 
     assert done.stdout == "an answer\n"
 
 
-def test_a_mistake_is_said_by_rank_0_alone() -> None:
-    done = run("raise UserError('no such file')", RANK="1")
-    assert done.returncode == 2
+UNDER_TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+ENDED_WHILE_IT_WAITS = "console.time.sleep = lambda _: os._exit(7); raise UserError('no such file')"
+
+
+@pytest.mark.parametrize("variables", [UNDER_TORCHRUN, {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}])
+def test_a_mistake_is_said_by_rank_0_alone(variables: dict[str, str]) -> None:
+    done = run(ENDED_WHILE_IT_WAITS, **variables)
+    assert done.returncode == 7
     assert "no such file" not in done.stderr
+
+
+def test_a_quiet_rank_that_nobody_ends_says_the_mistake_itself() -> None:
+    done = run("raise UserError('no such file')", **UNDER_TORCHRUN)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: no such file"
+
+
+def test_in_a_half_set_environment_every_rank_speaks_at_once() -> None:
+    done = run(ENDED_WHILE_IT_WAITS, RANK="1", WORLD_SIZE="2")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: no such file"
+
+
+def test_a_reader_that_has_gone_is_no_fault_of_the_program() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM.format(body="sys.stdout.flush()")],
+            cwd=REPOSITORY, env=environment(), stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(write)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
 
 
 def test_a_fault_of_the_program_shows_where() -> None:
