@@ -74,18 +74,25 @@ class Collectives:
         """Run `act` on every rank; all ranks get all results, in rank order.
 
         A UserError, TrainingFault or OSError on any rank becomes the same error on all ranks, that of the lowest rank
-        that failed, so that every rank leaves by the same way.
+        that failed, so that every rank leaves by the same way. Any other exception is a fault of the program: the rank
+        that has it raises it, with its traceback, the others a TrainingFault that says whose it was.
         """
+        fault: Exception | None = None
         failure: Exception | None = None
         result: T | None = None
         try:
             result = act()
         except (UserError, TrainingFault, OSError) as error:
             failure = error
+        except Exception as error:
+            fault = error
+            failure = TrainingFault(f"rank {self.rank} failed: {type(error).__name__}: {error}")
         outcomes: list[tuple[Any, Any]] = [(result, failure)]
         if self.size > 1:
             outcomes = [(None, None)] * self.size
             dist.all_gather_object(outcomes, (result, failure))
+        if fault is not None:
+            raise fault
         for _, failed in outcomes:
             if failed is not None:
                 raise failed

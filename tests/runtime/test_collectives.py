@@ -62,6 +62,30 @@ def test_a_failure_on_any_rank_is_that_of_the_lowest_on_all(failing_ranks: list[
     assert on_ranks(3, failing, failing_ranks, kind) == [(kind.__name__, f"rank {lowest} has found a mistake")] * 3
 
 
+class Strange(ValueError):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")  # such an exception cannot be pickled
+
+
+def failing_by_a_fault(c: Collectives, name: str) -> tuple[str, str]:
+    def act() -> int:
+        if c.rank == 1:
+            raise Strange(1, 2)
+        return c.rank
+
+    with pytest.raises((Strange, TrainingFault)) as failure:
+        getattr(c, name)(act)
+    assert c.agree(lambda: c.rank) == list(range(c.size)), "the ranks are out of step after a failure"
+    return type(failure.value).__name__, str(failure.value)
+
+
+@pytest.mark.parametrize("name", ["agree", "together"])
+def test_a_fault_of_the_program_on_one_rank_leaves_nobody_waiting(name: str) -> None:
+    first, second = on_ranks(2, failing_by_a_fault, name)
+    assert first == ("TrainingFault", "rank 1 failed: Strange: 1 and 2")
+    assert second == ("Strange", "1 and 2")
+
+
 def failing_first(c: Collectives) -> str:
     def make() -> None:
         raise PermissionError(13, "Permission denied", "/somewhere")
