@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_train.data.table import ColumnKinds, labels, numbers, require_columns
+from dist_train.data.table import labels, numbers, require_columns
 
 MISSING, UNKNOWN, FIRST_CATEGORY = 0, 1, 2
 
@@ -106,11 +106,6 @@ class Encoder(nn.Module):
         encoder = Encoder(EncoderDescription(**description))
         encoder.load_state_dict(dict(tensors))
         return encoder
-
-
-def kinds_of(description: EncoderDescription) -> ColumnKinds:
-    """The feature columns that an encoder reads."""
-    return ColumnKinds(tuple(description.numeric), tuple(description.categories))
 
 
 def _slots(column: pl.Series, words: Sequence[str], source: str) -> Tensor:

@@ -14,6 +14,9 @@ from dist_train.data.table import ColumnKinds, labels, numbers
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import log
 
+# The smallest float32. Numbers are refused beyond float32, so with this the encoder's squares stay within float64.
+SMALLEST_SPREAD = 2.0**-149
+
 
 def fit_encoder(
     frame: pl.DataFrame,
@@ -45,13 +48,17 @@ def _fit_numeric(encoder: Encoder, index: int, column: Tensor, collectives: Coll
     missing = column.isnan()
     present = column[~missing]
     low, lower, median, upper, high = exact_quantiles(present, (0.0, 0.25, 0.5, 0.75, 1.0), collectives.sum).tolist()
-    if low != low:  # NaN: not one value in the training rows
-        log.warning("column %r has no values in the training rows: it is ignored", encoder.description.numeric[index])
+    empty = low != low  # NaN: not one value in the training rows
+    if empty:
         low = lower = median = upper = high = 0.0
     # Without an interquartile range (most rows hold one value) the whole range is the scale; a constant scales to 0.
-    spread = upper - lower if upper > lower else (high - low) / 2
+    spread = upper - lower if upper - lower >= SMALLEST_SPREAD else (high - low) / 2
+    constant = spread < SMALLEST_SPREAD
+    if constant and collectives.is_first:
+        what = "has no values" if empty else "holds one number"
+        log.warning("column %r %s in the training rows: it is ignored", encoder.description.numeric[index], what)
     encoder.median[index] = median
-    encoder.scale[index] = 1 / spread if spread > 0 else 0.0
+    encoder.scale[index] = 0.0 if constant else 1 / spread
     encoder.flagged[index] = bool(collectives.sum(missing.sum().reshape(1)).item())
 
 

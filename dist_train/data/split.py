@@ -11,13 +11,19 @@ from dist_train.runtime.keyed_random import uniform_keys
 
 SPLITS = ("train", "valid", "test")
 _SPELLINGS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
+# Integers pass as well: the refusal of their first cell says more than one of their type.
+_TEXT = (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null)
 
 Split = dict[str, Tensor]
 """Row numbers (int64, ascending) by name of the split."""
 
 
 def split_by_column(column: pl.Series, source: str) -> Split:
-    """Split as a column says it: train; valid, val or validation; test."""
+    """Split as a column says it: train; valid, val or validation; test. UserError on anything else."""
+    if not (column.dtype.is_integer() or column.dtype in _TEXT):
+        raise UserError(
+            f"{source}: column {column.name!r} has type {column.dtype}: a split is text: train, valid or test"
+        )
     names = column.cast(pl.String).str.to_lowercase().replace_strict(_SPELLINGS, default=None, return_dtype=pl.String)
     if names.null_count():
         row = int(names.is_null().arg_max() or 0)

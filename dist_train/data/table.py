@@ -47,7 +47,8 @@ def locate(path: str) -> Path:
         return file
     file = Path(path)
     if not file.exists():
-        raise UserError(f"{path}: no such file")
+        where = "" if file.is_absolute() else f" (looked for in {Path.cwd()})"
+        raise UserError(f"{path}: no such file{where}")
     if file.is_dir():
         raise UserError(f"{path}: is a directory, not a CSV or Parquet file")
     return file

@@ -328,6 +328,15 @@ def test_an_unknown_split_is_named_by_row(cell: str, shown: str, tmp_path: Path)
     refused(tmp_path, tmp_path / "a.csv", "data.split_column=part", culprits=("a.csv", "'part'", "data row 11", shown))
 
 
+@pytest.mark.parametrize(
+    ("part", "shown"), [(pl.lit(0.5), "Float64"), (pl.date(2020, 1, 1), "Date"), (pl.concat_list("purpose"), "List")]
+)
+def test_a_split_column_of_another_type_is_named(part: pl.Expr, shown: str, tmp_path: Path) -> None:
+    TABLE.with_columns(part=part).write_parquet(tmp_path / "a.parquet")
+    culprits = ("a.parquet", "'part'", shown)
+    refused(tmp_path, tmp_path / "a.parquet", "data.split_column=part", culprits=culprits)
+
+
 def test_a_run_folder_that_cannot_be_written_is_named(tmp_path: Path, csv: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     for run_dir in (tmp_path / "file", tmp_path / "file" / "deeper", "/proc/nowhere"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from dist_train.data.fitting import fit_encoder
 from dist_train.data.table import feature_kinds
 from dist_train.errors import UserError
 from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.console import log
 from dist_train.runtime.position import cut
 from dist_train.runtime.world import World
 from tests.ranks import on_ranks
@@ -85,8 +87,7 @@ def test_numbers_are_scaled_by_median_and_quartiles_and_clipped_smoothly() -> No
     encoded = features(fit(frame), frame)
     for index, name in enumerate(("income", "balance")):
         values = frame[name].to_numpy().astype(np.float64)
-        rounded = values.astype(np.float32).astype(np.float64)
-        lower, median, upper = np.nanquantile(rounded, (0.25, 0.5, 0.75))
+        lower, median, upper = np.nanquantile(values, (0.25, 0.5, 0.75))
         scaled = (np.where(np.isnan(values), median, values) - median) / (upper - lower)
         expected = scaled / np.sqrt(1 + (scaled / 3) ** 2)
         np.testing.assert_allclose(encoded[:, index].numpy(), expected, rtol=1e-6, atol=1e-6)
@@ -118,6 +119,27 @@ def test_a_column_without_values_adds_only_its_flag() -> None:
     assert (encoded[:, 0] == 0).all()
     assert (encoded[:, 2] == 1).all()
     assert features(fit(frame), pl.DataFrame({"nothing": [3e38], "balance": [0.0]}))[0, 0] == 0
+
+
+def warnings_on_rank(collectives: Collectives, frame: pl.DataFrame) -> list[str]:
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        fit(frame, collectives)
+    finally:
+        log.removeHandler(handler)
+    return said
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_numbers_that_tell_nothing_are_named_once(world_size: int) -> None:
+    expected = [
+        "column 'constant' holds one number in the training rows: it is ignored",
+        "column 'nothing' has no values in the training rows: it is ignored",
+    ]
+    assert on_ranks(world_size, warnings_on_rank, table()) == [expected] + [[]] * (world_size - 1)
 
 
 def test_categories_have_a_slot_each_the_most_frequent_first() -> None:
@@ -169,6 +191,26 @@ def test_every_training_row_is_encoded_to_finite_numbers() -> None:
     encoded = features(fit(extremes), extremes)
     assert encoded.isfinite().all()
     assert encoded.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tiny", [1e-300, 5e-324])
+def test_differences_below_float32_neither_overflow_nor_hide_the_range(tiny: float) -> None:
+    """A scale of 1e300 would square to infinity in the smooth clipping."""
+    frame = pl.DataFrame({"x": [0.0, 0.0, tiny, tiny, 1e30], "y": [0.0, tiny, 0.0, tiny, 0.0]})
+    encoded = features(fit(frame), frame)
+    np.testing.assert_allclose(encoded[:, 0], [0, 0, 0, 0, 2 / np.sqrt(1 + (2 / 3) ** 2)], rtol=1e-6)
+    assert (encoded[:, 1] == 0).all()
+    assert (features(fit(frame), pl.DataFrame({"x": [0.0], "y": [3e38]})) == 0).all()
+
+
+def test_timestamps_a_second_apart_are_told_apart() -> None:
+    """Near 1.7e9 float32 knows every 128th number only: rounded to it, this column would be a constant."""
+    seconds = torch.arange(60, dtype=torch.float64)
+    late = (seconds % 60 > 30).float()
+    frame = pl.DataFrame({"t": (1.7e9 + seconds).numpy()})
+    encoded = features(fit(frame), frame)[:, 0]
+    assert encoded.unique().numel() == 60
+    assert torch.equal((encoded > encoded[30]).float(), late)
 
 
 def test_the_order_of_columns_and_further_columns_do_not_matter() -> None:

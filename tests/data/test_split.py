@@ -46,6 +46,38 @@ def test_another_word_is_named_by_row(word: str | None) -> None:
         split_by_column(pl.Series("part", ["train", "test", word]), "t")
 
 
+def test_categories_are_text_and_missing_is_a_cell() -> None:
+    words = pl.Series("part", ["train", "val", "test"])
+    for column in (words.cast(pl.Categorical), words.cast(pl.Enum(["test", "train", "val"]))):
+        assert of(split_by_column(column, "t"), 3) == ["train", "valid", "test"]
+    with pytest.raises(UserError, match="t: column 'part', data row 1: None is not a split"):
+        split_by_column(pl.Series("part", [None], dtype=pl.Null), "t")
+
+
+def test_integers_are_no_splits() -> None:
+    with pytest.raises(UserError, match="t: column 'part', data row 1: 0 is not a split; train, valid"):
+        split_by_column(pl.Series("part", [0, 1]), "t")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pl.Series("part", [["train"], ["test"]]),
+        pl.Series("part", [{"is": "train"}, {"is": "test"}]),
+        pl.Series("part", [0.5, None]),
+        pl.Series("part", ["2020-01-01", "2020-01-02"]).str.to_date(),
+        pl.Series("part", ["2020-01-01", "2020-01-02"]).str.to_datetime(),
+        pl.Series("part", [b"train", b"\xff"]),
+    ],
+    ids=lambda column: str(column.dtype),
+)
+def test_a_type_that_is_not_text_is_named(column: pl.Series) -> None:
+    with pytest.raises(UserError, match=r"t: column 'part' has type .*a split is text") as caught:
+        split_by_column(column, "t")
+    assert str(column.dtype) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("fractions", [(0.15, 0.15), (0.0, 0.3), (0.3, 0.0), (0.0, 0.0), (0.333, 0.1)])
 def test_each_class_is_shared_out_exactly(fractions: tuple[float, float]) -> None:
     counts = (1000, 333, 41, 7, 1)

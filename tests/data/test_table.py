@@ -18,6 +18,18 @@ from dist_train.errors import UserError
 MISSING = DataConfig().missing_values
 
 
+def test_where_a_file_was_looked_for_is_said_unless_the_path_says_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        locate("data/t.csv")
+    assert str(caught.value) == f"data/t.csv: no such file (looked for in {tmp_path})"
+    with pytest.raises(UserError) as caught:
+        locate(f"{tmp_path}/t.csv")
+    assert str(caught.value) == f"{tmp_path}/t.csv: no such file"
+
+
 def read_csv(path: Path, content: bytes | str) -> pl.DataFrame:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return read_table(path, MISSING)

@@ -11,11 +11,16 @@ from torch import Tensor
 from dist_train.data.quantiles import exact_quantiles
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+LARGEST = float(np.finfo(np.float64).max)
 
 FLOATS = st.one_of(
-    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    # Half the range, so that the difference of any two is a number; the whole range has a test of its own.
+    st.floats(min_value=-LARGEST / 2, max_value=LARGEST / 2),
     # Duplicates, both zeros, subnormals and extremes, more often than chance brings them.
-    st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1.1754944e-38, 3.4028235e38, -3.4028235e38, 0.1, 1 + 2**-23]),
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 5e-324, -5e-324, 2.2250738585072014e-308, LARGEST / 2, -LARGEST / 2, 0.1]),
+    # Keys that differ in their last digit alone.
+    st.integers(-3, 3).map(lambda i: 1 + i * 2**-52),
+    st.integers(0, 59).map(lambda i: 1.7e9 + i),
 )
 
 
@@ -54,7 +59,7 @@ class _Waiting(Exception):
 
 def numpy_quantiles(values: Tensor) -> Tensor:
     """Linear interpolation between neighbours, written out: numpy's order statistics, float64 arithmetic."""
-    ordered = np.sort(values.numpy()).astype(np.float64)
+    ordered = np.sort(values.double().numpy())
     places = np.array([f * (len(ordered) - 1) for f in FRACTIONS])
     below, above = ordered[np.floor(places).astype(int)], ordered[np.ceil(places).astype(int)]
     return torch.from_numpy(below + (above - below) * (places - np.floor(places)))
@@ -63,10 +68,10 @@ def numpy_quantiles(values: Tensor) -> Tensor:
 @settings(deadline=None, max_examples=80)
 @given(st.lists(FLOATS, min_size=1, max_size=60))
 def test_they_equal_numpy(values: list[float]) -> None:
-    column = torch.tensor(values, dtype=torch.float32)
+    column = torch.tensor(values, dtype=torch.float64)
     found = in_one_piece(column)
     assert torch.equal(found, numpy_quantiles(column))
-    reference = np.quantile(column.numpy().astype(np.float64), FRACTIONS)
+    reference = np.quantile(column.numpy(), FRACTIONS)
     # numpy's own interpolation rounds at another place.
     np.testing.assert_allclose(found.numpy(), reference, rtol=1e-15, atol=np.abs(column.numpy()).max() * 1e-15)
 
@@ -74,7 +79,7 @@ def test_they_equal_numpy(values: list[float]) -> None:
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.lists(FLOATS, max_size=20), min_size=1, max_size=4))
 def test_the_cut_into_pieces_does_not_matter(pieces: list[list[float]]) -> None:
-    columns = [torch.tensor(piece, dtype=torch.float32) for piece in pieces]
+    columns = [torch.tensor(piece, dtype=torch.float64) for piece in pieces]
     assert torch.equal(in_pieces(columns).nan_to_num(nan=7e77), in_one_piece(torch.cat(columns)).nan_to_num(nan=7e77))
 
 
@@ -84,9 +89,21 @@ def test_order_statistics_of_an_odd_count_are_values_of_the_column() -> None:
     assert in_one_piece(column).tolist() == [ordered[i].item() for i in (0, 250, 500, 750, 1000)]
 
 
-def test_float64_values_count_as_the_float32_they_round_to() -> None:
-    fine = torch.tensor([0.1, 0.2, 1 / 3], dtype=torch.float64)
-    assert torch.equal(in_one_piece(fine), in_one_piece(fine.float()))
+def test_every_bit_of_float64_counts() -> None:
+    timestamps = 1.7e9 + torch.arange(60, dtype=torch.float64).flip(0)
+    assert in_one_piece(timestamps).tolist() == [1.7e9, 1.7e9 + 14.75, 1.7e9 + 29.5, 1.7e9 + 44.25, 1.7e9 + 59]
+    neighbours = torch.tensor([1 + i * 2**-52 for i in (4, 0, 3, 1, 2)], dtype=torch.float64)
+    assert in_one_piece(-neighbours).tolist() == [-(1 + i * 2**-52) for i in (4, 3, 2, 1, 0)]
+
+
+def test_the_whole_range_of_float64_is_in_order() -> None:
+    ordered = [-LARGEST, -1.0, -5e-324, 5e-324, LARGEST]
+    assert in_one_piece(torch.tensor(ordered, dtype=torch.float64).flip(0)).tolist() == ordered
+
+
+def test_float32_values_count_as_what_they_are() -> None:
+    coarse = torch.tensor([0.1, 0.2, 1 / 3], dtype=torch.float32)
+    assert torch.equal(in_one_piece(coarse), in_one_piece(coarse.double()))
 
 
 def test_no_values_give_nan() -> None:
