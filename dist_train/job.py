@@ -25,6 +25,7 @@ from dist_train.session import Session, build_loop, load_data
 from dist_train.shipping import checkpoint_parts, ship
 from dist_train.tracking.books import Books
 from dist_train.training.loop import Ending
+from dist_train.training.parts import Record
 
 
 def train(config: JobConfig, world: World, environ: Mapping[str, str], *, dry_run: bool = False) -> None:
@@ -51,32 +52,27 @@ def train(config: JobConfig, world: World, environ: Mapping[str, str], *, dry_ru
             session.restore(found.parts)
         collectives.from_first(lambda: take_over(folder, config, checkpoints, session.progress.step))
         _announce(session, world)
-        books = None
-        if collectives.is_first:
-            books = stack.enter_context(
-                Books(
-                    config,
-                    folder.metrics,
-                    total_steps=session.total_steps,
-                    start_step=session.progress.step,
-                    state=found.parts["state.json"] if found else None,
-                    environ=environ,
-                )
-            )
+        books: list[Books] = []  # one on rank 0, none elsewhere
+
+        def open_books() -> None:
+            state = found.parts["state.json"] if found else None
+            steps = {"total_steps": session.total_steps, "start_step": session.progress.step}
+            books.append(stack.enter_context(Books(config, folder.metrics, **steps, state=state, environ=environ)))
 
         def save(step: int) -> None:
             def write() -> None:
-                assert books is not None
-                parts = checkpoint_parts(config, session, books.state_dict(), world)
+                parts = checkpoint_parts(config, session, books[0].state_dict(), world)
                 checkpoints.write(step, parts, session.progress.best_step)
 
             collectives.from_first(lambda: guarded(write, f"the checkpoint of step {step}"))
 
-        track = books.track if books else lambda _record: None
+        def track(record: Record) -> None:
+            collectives.from_first(lambda: books[0].track(record))
+
+        collectives.from_first(lambda: guarded(open_books, "metrics.jsonl"))
         loop = build_loop(config, session, collectives, save=save, track=track, wants_stop=lambda: stop.raised)
         ending = loop.run()
-        if books:
-            books.close(failed=False)
+        collectives.from_first(lambda: guarded(lambda: books[0].close(failed=False), "metrics.jsonl"))
         if ending is Ending.STOPPED:
             collectives.from_first(lambda: _mark_for_requeue(folder, session))
             return

@@ -16,7 +16,7 @@ from dist_train.tracking.wandb_run import WandbRun, choose_mode
 
 
 class Books:
-    """All trackers of a run; on other ranks than 0 there are none, and every call does nothing.
+    """All trackers of a run, on rank 0.
 
     `state` is what `state_dict` gave at the checkpoint that the run goes on from.
     """

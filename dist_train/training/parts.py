@@ -57,6 +57,6 @@ class Stateful(Protocol):
 
 Record = dict[str, Any]
 Track = Callable[[Record], None]
-"""Takes one line of metrics, on rank 0."""
+"""Takes one line of metrics; called by every rank."""
 Save = Callable[[int], None]
 """Writes the checkpoint of a step; called by every rank."""

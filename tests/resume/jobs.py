@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import stat
 import sys
@@ -58,7 +59,8 @@ class Trap:
     `step`: before that step is trained. `save`: in that save of this process (from 1) or a later one, before its `nth`
     file operation of `kind` (any kind: an empty text); at an fsync, `tear` first cuts the file to half. `record`:
     nobody dies; the names of the file operations of each save go to this file. `signal`: nobody dies either; before
-    `step`, rank `rank` gets this signal, `times` times.
+    `step`, rank `rank` gets this signal, `times` times. `largest_file`: nobody dies; to rank 0 the disk is full as soon
+    as a file has this many bytes.
     """
 
     step: int | None = None
@@ -70,6 +72,7 @@ class Trap:
     signal: int = 0
     rank: int = 0
     times: int = 1
+    largest_file: int | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,9 @@ def die() -> None:
 
 def lay(trap: Trap) -> None:
     """Make this process die where the trap says."""
+    if trap.largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (trap.largest_file, trap.largest_file))
+        return
     if trap.step is not None:
         take_step = EagerStep.__call__
 

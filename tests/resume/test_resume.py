@@ -20,7 +20,7 @@ from dist_train.checkpoint.state import weights_sha256
 from dist_train.tracking.journal import Journal
 from tests.checkpoint.test_state import Intruder
 from tests.cli.in_process import command
-from tests.resume.jobs import Trap, finish, outcome, run_job, tiny_job
+from tests.resume.jobs import Ended, Trap, finish, outcome, run_job, tiny_job
 
 STEPS = 33
 STOP = 22  # neither a multiple of what is saved nor of what is logged
@@ -344,6 +344,25 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
         assert {p.name for p in (part / "checkpoints").iterdir()} == before
     assert go_on().code == 0
     assert outcome(part) == outcome(runs / "whole")
+
+
+def _ended_with_one_line(ended: Ended, line: str) -> None:
+    assert ended.codes == [1, 1], ended.errors
+    for errors in ended.errors:
+        assert "Traceback" not in errors
+        assert errors.splitlines()[-1].startswith(line)
+
+
+def test_metrics_that_cannot_be_opened_end_every_rank_with_one_line(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    ended = run_job(tiny_job(table, tmp_path / "run"), 2)
+    _ended_with_one_line(ended, "error: metrics.jsonl could not be written: [Errno 21] Is a directory")
+
+
+def test_a_disk_that_fails_at_a_line_of_metrics_ends_every_rank_with_one_line(table: Path, tmp_path: Path) -> None:
+    arguments = tiny_job(table, tmp_path / "run", "log.every_steps=1", "checkpoint.every_steps=1000")
+    ended = run_job([*arguments, "evaluation.every_steps=1000"], 2, Trap(largest_file=4000))
+    _ended_with_one_line(ended, "error: metrics.jsonl could not be written: [Errno 27] File too large")
 
 
 def test_another_world_size_goes_on_and_says_what_it_means(table: Path, tmp_path: Path) -> None:
