@@ -39,18 +39,21 @@ def train(config: JobConfig, world: World, environ: Mapping[str, str], *, dry_ru
         stack.enter_context(process_group(world, config.runtime.timeout_seconds))
         collectives = Collectives(world)
         dataset = load_data(config, collectives)
-        given_class_weights(config.train, dataset.encoder.class_names)  # refused before anything is written
+        given_class_weights(config.train, dataset.encoder.class_names)
+        session = Session(config, dataset, collectives)  # what it refuses is refused before anything is written
         if dry_run:
-            _announce(Session(config, dataset, collectives), world)
+            _announce(session, world)
             return
         folder = RunFolder(Path(config.run.dir) / config.run.name)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
         found = collectives.from_first(lambda: open_run(folder, config, checkpoints, stack, environ))
-        dataset = matching_dataset(found, config, dataset, collectives)
-        session = Session(config, dataset, collectives)
+        matching = matching_dataset(found, config, dataset, collectives)
+        if matching is not dataset:
+            session = Session(config, matching, collectives)
         if found:
             session.restore(found.parts)
-        collectives.from_first(lambda: take_over(folder, config, checkpoints, session.progress.step))
+        step, trains_on = session.progress.step, session.trains_on
+        collectives.from_first(lambda: take_over(folder, config, checkpoints, step, trains_on=trains_on))
         _announce(session, world)
         books: list[Books] = []  # one on rank 0, none elsewhere
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from dist_train.checkpoint.checkpoints import Checkpoints, Found
-from dist_train.checkpoint.commit import sweep, write_atomically
+from dist_train.checkpoint.commit import Damaged, remove, sweep, write_atomically
 from dist_train.checkpoint.run_folder import RunFolder, RunLock, this_process
+from dist_train.checkpoint.state import read_parts
 from dist_train.config.differences import differences
 from dist_train.config.load import config_to_yaml
 from dist_train.config.schema import JobConfig
@@ -59,15 +60,36 @@ def _open_folder(
     return found
 
 
-def take_over(folder: RunFolder, config: JobConfig, checkpoints: Checkpoints, step: int) -> None:
-    """Rank 0: the run goes on from `step`; until here a refusal has left the folder as it was."""
+def take_over(folder: RunFolder, config: JobConfig, checkpoints: Checkpoints, step: int, *, trains_on: bool) -> None:
+    """Rank 0: the run goes on from `step`; until here a refusal has left the folder as it was.
+
+    `trains_on`: there are steps to come, so what was shipped of a shorter run is no longer what this run ships.
+    """
+    unforced = replace(config, run=replace(config.run, force=False))  # who insisted once has not insisted for good
 
     def write() -> None:
         checkpoints.drop_after(step)
         folder.requeue.unlink(missing_ok=True)
-        write_atomically(folder.config, config_to_yaml(config).encode())
+        write_atomically(folder.config, config_to_yaml(unforced).encode())
+        if trains_on:
+            _withdraw_shipped(folder, checkpoints)
 
     guarded(write, "the run folder")
+
+
+def _withdraw_shipped(folder: RunFolder, checkpoints: Checkpoints) -> None:
+    """Remove the trained model and its summary, unless no sound checkpoint holds the same weights."""
+    if folder.model.is_dir():
+        try:
+            checkpoints.read(read_parts(folder.model)["training.json"]["step"])
+        except (UserError, Damaged, KeyError) as error:
+            log.warning(
+                "%s stays as it is until training is over: its weights are nowhere else (%s)", folder.model, error
+            )
+            return
+    folder.summary.unlink(missing_ok=True)
+    if folder.model.is_dir():
+        remove(folder.model)
 
 
 def _refuse_changes(found: Found, config: JobConfig) -> None:

@@ -129,6 +129,13 @@ class Session:
             min_ratio=self.config.schedule.min_lr_ratio,
         )
 
+    @property
+    def trains_on(self) -> bool:
+        """Whether there are steps to come."""
+        patience = self.config.train.early_stopping_patience
+        in_patience = patience is None or self.progress.evaluations_without_gain < patience
+        return self.progress.step < self.total_steps and in_patience
+
     def after_update(self) -> None:
         """Follow the weights with their moving average."""
         if self.average:

@@ -16,10 +16,11 @@ import torch
 from dist_train.checkpoint import checkpoints as checkpoints_module
 from dist_train.checkpoint.commit import MANIFEST, commit, read_verified
 from dist_train.checkpoint.run_folder import RunLock, this_process
-from dist_train.checkpoint.state import weights_sha256
+from dist_train.checkpoint.state import read_parts, weights_sha256
+from dist_train.session import scored_weights
 from dist_train.tracking.journal import Journal
 from tests.checkpoint.test_state import Intruder
-from tests.cli.in_process import command
+from tests.cli.in_process import Outcome, command
 from tests.resume.jobs import Ended, Trap, finish, outcome, run_job, tiny_job
 
 STEPS = 33
@@ -130,6 +131,19 @@ def test_a_change_can_be_forced(part: Path, go_on: Callable[..., Any]) -> None:
     assert go_on("optim.lr=0.01").code == 0
 
 
+def test_who_insisted_once_has_not_insisted_for_good(part: Path) -> None:
+    def again(*more: object) -> Outcome:
+        return command("train", part / "config.yaml", f"run.dir={part.parent}", f"run.name={part.name}", *more)
+
+    done = again("optim.lr=0.01", "run.force=true")
+    assert done.code == 0, done.err
+    before = _files(part)
+    done = again("optim.lr=0.02")
+    assert done.code == 2, done.err
+    assert "optim.lr: was 0.01, is 0.02" in done.err
+    assert _files(part) == before
+
+
 def test_what_cannot_be_forced_is_a_mistake_and_no_traceback(part: Path, go_on: Callable[..., Any]) -> None:
     before = _files(part)
     done = go_on("model.hidden_dim=8", "run.force=true")
@@ -212,6 +226,40 @@ def test_more_steps_go_on(runs: Path, go_on: Callable[..., Any], tmp_path: Path)
     assert done.code == 0, done.err
     assert outcome(run_dir)["steps"] == STEPS + 9
     assert (run_dir / "metrics.jsonl").read_text().startswith(lines)
+
+
+def _best_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    best = json.loads((run_dir / "summary.json").read_text())["best_step"]
+    parts = read_parts(run_dir / "checkpoints" / f"step_{best:08d}")
+    return scored_weights(parts)
+
+
+def test_what_a_shorter_run_shipped_is_withdrawn_and_its_weights_stay_readable(
+    runs: Path, table: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(runs / "whole", tmp_path / "run"))
+    shorter = outcome(run_dir)
+    assert weights_sha256(_best_weights(run_dir)) == shorter["weights_sha256"]
+    arguments = tiny_job(table, run_dir, f"train.max_steps={STEPS + 40}")
+    assert run_job(arguments, 1, Trap(step=STEPS)).killed  # before its first step
+    assert not (run_dir / "summary.json").exists()
+    assert not (run_dir / "model").exists()
+    done = command("evaluate", run_dir)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["test"] == shorter["test"]
+    assert finish(arguments)["steps"] > STEPS
+
+
+def test_shipped_weights_that_are_nowhere_else_are_not_withdrawn(runs: Path, table: Path, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(runs / "whole", tmp_path / "run"))
+    best = json.loads((run_dir / "summary.json").read_text())["best_step"]
+    shutil.rmtree(run_dir / "checkpoints" / f"step_{best:08d}")
+    before = _files(run_dir / "model")
+    ended = run_job(tiny_job(table, run_dir, f"train.max_steps={STEPS + 40}"), 1, Trap(step=STEPS))
+    assert ended.killed, ended.errors
+    assert "its weights are nowhere else" in ended.errors[0]
+    assert _files(run_dir / "model") == before
+    assert (run_dir / "summary.json").exists()
 
 
 def test_the_shipped_weights_are_those_of_the_summary(runs: Path) -> None:
@@ -378,8 +426,8 @@ def test_a_kill_between_two_folders_of_the_model_brings_the_model_back(runs: Pat
     """The model is replaced when a finished run goes on: a folder cannot be renamed over another one."""
     run_dir = Path(shutil.copytree(runs / "whole", tmp_path / "run"))
     (run_dir / "model").rename(run_dir / ".partial-former-model")
-    arguments = tiny_job(table, run_dir, f"train.max_steps={STEPS + 40}")
-    assert run_job(arguments, 1, Trap(step=STEPS + 1)).killed
+    arguments = tiny_job(table, run_dir, f"train.max_steps={STEPS}")
+    assert run_job([*arguments, "optim.lr=0.01"], 1).codes == [2]  # refused; it has opened the folder
     assert set(read_verified(run_dir / "model")) >= {"model.pth", "encoder.json"}
     finish(arguments)
     assert not list(run_dir.glob(".partial*"))
