@@ -22,7 +22,7 @@ from dist_train.errors import UserError
 from dist_train.models.batch_norm import still_cancelled_biases, sync_batch_norm
 from dist_train.models.dropout import convert_dropout
 from dist_train.models.registry import build_model
-from dist_train.models.virtual_ranks import convert_virtual_ranks
+from dist_train.models.virtual_ranks import check_row_wise, convert_virtual_ranks
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.keyed_random import RowRandom
 from dist_train.runtime.slices import Slices
@@ -196,6 +196,7 @@ class Session:
         else:
             share = virtual_ranks // collectives.size
             model = convert_virtual_ranks(plain, slices, collectives, slices_of_a_rank=share)
+            check_row_wise(model, self.dataset.splits["train"].slice(0, 4), self.config.model.name)
         return still_cancelled_biases(model)
 
     def _replicated(self, collectives: Collectives) -> nn.Module:

@@ -19,14 +19,14 @@ from dist_train.models.dropout import KeyedDropout
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.slices import Slices
 
-# What each of them makes of a row depends on that row alone.
-_ROW_WISE = (
-    nn.Linear, nn.LayerNorm, nn.Embedding, KeyedDropout, nn.Identity, nn.Flatten,
-    nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softmax,
-)  # fmt: skip
+# What each of them makes of a row depends on that row alone. Exactly these types: a subclass may do anything.
+_ROW_WISE = {
+    nn.Linear, nn.LayerNorm, KeyedDropout, nn.Identity,
+    nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.Sigmoid, nn.Tanh, nn.Softplus,
+}  # fmt: skip
 
 
-class UnknownModuleError(TypeError):
+class UnknownModuleError(UserError):
     """A module of which it is not known that it can be computed slice by slice."""
 
 
@@ -36,12 +36,36 @@ def convert_virtual_ranks(
     """Make a model compute slice by slice, in place; state_dict keys do not change.
 
     Knows Linear, BatchNorm1d, Embedding, LayerNorm, KeyedDropout (see `convert_dropout`), common activations, and
-    modules made of them. UnknownModuleError names any other module, and any module with parameters of its own: they
-    would be computed in an order that depends on the world size.
+    modules made of them. UnknownModuleError names any other module, and any module with parameters or buffers of its
+    own: they would be computed in an order that depends on the world size.
+
+    What a container's `forward` does between its modules must treat each row by itself, as concatenating columns does
+    and subtracting `x.mean(0)` does not: it sees all rows of a rank at once, and nobody can convert it.
+    `check_row_wise` finds what shows on a few rows.
     """
     model = _convert(model, "the model", slices, collectives)
     slices.keep_gradients([p for p in model.parameters() if p.requires_grad], slices_of_a_rank)
     return model
+
+
+@torch.no_grad()
+def check_row_wise(model: nn.Module, inputs: Sequence[Tensor], name: str) -> None:
+    """UnknownModuleError when the outputs of a converted model for some rows, in evaluation, are not those of each row.
+
+    `inputs` are its arguments, each (rows, ...); `name` is what the message calls it.
+    """
+    was_training = model.training
+    model.eval()
+    together = model(*inputs)
+    alone = torch.cat([model(*row) for row in zip(*(x.split(1) for x in inputs), strict=True)])
+    model.train(was_training)
+    # Kernels for one row and for several round differently; rows that are mixed differ by far more.
+    tolerance = 1e-3 * together.abs().max()
+    if alone.shape != together.shape or ((alone - together).abs() > tolerance).any():
+        raise UnknownModuleError(
+            f"train.virtual_ranks: what {name} puts out for a row depends on the rows beside it, so it cannot be "
+            "computed slice by slice: leave train.virtual_ranks null, or let its forward treat each row by itself"
+        )
 
 
 class SlicedSequential(nn.Sequential):
@@ -51,7 +75,7 @@ class SlicedSequential(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """What the modules make of the rows, one after the other."""
-        for row_wise, run in groupby(self, lambda module: isinstance(module, _ROW_WISE)):
+        for row_wise, run in groupby(self, _is_row_wise):
             modules = list(run)
             if row_wise:
                 input = run_sliced(modules, input, self.slices)
@@ -123,22 +147,35 @@ class _Sliced(torch.autograd.Function):
         return torch.cat(pieces) if wants_input else None, None, None, *(None for _ in ctx.parameters)
 
 
+def _is_row_wise(module: nn.Module) -> bool:
+    kind = type(module)
+    if kind is nn.Softmax:
+        return module.dim in (1, -1)
+    if kind is nn.Flatten:
+        return isinstance(module.start_dim, int) and module.start_dim >= 1
+    if kind is nn.Embedding:
+        # max_norm writes to the weights in the forward pass; the other two count rows, or have sparse gradients.
+        return module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
+    return kind in _ROW_WISE
+
+
 def _convert(module: nn.Module, name: str, slices: Slices, collectives: Collectives) -> nn.Module:
     if type(module) is nn.BatchNorm1d:
         return GatheredBatchNorm1d.from_plain(module, collectives, slices)
-    if isinstance(module, _ROW_WISE):
+    if _is_row_wise(module):
         return Sliced(module, slices)
     children = list(module.named_children())
-    own = [n for n, _ in module.named_parameters(recurse=False)]
+    own = [f"its own parameter {n}" for n, _ in module.named_parameters(recurse=False)]
+    own += [f"its own buffer {n}" for n, _ in module.named_buffers(recurse=False)]
     if own or not children:
-        what = f"its own parameter {own[0]}" if own else "it"
+        what = own[0] if own and children else "it"
         raise UnknownModuleError(
             f"train.virtual_ranks: {name} is a {type(module).__name__}, and {what} cannot be computed slice by slice: "
             "leave train.virtual_ranks null, or teach models/virtual_ranks.py"
         )
     in_sequence = type(module) is nn.Sequential
     for child_name, child in children:
-        if not (in_sequence and isinstance(child, _ROW_WISE)):
+        if not (in_sequence and _is_row_wise(child)):
             path = f"{name}.{child_name}" if name != "the model" else child_name
             setattr(module, child_name, _convert(child, path, slices, collectives))
     if in_sequence:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,11 +12,19 @@ from dist_train.errors import UserError
 from dist_train.models.dropout import convert_dropout
 from dist_train.models.embedded import Embedded
 from dist_train.models.financial_classifier import FinancialClassifier
-from dist_train.models.virtual_ranks import UnknownModuleError, convert_virtual_ranks, require_world_size
+from dist_train.models.registry import MODELS
+from dist_train.models.virtual_ranks import (
+    UnknownModuleError,
+    check_row_wise,
+    convert_virtual_ranks,
+    require_world_size,
+)
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.keyed_random import RowRandom, seeded
 from dist_train.runtime.slices import Slices
 from dist_train.runtime.world import World
+from tests.cli.in_process import command
+from tests.commands import REPOSITORY
 
 LENGTHS = (5, 0, 1, 6)
 
@@ -90,9 +100,33 @@ class OwnParameter(nn.Module):
         self.inner = nn.Linear(3, 3)
 
 
+class OwnBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(3))
+        self.inner = nn.Linear(3, 3)
+
+
+def with_convolution(inner: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv1d(1, 1, 1), inner)
+
+
+class OddReLU(nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input - input.mean(0))
+
+
 @pytest.mark.parametrize(
     ("layer", "named"),
     [
+        (OwnBuffer(), "1 is a OwnBuffer, and its own buffer seen"),
+        (OddReLU(), "1 is a OddReLU"),
+        (nn.Softmax(0), "1 is a Softmax"),
+        (nn.Softmax(), "1 is a Softmax"),
+        (nn.Flatten(0), "1 is a Flatten"),
+        (nn.Sequential(nn.Embedding(3, 3, max_norm=1.0)), "1.0 is a Embedding"),
+        (nn.Embedding(3, 3, sparse=True), "1 is a Embedding"),
+        (nn.Embedding(3, 3, scale_grad_by_freq=True), "1 is a Embedding"),
         (nn.Conv1d(1, 1, 1), "1 is a Conv1d"),
         (nn.GRU(3, 3), "1 is a GRU"),
         (nn.BatchNorm2d(3), "1 is a BatchNorm2d"),
@@ -104,6 +138,54 @@ class OwnParameter(nn.Module):
 def test_an_unknown_module_is_refused_by_name(layer: nn.Module, named: str) -> None:
     with pytest.raises(UnknownModuleError, match=named):
         converted(nn.Sequential(nn.Linear(3, 3), layer))
+
+
+@pytest.mark.parametrize("layer", [nn.Softmax(1), nn.Softmax(-1), nn.Flatten(), nn.Embedding(3, 3)])
+def test_the_same_module_is_known_where_it_is_row_wise(layer: nn.Module) -> None:
+    converted(nn.Sequential(nn.Linear(3, 3), layer))
+
+
+class MinusMean(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.inner(x - x.mean(0))
+        return logits
+
+
+def test_rows_that_are_mixed_between_modules_are_found_out() -> None:
+    with seeded("slices"):
+        model, _ = converted(FinancialClassifier(7, 8, 3))
+        mixing, _ = converted(MinusMean(FinancialClassifier(7, 8, 3)))
+        embedding, _ = converted(embedded())
+    rows = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
+    check_row_wise(model, [rows], "a model")
+    check_row_wise(embedding, [rows[:, :5], torch.tensor([[0, 1], [2, 3], [3, 5], [1, 1]])], "a model")
+    assert model.training
+    with pytest.raises(UnknownModuleError, match="what a model puts out for a row depends on the rows beside it"):
+        check_row_wise(mixing, [rows], "a model")
+
+
+def test_a_run_of_a_model_that_mixes_rows_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = MODELS["financial_classifier"]
+    arguments = [
+        f"run.dir={tmp_path}",
+        "run.name=run",
+        "train.max_steps=1",
+        "wandb.mode=disabled",
+        "runtime.device=cpu",
+    ]
+    for wrap, culprit in [(MinusMean, "financial_classifier puts out"), (with_convolution, "0 is a Conv1d")]:
+        monkeypatch.setitem(MODELS, "financial_classifier", lambda *a, wrap=wrap: wrap(make(*a)))
+        done = command("train", REPOSITORY / "configs" / "credit_risk.yaml", *arguments, "train.virtual_ranks=4")
+        assert done.code == 2, done.err
+        assert culprit in done.err
+        assert "Traceback" not in done.err
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_world_size_that_does_not_divide_is_refused_with_those_that_do() -> None:
