@@ -173,6 +173,7 @@ class Session:
         copies = 4 + (self.average is not None)  # weights, gradients, two moments; moving average
         return Plan(
             world=world,
+            virtual_ranks=train.virtual_ranks,
             rows={name: len(rows) for name, rows in self.dataset.splits.items()},
             class_names=self.dataset.encoder.class_names,
             input_dim=self.dataset.encoder.input_dim,
@@ -184,9 +185,15 @@ class Session:
             total_steps=self.total_steps,
             learning_rate=self.learning_rate,
             data_bytes=sum(_bytes([*rows.inputs, rows.targets]) for rows in self.dataset.splits.values()),
-            state_bytes=parameters * item * copies,
+            state_bytes=(parameters * copies + trainable * self._slice_gradients(world)) * item,
             activation_bytes=share * item * _activations_of_a_row(model, self.dataset) * 2,  # and their gradients
         )
+
+    def _slice_gradients(self, world: World) -> int:
+        """Gradients of slices that a rank holds in the exact mode: its own, and all of them once they are gathered."""
+        virtual_ranks = self.config.train.virtual_ranks or 0
+        gathered = virtual_ranks if world.size > 1 else 0  # alone, its own are all
+        return virtual_ranks // world.size + gathered
 
     def _synchronised(self, plain: nn.Module, slices: Slices, collectives: Collectives) -> nn.Module:
         """The model, computing over the rows of all ranks: exactly where virtual ranks are set."""

@@ -15,6 +15,7 @@ class Plan:
     """Figures of a run; memory in bytes per rank."""
 
     world: World
+    virtual_ranks: int | None
     rows: dict[str, int]
     class_names: list[str]
     input_dim: int
@@ -33,7 +34,9 @@ class Plan:
         """The plan in words."""
         world = self.world
         share = -(-self.global_batch_size // self.accumulation_steps // world.size)
-        yield f"world      {world.size} rank{'s' * (world.size > 1)} on {world.device.type}, backend {world.backend}"
+        exact = f", {self.virtual_ranks} virtual ranks" if self.virtual_ranks else ""
+        ranks = f"{world.size} rank{'s' * (world.size > 1)}"
+        yield f"world      {ranks} on {world.device.type}, backend {world.backend}{exact}"
         yield "rows       " + ", ".join(f"{name} {count:,}" for name, count in self.rows.items())
         yield f"classes    {', '.join(self.class_names)}; {self.input_dim} input features"
         yield f"model      {self.parameters:,} parameters, {self.trainable:,} of them trainable"
