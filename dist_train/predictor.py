@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from dist_train.checkpoint.checkpoints import Checkpoints
 from dist_train.checkpoint.commit import Damaged
-from dist_train.checkpoint.run_folder import RunFolder
+from dist_train.checkpoint.run_folder import RunFolder, opened_run
 from dist_train.checkpoint.state import Parts, read_parts
-from dist_train.config.load import read_config
-from dist_train.config.schema import JobConfig
 from dist_train.data.dataset import encode, load_labelled, read_for_evaluation, remap_targets
 from dist_train.data.encoder import Encoder
 from dist_train.data.feed import resident
@@ -35,10 +33,7 @@ class Predictor:
     """
 
     def __init__(self, run_folder: Path, collectives: Collectives, checkpoint: str = "best") -> None:
-        folder = RunFolder(run_folder)
-        if not folder.config.is_file():
-            raise UserError(f"{run_folder}: is not a run folder (it has no config.yaml)")
-        self.config: JobConfig = read_config(folder.config)
+        folder, self.config = opened_run(run_folder)
         self.collectives = collectives
         parts = collectives.from_first(lambda: _read(folder, checkpoint))
         state = parts["state.json"]

@@ -18,12 +18,11 @@ from typing import Any
 
 from rich.table import Table
 
-from dist_train.config.load import read_config
-from dist_train.errors import UserError
+from dist_train.checkpoint.run_folder import opened_run
 from dist_train.predictor import Predictor
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import run_command, terminal
-from dist_train.runtime.world import process_group, world_from_environment
+from dist_train.runtime.world import device_here, process_group, world_from_environment
 
 
 def main() -> None:
@@ -37,11 +36,8 @@ def main() -> None:
         "--data", type=Path, help="CSV or Parquet file with the target column, instead of the run's own"
     )
     arguments = parser.parse_args()
-    config = arguments.run_dir / "config.yaml"
-    if not config.is_file():
-        raise UserError(f"{arguments.run_dir}: is not a run folder (it has no config.yaml)")
-    runtime = read_config(config).runtime
-    world = world_from_environment(os.environ, device=runtime.device, backend=runtime.backend)
+    runtime = opened_run(arguments.run_dir)[1].runtime
+    world = world_from_environment(os.environ, device=device_here(runtime.device))
     with process_group(world, runtime.timeout_seconds):
         predictor = Predictor(arguments.run_dir, Collectives(world), arguments.checkpoint)
         metrics = predictor.evaluate(arguments.split, arguments.data)

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import polars as pl
 
+from dist_train.checkpoint.run_folder import opened_run
 from dist_train.data.table import locate
 from dist_train.errors import UserError
 from dist_train.predictor import Predictor
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import log, run_command
-from dist_train.runtime.world import world_from_environment
+from dist_train.runtime.world import device_here, world_from_environment
 
 _WRITERS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
     ".csv": pl.DataFrame.write_csv,
@@ -42,7 +43,9 @@ def main() -> None:
     output: Path = arguments.output
     if output.suffix.lower() not in _WRITERS:
         raise UserError(f"{output}: the name must end in .csv or .parquet")
-    world = world_from_environment({})  # one process: an environment of a launcher has no say
+    runtime = opened_run(arguments.run_dir)[1].runtime
+    # One process: an environment of a launcher has no say.
+    world = world_from_environment({}, device=device_here(runtime.device))
     predictor = Predictor(arguments.run_dir, Collectives(world), arguments.checkpoint)
     scores = predictor.predict(locate(str(arguments.input)))
     _write(scores, output)

@@ -53,6 +53,11 @@ def world_from_environment(environ: Mapping[str, str], *, device: str = "auto", 
     )  # fmt: skip
 
 
+def device_here(trained_on: str) -> str:
+    """`runtime.device` for work on a run that is there: this machine need not be its own, so only `cpu` is kept."""
+    return "cpu" if trained_on == "cpu" else "auto"
+
+
 def missing_from_torchrun(environ: Mapping[str, str]) -> list[str]:
     """Variables of torchrun that are missing where others of them are set; empty when all or none are there."""
     missing = [name for name in TORCHRUN_VARIABLES if name not in environ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss
 
+from dist_train.runtime.world import World, world_from_environment
 from tests import commands
 from tests.cli.conftest import Trained
 from tests.cli.in_process import command
@@ -145,6 +148,37 @@ def flat(metrics: Any) -> dict[str, float]:
 
 def _no_json(word: str) -> None:
     raise AssertionError(f"{word} is not JSON")
+
+
+def test_a_run_of_another_machine_is_scored_on_this_one(
+    trained: Trained, reference: pl.DataFrame, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
+    config = (folder / "config.yaml").read_text().replace("device: cpu", "device: cuda")
+    (folder / "config.yaml").write_text(config.replace("backend: auto", "backend: nccl"))
+    outcome = command("evaluate", folder)
+    assert outcome.code == 0, outcome.err
+    assert flat(json.loads(outcome.out)["test"]) == pytest.approx(flat(evaluated(trained)["test"]), abs=1e-6)
+    outcome = command("predict", folder, write(clients(), tmp_path / "in.csv"), tmp_path / "out.parquet")
+    assert outcome.code == 0, outcome.err
+    found = pl.read_parquet(tmp_path / "out.parquet")
+    np.testing.assert_allclose(found[:, :3].to_numpy(), reference[:, :3].to_numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("script", ["evaluate", "predict"])
+def test_a_run_that_was_kept_off_the_gpu_is_scored_on_the_cpu(
+    script: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def note(environ: Mapping[str, str], *, device: str = "auto") -> World:
+        asked.append(device)
+        return world_from_environment(environ, device=device)
+
+    monkeypatch.setattr(f"launch.{script}.world_from_environment", note)
+    more = [write(clients(), tmp_path / "in.csv"), tmp_path / "out.csv"] if script == "predict" else []
+    assert command(script, trained.folder, *more).code == 0
+    assert asked == ["cpu"]
 
 
 def test_evaluate_prints_one_line_of_json_that_equals_the_summary(trained: Trained) -> None:
