@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Keys that change how long a run goes on, where things lie or what is shown, but not what a step computes.
+# Keys that a run may change when it goes on: where things lie, what is shown, how long it goes on and which of its
+# weights are best. They leave alone the model, the data, their order and everything else that a step takes from the
+# configuration, except the learning rate of later steps: train.epochs and train.max_steps stretch the cosine, which is
+# what somebody who asks for more epochs wants. evaluation.* can change which weights count as best, and with
+# train.early_stopping_patience where the run ends; runtime.* can change how sums are rounded.
 # data.path is among them because the content of the file is compared instead.
 _HARMLESS = (
     "run.name", "run.dir", "run.resume", "run.force", "data.path", "train.epochs", "train.max_steps",

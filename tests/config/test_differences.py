@@ -35,7 +35,7 @@ HARMFUL = [
 
 
 @pytest.mark.parametrize("argument", HARMLESS)
-def test_what_does_not_change_a_step_is_harmless(argument: str) -> None:
+def test_what_a_run_may_change_when_it_goes_on_is_harmless(argument: str) -> None:
     harmful, harmless = changed(argument)
     assert harmful == []
     assert [line.partition(":")[0] for line in harmless] == [argument.partition("=")[0]]
