@@ -15,7 +15,7 @@ from dist_train.config.schema import JobConfig
 from dist_train.errors import guarded
 from dist_train.models.registry import check_model_name
 from dist_train.models.virtual_ranks import require_world_size
-from dist_train.resuming import matching_dataset, open_run, take_over
+from dist_train.resuming import changes_since, matching_dataset, open_run, take_over
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import log
 from dist_train.runtime.machine import pin_arithmetic
@@ -53,7 +53,10 @@ def train(config: JobConfig, world: World, environ: Mapping[str, str], *, dry_ru
         if found:
             session.restore(found.parts)
         step, trains_on = session.progress.step, session.trains_on
-        collectives.from_first(lambda: take_over(folder, config, checkpoints, step, trains_on=trains_on))
+        changes = changes_since(found, config, matching, collectives)
+        collectives.from_first(
+            lambda: take_over(folder, config, checkpoints, step, trains_on=trains_on, changes=changes)
+        )
         _announce(session, world)
         books: list[Books] = []  # one on rank 0, none elsewhere
 

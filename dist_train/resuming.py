@@ -11,7 +11,7 @@ from typing import Any
 from dist_train.checkpoint.checkpoints import Checkpoints, Found
 from dist_train.checkpoint.commit import Damaged, remove, sweep, write_atomically
 from dist_train.checkpoint.run_folder import RunFolder, RunLock, this_process
-from dist_train.checkpoint.state import read_parts
+from dist_train.checkpoint.state import pack_json_line, read_parts
 from dist_train.config.differences import differences
 from dist_train.config.load import config_to_yaml
 from dist_train.config.schema import JobConfig
@@ -22,6 +22,9 @@ from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import log
 from dist_train.runtime.machine import describe_machine
 from dist_train.session import load_data
+
+# Harmless keys that nevertheless change learning rates, lines of metrics, or which weights are the best.
+_CHANGES_THE_RECORD = ("train.epochs", "train.max_steps", "train.early_stopping_patience", "evaluation.", "log.")
 
 
 def open_run(
@@ -60,10 +63,13 @@ def _open_folder(
     return found
 
 
-def take_over(folder: RunFolder, config: JobConfig, checkpoints: Checkpoints, step: int, *, trains_on: bool) -> None:
+def take_over(
+    folder: RunFolder, config: JobConfig, checkpoints: Checkpoints, step: int, *, trains_on: bool, changes: list[str]
+) -> None:
     """Rank 0: the run goes on from `step`; until here a refusal has left the folder as it was.
 
     `trains_on`: there are steps to come, so what was shipped of a shorter run is no longer what this run ships.
+    `changes` go into `changes.jsonl`: whoever replays the run must know of them.
     """
     unforced = replace(config, run=replace(config.run, force=False))  # who insisted once has not insisted for good
 
@@ -71,10 +77,36 @@ def take_over(folder: RunFolder, config: JobConfig, checkpoints: Checkpoints, st
         checkpoints.drop_after(step)
         folder.requeue.unlink(missing_ok=True)
         write_atomically(folder.config, config_to_yaml(unforced).encode())
+        known = folder.changes.read_bytes() if step and folder.changes.is_file() else b""
+        if changes:
+            known += pack_json_line({"step": step, "changes": changes})
+        if known:
+            write_atomically(folder.changes, known)
+        else:
+            folder.changes.unlink(missing_ok=True)
         if trains_on:
             _withdraw_shipped(folder, checkpoints)
 
     guarded(write, "the run folder")
+
+
+def changes_since(found: Found | None, config: JobConfig, dataset: Dataset, collectives: Collectives) -> list[str]:
+    """What makes the rest of a run another function than its beginning: a replay has to start after it."""
+    if not found:
+        return []
+    state = found.parts["state.json"]
+    harmful, harmless = differences(state["config"], _as_json(config))
+    changes = harmful + [line for line in harmless if line.startswith(_CHANGES_THE_RECORD)]
+    if state["data_sha256"] != dataset.sha256:
+        changes.append(f"the data: SHA-256 was {state['data_sha256']}, is {dataset.sha256}")
+    if config.train.virtual_ranks is None and state["world_size"] != collectives.size:
+        changes.append(f"world size in the fast mode: was {state['world_size']}, is {collectives.size}")
+    return changes
+
+
+def _as_json(config: JobConfig) -> Any:
+    """A configuration as a checkpoint has it: the keys of a mapping are text."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def _withdraw_shipped(folder: RunFolder, checkpoints: Checkpoints) -> None:
@@ -94,8 +126,7 @@ def _withdraw_shipped(folder: RunFolder, checkpoints: Checkpoints) -> None:
 
 def _refuse_changes(found: Found, config: JobConfig) -> None:
     state = found.parts["state.json"]
-    now = json.loads(json.dumps(asdict(config)))  # as the checkpoint has it: the keys of a mapping are text
-    harmful, harmless = differences(state["config"], now)
+    harmful, harmless = differences(state["config"], _as_json(config))
     for line in harmless:
         log.info("changed since the checkpoint: %s", line)
     if harmful and not config.run.force:

@@ -55,6 +55,11 @@ def pack_json(value: Any) -> bytes:
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode()
 
 
+def pack_json_line(value: Any) -> bytes:
+    """JSON on a line of its own."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
 def unpack_json(data: bytes, source: str) -> Any:
     """What `pack_json` wrote; Damaged for anything else."""
     try:

@@ -245,3 +245,20 @@ def test_a_world_size_that_does_not_divide_is_refused_before_anything_is_written
     done = run("train", *tiny_job(table, tmp_path / "run", "train.virtual_ranks=8"), ranks=3)
     assert done.stderr.count("error: train.virtual_ranks=8 cannot be shared by 3 ranks; it works on 1, 2, 4 or 8") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_was_changed_on_the_way_is_replayed_from_the_change_on(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "clients.csv")
+    more = ("train.virtual_ranks=4", "checkpoint.keep=9")
+    finish(tiny_job(table, tmp_path / "run", *more, "train.max_steps=11"), 2)
+    finish(tiny_job(table, tmp_path / "run", *more, "train.max_steps=19", "log.every_steps=2"), 1)
+    seen = command("verify", tmp_path / "run")
+    assert seen.code == 0, seen.err
+    report = json.loads(seen.out)
+    assert report["first_step"] == 11
+    assert report["model_compared"]
+    assert "changed at step 11: log.every_steps: was 3, is 2; train.max_steps: was 11, is 19" in report["notes"]
+
+
+def test_the_same_command_again_changes_nothing(honest: Path) -> None:
+    assert not (honest / "changes.jsonl").exists()
