@@ -10,11 +10,12 @@ import torch
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
-    """Names of what computes: `torch`, `device`, `processor`, `instructions`."""
+    """Names of what computes: `torch`, `device`, `processor`, `instructions`, `threads`."""
     if device.type == "cuda":
         compute = {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
     else:
-        compute = {"device": "cpu", "instructions": torch.backends.cpu.get_cpu_capability()}
+        instructions, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+        compute = {"device": "cpu", "instructions": instructions, "threads": str(threads)}
     return {"torch": torch.__version__, "processor": _processor()} | compute
 
 
