@@ -23,7 +23,7 @@ from dist_train.errors import TrainingFault, UserError
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import log, run_command
 from dist_train.runtime.machine import pin_arithmetic
-from dist_train.runtime.world import process_group, world_from_environment
+from dist_train.runtime.world import device_here, process_group, world_from_environment
 from dist_train.verification import Report, verify
 
 
@@ -36,8 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     first, last = _range(arguments.steps)
     folder, config = opened_run(arguments.run_dir)
-    # A validator's machine need not be the run's: a GPU is used where there is one, unless the run was told not to.
-    world = world_from_environment(os.environ, device="cpu" if config.runtime.device == "cpu" else "auto")
+    world = world_from_environment(os.environ, device=device_here(config.runtime.device))
     if config.train.virtual_ranks:
         pin_arithmetic(world.device)
     with process_group(world, config.runtime.timeout_seconds):
