@@ -7,7 +7,6 @@ take turns in the same processes, one thread each; medians of the rounds, with t
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.throughput import our_loop
+from benchmarks.throughput import add_row, keep, our_loop
 from dist_train.config.load import load_config
 from dist_train.data.dataset import load_dataset
 from dist_train.runtime.collectives import Collectives
@@ -40,18 +39,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             mp.start_processes(measure, (world_size, folder), nprocs=world_size, start_method="spawn")
             times = json.loads((Path(folder) / "times.json").read_text())
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        spreads = {name: max(values) / min(values) for name, values in times.items()}
-        ratio = medians["exact"] / medians["fast"]
-        table.add_row(
-            str(world_size),
-            *(text for name in times for text in (f"{medians[name] * 1e3:.1f}", f"{spreads[name]:.2f}")),
-            f"{ratio:.2f}",
-        )
-        results.append({"ranks": world_size, "median_seconds": medians, "spread": spreads, "ratio": ratio})
+        milliseconds = {name: [seconds * 1e3 for seconds in values] for name, values in times.items()}
+        results.append(add_row(table, str(world_size), milliseconds, "{:.1f}"))
     Console().print(table)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1))
+    keep(results, RESULTS)
 
 
 def measure(rank: int, world_size: int, folder: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from dist_train.config.load import load_config
 from dist_train.data.dataset import Dataset, load_dataset
 from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.machine import describe_machine
 from dist_train.runtime.world import World
 from dist_train.session import Session
 
@@ -45,18 +45,26 @@ def main() -> None:
         for _ in range(ROUNDS):
             rates["tutorial"].append(rate(tutorial_loop(dataset, batch_size)))
             rates["dist_train"].append(rate(our_loop(session)))
-        medians = {name: statistics.median(values) for name, values in rates.items()}
-        spreads = {name: max(values) / min(values) for name, values in rates.items()}
-        ratio = medians["dist_train"] / medians["tutorial"]
-        table.add_row(
-            str(batch_size),
-            *(text for name in rates for text in (f"{medians[name]:,.0f}", f"{spreads[name]:.2f}")),
-            f"{ratio:.2f}",
-        )
-        results.append({"batch_size": batch_size, "median": medians, "spread": spreads, "ratio": ratio})
+        results.append(add_row(table, str(batch_size), rates, "{:,.0f}"))
     Console().print(table)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"torch": torch.__version__, "python": sys.version, "results": results}, indent=1))
+    keep(results, RESULTS)
+
+
+def add_row(table: Table, label: str, values: dict[str, list[float]], number: str) -> dict[str, object]:
+    """Median and spread of each contestant, and the ratio of the second median to the first."""
+    medians = {name: statistics.median(of) for name, of in values.items()}
+    spreads = {name: max(of) / min(of) for name, of in values.items()}
+    first, second = medians.values()
+    cells = [text for name in values for text in (number.format(medians[name]), f"{spreads[name]:.2f}")]
+    table.add_row(label, *cells, f"{second / first:.2f}")
+    return {"case": label, "median": medians, "spread": spreads, "ratio": second / first}
+
+
+def keep(results: list[dict[str, object]], file: Path) -> None:
+    """Write results beside what they depend on."""
+    file.parent.mkdir(exist_ok=True)
+    machine = describe_machine(torch.device("cpu"))
+    file.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
 
 def rate(step: Callable[[], int]) -> float:

@@ -1,0 +1,30 @@
+"""The README's table of keys is the schema's."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from dist_train.config.reference import BEGIN, END, markdown_table, with_table
+from dist_train.config.schema import JobConfig
+from tests.commands import REPOSITORY
+
+
+def test_the_readme_has_the_table_of_this_schema() -> None:
+    page = (REPOSITORY / "README.md").read_text()
+    assert page == with_table(page), "run `make docs`"
+
+
+def test_every_key_has_a_row_with_a_default_and_a_meaning() -> None:
+    rows = [line.split(" | ", 2) for line in markdown_table().splitlines()[2:]]
+    keys = [f"{section.name}.{key.name}" for section in fields(JobConfig) for key in fields(section.default_factory())]  # type: ignore[misc]
+    assert [row[0].removeprefix("| ").strip("`") for row in rows] == keys
+    for _, default, meaning in rows:
+        assert default.strip("`")
+        assert len(meaning.removesuffix(" |")) > 15
+
+
+def test_a_page_without_its_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs the lines"):
+        with_table(f"{BEGIN} {END[:-1]}")
