@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.keyed_random import RowRandom, seeded
 from dist_train.runtime.world import World, process_group
 from dist_train.training.evaluation import evaluate
+from tests.commands import REPOSITORY, train
 from tests.dist.sessions import BUILTIN, build
 
 pytestmark = [
@@ -129,11 +131,11 @@ def test_sync_batch_norm_is_torchs_own_on_several_gpus() -> None:
     assert type(sync_batch_norm(alone, on("cuda")).get_submodule("layers.1")) is nn.BatchNorm1d
 
 
-def one_gpu_world(tmp_path: object) -> World:
+def one_gpu_world(tmp_path: Path) -> World:
     return World(rank=0, size=1, device=torch.device("cuda", 0), backend="nccl", rendezvous=f"file://{tmp_path}/store")
 
 
-def test_torchs_synchronised_layer_equals_the_plain_one_under_nccl(tmp_path: object) -> None:
+def test_torchs_synchronised_layer_equals_the_plain_one_under_nccl(tmp_path: Path) -> None:
     """A process group of one rank runs the same kernels as one of many."""
     world = one_gpu_world(tmp_path)
     torch.cuda.set_device(world.device)
@@ -153,7 +155,21 @@ def test_torchs_synchronised_layer_equals_the_plain_one_under_nccl(tmp_path: obj
         torch.distributed.destroy_process_group()
 
 
-def test_a_world_of_one_needs_no_process_group(tmp_path: object) -> None:
+def test_the_exact_mode_is_the_same_bits_on_one_rank_and_on_two_that_share_a_gpu(tmp_path: Path) -> None:
+    exact = [
+        str(REPOSITORY / "configs" / "credit_risk.yaml"),
+        "train.virtual_ranks=4",
+        "train.epochs=1",
+        "train.global_batch_size=1000",
+    ]
+    where = ["runtime.device=cuda", "runtime.backend=gloo"]
+    alone = train(tmp_path / "alone", *exact, *where)
+    shared = train(tmp_path / "shared", *exact, *where, ranks=2)
+    assert shared["weights_sha256"] == alone["weights_sha256"]
+    assert shared["test"] == alone["test"]
+
+
+def test_a_world_of_one_needs_no_process_group(tmp_path: Path) -> None:
     with process_group(one_gpu_world(tmp_path), 10):
         assert not torch.distributed.is_initialized()
         assert torch.cuda.current_device() == 0
