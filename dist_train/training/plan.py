@@ -54,7 +54,7 @@ class Plan:
     def _curve(self, width: int = 30) -> str:
         last = self.total_steps - 1
         rates = [self.learning_rate(round(last * i / (width - 1))) for i in range(width)]
-        peak = max(rates)
+        peak = max(self.learning_rate(step) for step in range(0, last + 1, 1 + last // 10_000))
         bars = "".join(_BARS[round(rate / peak * (len(_BARS) - 1))] for rate in rates)
         return f"{bars}  first {rates[0]:.2e}, peak {peak:.2e}, last {rates[-1]:.2e}"
 
