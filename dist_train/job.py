@@ -13,7 +13,6 @@ from dist_train.checkpoint.state import pack_json
 from dist_train.config.rules import given_class_weights
 from dist_train.config.schema import JobConfig
 from dist_train.errors import guarded
-from dist_train.models.registry import check_model_name
 from dist_train.models.virtual_ranks import require_world_size
 from dist_train.resuming import changes_since, matching_dataset, open_run, take_over
 from dist_train.runtime.collectives import Collectives
@@ -30,7 +29,6 @@ from dist_train.training.parts import Record
 
 def train(config: JobConfig, world: World, environ: Mapping[str, str], *, dry_run: bool = False) -> None:
     """Train a run to its end, to an agreed stop, or (`dry_run`) print its plan and write nothing."""
-    check_model_name(config.model)
     if config.train.virtual_ranks:
         require_world_size(config.train.virtual_ranks, world.size)
         pin_arithmetic(world.device)

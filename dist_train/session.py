@@ -132,9 +132,8 @@ class Session:
     @property
     def trains_on(self) -> bool:
         """Whether there are steps to come."""
-        patience = self.config.train.early_stopping_patience
-        in_patience = patience is None or self.progress.evaluations_without_gain < patience
-        return self.progress.step < self.total_steps and in_patience
+        done = self.progress.out_of_patience(self.config.train.early_stopping_patience)
+        return self.progress.step < self.total_steps and not done
 
     def after_update(self) -> None:
         """Follow the weights with their moving average."""

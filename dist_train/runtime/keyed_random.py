@@ -65,7 +65,7 @@ class RowRandom:
         self._seed = seed
         self._epoch = 0
         self._first_row = 0
-        self._counters: dict[tuple[int, torch.device], Tensor] = {}
+        self._counters: dict[torch.device, Tensor] = {}
 
     def begin(self, epoch: int, first_row: int) -> None:
         """The rows that follow start at place `first_row` of the epoch's order."""
@@ -75,18 +75,16 @@ class RowRandom:
     def bits16(self, purpose: str, num_rows: int, width: int, device: torch.device) -> Tensor:
         """Uniform int16 numbers of shape (num_rows, width)."""
         words = -(-width // 4)
-        counters = self._cached_counters(num_rows * words, device)
+        counters = self._first_counters(num_rows * words, device)
         start = derive(purpose, self._seed, self._epoch) + self._first_row * words * _INCREMENT
         bits = mix(counters + _signed(start)).view(torch.int16)
         return bits.view(num_rows, words * 4)[:, :width]
 
-    def _cached_counters(self, count: int, device: torch.device) -> Tensor:
-        # Two shapes occur in an epoch, full batches and the ragged one, for each width.
-        if len(self._counters) > 16:
-            self._counters.clear()
-        if (count, device) not in self._counters:
-            self._counters[count, device] = _counters(count).to(device)
-        return self._counters[count, device]
+    def _first_counters(self, count: int, device: torch.device) -> Tensor:
+        """The first counters of a sequence that is kept, and made anew when a longer one is asked for."""
+        if device not in self._counters or len(self._counters[device]) < count:
+            self._counters[device] = _counters(count).to(device)
+        return self._counters[device][:count]
 
 
 def _counters(count: int) -> Tensor:

@@ -104,7 +104,7 @@ class Loop:
         return Ending.FINISHED if progress.step >= rhythm.total_steps else Ending.EARLY_STOP
 
     def _out_of_patience(self) -> bool:
-        return self.rhythm.patience is not None and self.progress.evaluations_without_gain >= self.rhythm.patience
+        return self.progress.out_of_patience(self.rhythm.patience)
 
     def _evaluation_due(self, finished: bool) -> bool:
         if self.rhythm.evaluate_steps is None:

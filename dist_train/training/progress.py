@@ -36,6 +36,10 @@ class Progress:
         self.evaluations_without_gain += 1
         return False
 
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Whether that many evaluations in a row have not been the best; None: patience never ends."""
+        return patience is not None and self.evaluations_without_gain >= patience
+
     def state_dict(self) -> dict[str, Any]:
         """JSON types; an infinite loss is None."""
         return {
