@@ -1,7 +1,7 @@
 """What the exact mode costs beside the fast mode, side by side in one run: `make bench`.
 
-V = 8 at a global batch of 4096 rows of the default job: on one rank, and on 8 gloo ranks of this machine. Both modes
-take turns in the same processes, one thread each; medians of the rounds, with the spread beside them.
+V = 8 on the default job: global batches of 256, 1024 and 4096 rows on one rank, 4096 on 8 gloo ranks of this machine.
+Both modes take turns in the same processes, one thread each; medians of the rounds, with the spread beside them.
 """
 
 from __future__ import annotations
@@ -24,28 +24,27 @@ from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.world import World, process_group
 from dist_train.session import Session
 
-BATCH_SIZE = 4096
 VIRTUAL_RANKS = 8
-WORLDS = (1, 8)
+CASES = ((1, 256), (1, 1024), (1, 4096), (8, 4096))  # ranks, global batch size
 ROUNDS = 9
 STEPS = 10
 RESULTS = Path(__file__).parent / "results" / "exact_mode.json"
 
 
 def main() -> None:
-    table = Table("ranks", "fast ms/step", "spread", "exact ms/step", "spread", "ratio")
+    table = Table("ranks, batch", "fast ms/step", "spread", "exact ms/step", "spread", "ratio")
     results = []
-    for world_size in WORLDS:
+    for world_size, batch_size in CASES:
         with tempfile.TemporaryDirectory() as folder:
-            mp.start_processes(measure, (world_size, folder), nprocs=world_size, start_method="spawn")
+            mp.start_processes(measure, (world_size, batch_size, folder), nprocs=world_size, start_method="spawn")
             times = json.loads((Path(folder) / "times.json").read_text())
         milliseconds = {name: [seconds * 1e3 for seconds in values] for name, values in times.items()}
-        results.append(add_row(table, str(world_size), milliseconds, "{:.1f}"))
+        results.append(add_row(table, f"{world_size}, {batch_size}", milliseconds, "{:.1f}"))
     Console().print(table)
     keep(results, RESULTS)
 
 
-def measure(rank: int, world_size: int, folder: str) -> None:
+def measure(rank: int, world_size: int, batch_size: int, folder: str) -> None:
     """Seconds of a step in both modes, measured on rank 0."""
     torch.set_num_threads(1)
     world = World(
@@ -53,7 +52,10 @@ def measure(rank: int, world_size: int, folder: str) -> None:
     )
     with process_group(world, 300):
         collectives = Collectives(world)
-        steps = {"fast": build(collectives, "null"), "exact": build(collectives, str(VIRTUAL_RANKS))}
+        steps = {
+            "fast": build(collectives, batch_size, "null"),
+            "exact": build(collectives, batch_size, str(VIRTUAL_RANKS)),
+        }
         times: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(ROUNDS):
             for name, step in steps.items():
@@ -68,10 +70,10 @@ def measure(rank: int, world_size: int, folder: str) -> None:
         Path(folder, "times.json").write_text(json.dumps(times))
 
 
-def build(collectives: Collectives, virtual_ranks: str) -> Callable[[], int]:
+def build(collectives: Collectives, batch_size: int, virtual_ranks: str) -> Callable[[], int]:
     """A step of the default job in one of the modes."""
     config = load_config(
-        ["configs/credit_risk.yaml", f"train.global_batch_size={BATCH_SIZE}", f"train.virtual_ranks={virtual_ranks}"]
+        ["configs/credit_risk.yaml", f"train.global_batch_size={batch_size}", f"train.virtual_ranks={virtual_ranks}"]
     )
     dataset = load_dataset(config.data, collectives, seed=0, one_hot=True, dtype=torch.float32)
     return our_loop(Session(config, dataset, collectives))
