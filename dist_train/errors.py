@@ -23,6 +23,14 @@ class TrainingFault(Exception):
     """Training cannot go on (a loss that is not finite, say): one message, exit code 1, no traceback."""
 
 
+class PeerFailed(TrainingFault):
+    """Another rank has failed, and says by what itself."""
+
+
+class Stopped(Exception):
+    """All ranks have agreed to stop at this place because one of them was asked to; nothing has gone wrong."""
+
+
 def guarded(write: Callable[[], T], what: str) -> T:
     """Run `write`; a failing disk becomes a TrainingFault of one line. What was committed before is untouched."""
     try:

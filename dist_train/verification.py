@@ -26,6 +26,7 @@ from dist_train.training.parts import Record
 
 # What a clock says, and what a run notes about itself: everything else must be equal.
 _OF_THE_CLOCK = ("samples_per_second", "train_seconds")
+_OF_THE_EVALUATION = ("best_loss", "best_step", "evaluations_without_gain", "evaluation_due")
 
 
 @dataclass
@@ -182,7 +183,7 @@ class _Replay:
         step, split = record["step"], record["split"]
         line = next((x for x in self.pending if (x["step"], x.get("split")) == (step, split)), None)
         if line is None:
-            if step <= self.report.last_step:
+            if self.report.first_step < step <= self.report.last_step:
                 self.report.differ(step, f"metrics.jsonl has no {split} line of this step")
             return
         self.pending.remove(line)
@@ -215,7 +216,10 @@ class _Replay:
         elif state["encoder"] != self.session.dataset.encoder.describe():
             self.report.differ(step, "the checkpoint's encoder is not what the replay has")
         else:
-            name = _first_difference(state["progress"], self.session.progress.state_dict())
+            recorded_progress, replayed_progress = state["progress"], self.session.progress.state_dict()
+            if recorded_progress["evaluation_due"]:  # stopped before an evaluation that the replay has done by now
+                replayed_progress |= {name: recorded_progress[name] for name in _OF_THE_EVALUATION}
+            name = _first_difference(recorded_progress, replayed_progress)
             if name:
                 self.report.differ(step, f"the checkpoint's {name} is not what the replay has")
 

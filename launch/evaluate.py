@@ -22,6 +22,7 @@ from dist_train.checkpoint.run_folder import opened_run
 from dist_train.predictor import Predictor
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import run_command, terminal
+from dist_train.runtime.watch import watched
 from dist_train.runtime.world import device_here, process_group, world_from_environment
 
 
@@ -38,9 +39,12 @@ def main() -> None:
     arguments = parser.parse_args()
     runtime = opened_run(arguments.run_dir)[1].runtime
     world = world_from_environment(os.environ, device=device_here(runtime.device))
-    with process_group(world, runtime.timeout_seconds):
-        predictor = Predictor(arguments.run_dir, Collectives(world), arguments.checkpoint)
-        metrics = predictor.evaluate(arguments.split, arguments.data)
+    timeout = runtime.timeout_seconds
+    with process_group(world, timeout) as store:
+        collectives = Collectives(world)
+        with watched(collectives, store, timeout_seconds=timeout, report_file=None):
+            predictor = Predictor(arguments.run_dir, collectives, arguments.checkpoint)
+            metrics = predictor.evaluate(arguments.split, arguments.data)
     if world.rank == 0:
         title = f"{arguments.run_dir}, weights of step {predictor.step}, {arguments.data or arguments.split}"
         terminal().print(_table(metrics, title))

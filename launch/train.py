@@ -25,7 +25,7 @@ import os
 from dist_train.config.load import load_config
 from dist_train.job import train
 from dist_train.runtime.console import run_command
-from dist_train.runtime.stopping import stop_when_parent_dies
+from dist_train.runtime.stopping import Launcher
 from dist_train.runtime.world import world_from_environment
 
 
@@ -36,11 +36,10 @@ def main() -> None:
     parser.add_argument("config", nargs="*", help="configuration files (.yaml) and key=value")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     arguments = parser.parse_intermixed_args()  # --dry-run may stand anywhere
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        stop_when_parent_dies()
+    launcher = Launcher() if "TORCHELASTIC_RUN_ID" in os.environ else None
     config = load_config(arguments.config)
     world = world_from_environment(os.environ, device=config.runtime.device, backend=config.runtime.backend)
-    train(config, world, os.environ, dry_run=arguments.dry_run)
+    train(config, world, os.environ, launcher=launcher, dry_run=arguments.dry_run)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from dist_train.errors import TrainingFault, UserError
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import log, run_command
 from dist_train.runtime.machine import pin_arithmetic
+from dist_train.runtime.watch import watched
 from dist_train.runtime.world import device_here, process_group, world_from_environment
 from dist_train.verification import Report, verify
 
@@ -39,8 +40,11 @@ def main() -> None:
     world = world_from_environment(os.environ, device=device_here(config.runtime.device))
     if config.train.virtual_ranks:
         pin_arithmetic(world.device)
-    with process_group(world, config.runtime.timeout_seconds):
-        report = verify(folder, config, Collectives(world), first, last)
+    timeout = config.runtime.timeout_seconds
+    with process_group(world, timeout) as store:
+        collectives = Collectives(world)
+        with watched(collectives, store, timeout_seconds=timeout, report_file=None):
+            report = verify(folder, config, collectives, first, last)
     if world.rank == 0:
         _show(report)
         print(json.dumps(asdict(report), ensure_ascii=False), flush=True)

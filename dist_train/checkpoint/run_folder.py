@@ -31,6 +31,8 @@ class RunFolder:
         self.requeue = path / "requeue"
         self.lock = path / "lock"
         self.changes = path / "changes.jsonl"
+        self.stop = path / "stop"
+        self.fault = path / "fault.txt"
 
     def create(self) -> None:
         """Make the folder and see that it can be written; UserError when it cannot."""

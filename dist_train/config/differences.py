@@ -12,8 +12,8 @@ from typing import Any
 # train.early_stopping_patience where the run ends; runtime.* can change how sums are rounded.
 # data.path is among them because the content of the file is compared instead.
 _HARMLESS = (
-    "run.name", "run.dir", "run.resume", "run.force", "data.path", "train.epochs", "train.max_steps",
-    "train.early_stopping_patience", "evaluation.", "checkpoint.", "runtime.", "log.", "wandb.",
+    "run.name", "run.dir", "run.resume", "run.force", "run.time_limit_minutes", "data.path", "train.epochs",
+    "train.max_steps", "train.early_stopping_patience", "evaluation.", "checkpoint.", "runtime.", "log.", "wandb.",
 )  # fmt: skip
 
 

@@ -65,6 +65,7 @@ def _run(c: JobConfig) -> Iterator[tuple[str, str]]:
         yield "run.dir", f"{c.run.dir!r} cannot be a folder"
     if not 0 <= c.run.seed < 2**63:
         yield "run.seed", f"must be from 0 to 2**63 - 1, is {c.run.seed}"
+    yield from _positive("run.time_limit_minutes", c.run.time_limit_minutes)
 
 
 def _data(c: JobConfig) -> Iterator[tuple[str, str]]:

@@ -22,6 +22,8 @@ class RunConfig:
     """Every random number of the run (split, initial weights, order of rows, dropout) is a function of this seed."""
     resume: Literal["auto", "never"] = "auto"
     """`auto`: continue from the newest checkpoint that verifies. `never`: start anew; an older run in the folder is moved aside to `<run.name>.old-N`."""
+    time_limit_minutes: float | None = None
+    """Stop, save and leave the `requeue` marker after this many minutes, as if told by a signal; null: no limit."""
     force: bool = False
     """Resume although the configuration or the data differ from what the checkpoint was trained with."""
 
@@ -145,7 +147,7 @@ class RuntimeConfig:
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """`auto`: nccl when every rank has a GPU of its own, else gloo."""
     timeout_seconds: float = 300.0
-    """A collective that takes longer ends the run."""
+    """A rank that keeps the others waiting for longer ends the run; `fault.txt` in the run folder then says which and why."""
 
 
 @dataclass(frozen=True, kw_only=True)

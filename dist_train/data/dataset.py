@@ -62,12 +62,21 @@ def load_dataset(
     dtype: torch.dtype,
     encoder: Encoder | None = None,
 ) -> Dataset:
-    """Read the table, fit the encoder on the training rows unless one is given, and encode all splits."""
-    table = collectives.together(lambda: load_labelled(data, seed))
+    """Read the table, fit the encoder on the training rows unless one is given, and encode all splits.
+
+    Raises Stopped when the ranks have agreed to stop.
+    """
+    pulse = collectives.pulse
+    with pulse.phase("reading the data"):
+        table = collectives.together(lambda: load_labelled(data, seed))
+    collectives.may_stop()
     if encoder is None:
-        encoder = _fit(table, data, collectives, one_hot)
+        with pulse.phase("encoder fitting"):
+            encoder = _fit(table, data, collectives, one_hot)
     fitted = encoder
-    inputs = collectives.together(lambda: encode(table.frame, fitted, table.source))
+    with pulse.phase("encoding the data"):
+        inputs = collectives.together(lambda: encode(table.frame, fitted, table.source))
+    collectives.may_stop()
     targets = remap_targets(table, fitted.class_names)
     splits = {n: resident(inputs, targets, table.split[n], collectives.device, dtype) for n in SPLITS}
     return Dataset(splits, fitted, table.sha256)

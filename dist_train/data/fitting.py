@@ -28,7 +28,10 @@ def fit_encoder(
     one_hot: bool,
     source: str,
 ) -> Encoder:
-    """Encoder of the training rows; `frame` holds this rank's share of them, which may be empty."""
+    """Encoder of the training rows; `frame` holds this rank's share of them, which may be empty.
+
+    Raises Stopped when the ranks have agreed to stop.
+    """
     columns = collectives.together(lambda: [numbers(frame[name], source) for name in kinds.numeric])
     counts = _count_categories(frame, kinds, collectives, source)
     vocabularies = {name: _most_frequent(counts[name], max_categories) for name in kinds.categorical}
@@ -38,6 +41,7 @@ def fit_encoder(
         )
     )
     for index, column in enumerate(columns):
+        collectives.may_stop()
         _fit_numeric(encoder, index, column, collectives)
     seen = [_seen_slots(counts[name], vocabularies[name]) for name in kinds.categorical]
     encoder.seen.copy_(torch.cat(seen) if seen else encoder.seen)

@@ -17,7 +17,7 @@ import torch
 from polars.exceptions import PanicException, PolarsError
 from torch import Tensor
 
-from dist_train.errors import UserError
+from dist_train.errors import Stopped, UserError
 
 BUILTIN = "builtin:"
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -69,6 +69,8 @@ def read_table(file: Path, missing_values: Sequence[str]) -> pl.DataFrame:
         if file.stat().st_size == 0:
             raise UserError(f"{file}: the file is empty")
         return reader(file, missing_values)
+    except pa.ArrowCancelled:  # pyarrow ends its work when a signal comes that Python handles
+        raise Stopped from None
     except (pa.ArrowException, PolarsError, PanicException, OSError, UnicodeDecodeError) as error:
         if "Empty CSV file" in str(error):
             raise UserError(f"{file}: the table has no rows") from None

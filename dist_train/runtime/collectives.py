@@ -9,19 +9,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_train.errors import TrainingFault, UserError
+from dist_train.errors import PeerFailed, Stopped, TrainingFault, UserError
+from dist_train.runtime.pulse import Pulse
 from dist_train.runtime.world import World
 
 T = TypeVar("T")
 
 
 class Collectives:
-    """Collectives over the ranks of `world`. All ranks must make the same calls in the same order."""
+    """Collectives over the ranks of `world`. All ranks must make the same calls in the same order.
 
-    def __init__(self, world: World) -> None:
+    `wants_stop` says whether this process was asked to stop; None, on all ranks alike: nobody can ask. `pulse` is told
+    of every collective.
+    """
+
+    def __init__(self, world: World, wants_stop: Callable[[], bool] | None = None) -> None:
         self.rank = world.rank
         self.size = world.size
         self.device = world.device
+        self.pulse = Pulse()
+        self._wants_stop = wants_stop
 
     @classmethod
     def of_default_group(cls, device: torch.device) -> Collectives:
@@ -38,7 +45,8 @@ class Collectives:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; every rank gets the same bits."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with self.pulse.waiting("all_reduce"):
+                dist.all_reduce(tensor)
         return tensor
 
     def stack(self, tensor: Tensor) -> Tensor:
@@ -46,7 +54,8 @@ class Collectives:
         if self.size == 1:
             return tensor.unsqueeze(0)
         gathered = tensor.new_empty((self.size, *tensor.shape))
-        dist.all_gather(list(gathered.unbind()), tensor.contiguous())
+        with self.pulse.waiting("all_gather"):
+            dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         return gathered
 
     def fold(self, partials: Tensor) -> Tensor:
@@ -73,24 +82,25 @@ class Collectives:
     def agree(self, act: Callable[[], T]) -> Sequence[T]:
         """Run `act` on every rank; all ranks get all results, in rank order.
 
-        A UserError, TrainingFault or OSError on any rank becomes the same error on all ranks, that of the lowest rank
-        that failed, so that every rank leaves by the same way. Any other exception is a fault of the program: the rank
-        that has it raises it, with its traceback, the others a TrainingFault that says whose it was.
+        A UserError, TrainingFault, Stopped or OSError on any rank becomes the same error on all ranks, that of the
+        lowest rank that failed, so that every rank leaves by the same way. Any other exception is a fault of the
+        program: the rank that has it raises it, with its traceback, the others a PeerFailed that says whose it was.
         """
         fault: Exception | None = None
         failure: Exception | None = None
         result: T | None = None
         try:
             result = act()
-        except (UserError, TrainingFault, OSError) as error:
+        except (UserError, TrainingFault, Stopped, OSError) as error:
             failure = error
         except Exception as error:
             fault = error
-            failure = TrainingFault(f"rank {self.rank} failed: {type(error).__name__}: {error}")
+            failure = PeerFailed(f"rank {self.rank} failed: {type(error).__name__}: {error}")
         outcomes: list[tuple[Any, Any]] = [(result, failure)]
         if self.size > 1:
             outcomes = [(None, None)] * self.size
-            dist.all_gather_object(outcomes, (result, failure))
+            with self.pulse.waiting("all_gather_object"):
+                dist.all_gather_object(outcomes, (result, failure))
         if fault is not None:
             raise fault
         for _, failed in outcomes:
@@ -103,6 +113,20 @@ class Collectives:
         mine: list[T] = []
         self.agree(lambda: mine.append(act()))
         return mine[0]
+
+    def fetch(self, tensor: Tensor) -> float:
+        """The value of a tensor of one number; on a GPU this is where a rank waits for what it has sent off."""
+        if self.size == 1:
+            return tensor.item()
+        with self.pulse.waiting("fetch"):
+            return tensor.item()
+
+    def may_stop(self) -> None:
+        """A place where all ranks can stop together: raises Stopped on every rank when one of them was asked to."""
+        if self._wants_stop is not None:
+            votes = torch.tensor([float(self._wants_stop())], device=self.device)
+            if self.sum(votes).item():
+                raise Stopped
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -16,11 +16,15 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
-from dist_train.errors import UserError
+from dist_train.errors import TrainingFault, UserError
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+
+TIMEOUT_GRACE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,28 +70,45 @@ def missing_from_torchrun(environ: Mapping[str, str]) -> list[str]:
 
 
 @contextmanager
-def process_group(world: World, timeout_seconds: float) -> Iterator[None]:
-    """Open torch.distributed for a world of several; a world of one needs none."""
+def process_group(world: World, timeout_seconds: float) -> Iterator[Store]:
+    """Open torch.distributed for a world of several; a world of one needs none. Yields the store that ranks share."""
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world.size == 1:
-        yield
+        yield HashStore()
         return
     if world.size == world.local_size and sys.platform == "linux":
         # All ranks are on this host: gloo must neither look up the host's name nor listen to the network.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        world.backend,
-        init_method=world.rendezvous,
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=world.device if world.backend == "nccl" else None,
-    )
+    if world.backend == "nccl":
+        _record_flight()
+    timeout = timedelta(seconds=timeout_seconds)
     try:
-        yield
+        store, _, _ = next(rendezvous(world.rendezvous, world.rank, world.size, timeout=timeout))
+        dist.init_process_group(
+            world.backend,
+            store=PrefixStore("process_group", store),
+            rank=world.rank,
+            world_size=world.size,
+            # The watch ends a collective that hangs; torch's own timeout is for the case that the watch cannot.
+            timeout=timeout + timedelta(seconds=TIMEOUT_GRACE_SECONDS),
+            device_id=world.device if world.backend == "nccl" else None,
+        )
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingFault(
+            f"rank {world.rank} of {world.size} could not meet the others within {timeout_seconds:g} s: {reason}"
+        ) from None
+    try:
+        yield store
     finally:
         dist.destroy_process_group()
+
+
+def _record_flight() -> None:
+    """Have NCCL keep a record of its last collectives, for the report of a hang; its name changed after torch 2.11."""
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+        os.environ.setdefault(name, "2000")
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> World:

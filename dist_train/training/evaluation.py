@@ -13,22 +13,29 @@ from dist_train.runtime.position import cut
 from dist_train.training.metrics import classification_metrics
 from dist_train.training.parts import Rows
 
+# A vote on whether to stop is a collective; a pass may be shorter than that.
+PASSES_BETWEEN_VOTES = 16
+
 
 @torch.no_grad()
 def probabilities(model: nn.Module, rows: Rows, batch_size: int, num_classes: int, collectives: Collectives) -> Tensor:
     """Class probabilities of all rows on every rank, (rows, classes) float64 on the CPU.
 
     The rows are cut in passes of `batch_size`, and the ranks take contiguous runs of passes: a pass is the same
-    arithmetic on whichever rank it is computed.
+    arithmetic on whichever rank it is computed. Raises Stopped when the ranks have agreed to stop.
     """
     was_training = model.training
     model.eval()
     num_passes = -(-len(rows) // batch_size)
     first, last = cut(0, num_passes, collectives.size)[collectives.rank]
     parts = [torch.empty((0, num_classes), dtype=torch.float64, device=collectives.device)]
-    for index in range(first, last):
-        logits = model(*rows.slice(index * batch_size, min(len(rows), (index + 1) * batch_size)))
-        parts.append(logits.double().softmax(1))
+    for number in range(-(-num_passes // collectives.size)):  # the same for every rank; one may have a pass less
+        if number % PASSES_BETWEEN_VOTES == 0:
+            collectives.may_stop()
+        index = first + number
+        if index < last:
+            logits = model(*rows.slice(index * batch_size, min(len(rows), (index + 1) * batch_size)))
+            parts.append(logits.double().softmax(1))
     model.train(was_training)
     return collectives.concatenate(torch.cat(parts)).cpu()
 
@@ -42,6 +49,13 @@ def evaluate(
     """
     if len(rows) == 0:
         return None
+    with collectives.pulse.phase("evaluation"):
+        return _scores(model, rows, class_names, batch_size, collectives)
+
+
+def _scores(
+    model: nn.Module, rows: Rows, class_names: list[str], batch_size: int, collectives: Collectives
+) -> dict[str, Any]:
     predicted = probabilities(model, rows, batch_size, len(class_names), collectives)
     lost = int((~predicted.isfinite().all(1)).sum())
     if lost:

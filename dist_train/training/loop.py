@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
-from dist_train.errors import TrainingFault
+from dist_train.errors import Stopped, TrainingFault
 from dist_train.runtime.collectives import Collectives
 from dist_train.training.meter import Meter
 from dist_train.training.parts import Batch, Feed, Record, Save, Track
@@ -76,40 +76,54 @@ class Loop:
 
     def run(self) -> Ending:
         """Train to the end, or to an agreed stop; a checkpoint of the last step is written in either case."""
-        progress, rhythm = self.progress, self.rhythm
+        progress, fetch = self.progress, self.collectives.fetch
         self._clock = time.perf_counter()
-        saved = progress.step
+        if progress.evaluation_due and self._settle(stop=False):
+            return Ending.STOPPED
         for batches, position in self.feed.steps(progress.position):
-            if progress.step >= rhythm.total_steps or self._out_of_patience():
+            if self._finished() or self._out_of_patience():
                 break
+            self.collectives.pulse.at_step(progress.step + 1)
             outcome = self.step(batches, progress.step, wants_stop=self.wants_stop())
-            if not outcome.finite.item():
+            if not fetch(outcome.finite):
                 raise TrainingFault(self._blame(outcome, batches))
             progress.step += 1
             progress.position = position
             self.meter.add(outcome)
             self.after_update()
-            finished = progress.step >= rhythm.total_steps
-            if finished or progress.step % rhythm.log_steps == 0:
+            if self._finished() or progress.step % self.rhythm.log_steps == 0:
                 self._log(outcome)
-            improved = self._evaluation_due(finished) and self._validate()
-            stop = outcome.totals[2].item() > 0
-            if finished or stop or improved or self._out_of_patience() or progress.step % rhythm.save_steps == 0:
-                self._aside(lambda: self.save(progress.step))
-                saved = progress.step
-            if stop and not finished:
+            progress.evaluation_due = self._evaluation_due()
+            if self._settle(stop=fetch(outcome.totals[2]) > 0):
                 return Ending.STOPPED
-        if saved != progress.step:
-            self._aside(lambda: self.save(progress.step))
-        return Ending.FINISHED if progress.step >= rhythm.total_steps else Ending.EARLY_STOP
+        return Ending.FINISHED if self._finished() else Ending.EARLY_STOP
+
+    def _settle(self, *, stop: bool) -> bool:
+        """What is due after a step: an evaluation, a checkpoint. True when the run is to stop here."""
+        progress, improved = self.progress, False
+        if progress.evaluation_due:
+            try:
+                improved = self._validate()
+                progress.evaluation_due = False
+            except Stopped:
+                stop = True
+        done = self._finished() and not progress.evaluation_due
+        on_time = progress.step % self.rhythm.save_steps == 0
+        if self._finished() or stop or improved or on_time or self._out_of_patience():
+            with self.collectives.pulse.phase("checkpointing"):
+                self._aside(lambda: self.save(progress.step))
+        return stop and not done
+
+    def _finished(self) -> bool:
+        return self.progress.step >= self.rhythm.total_steps
 
     def _out_of_patience(self) -> bool:
         return self.progress.out_of_patience(self.rhythm.patience)
 
-    def _evaluation_due(self, finished: bool) -> bool:
+    def _evaluation_due(self) -> bool:
         if self.rhythm.evaluate_steps is None:
-            return finished or self.progress.position.rows == 0
-        return finished or self.progress.step % self.rhythm.evaluate_steps == 0
+            return self._finished() or self.progress.position.rows == 0
+        return self._finished() or self.progress.step % self.rhythm.evaluate_steps == 0
 
     def _validate(self) -> bool:
         metrics = self._aside(self.evaluate)

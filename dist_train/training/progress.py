@@ -19,6 +19,8 @@ class Progress:
         self.best_step: int | None = None
         self.evaluations_without_gain = 0
         self.train_seconds = 0.0
+        self.evaluation_due = False
+        """The step has been trained, but not evaluated as it should be: the run was stopped in the middle of that."""
 
     def samples(self, num_rows: int) -> int:
         """Rows trained so far, over all ranks and epochs of `num_rows`."""
@@ -50,6 +52,7 @@ class Progress:
             "best_step": self.best_step,
             "evaluations_without_gain": self.evaluations_without_gain,
             "train_seconds": self.train_seconds,
+            "evaluation_due": self.evaluation_due,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -60,3 +63,4 @@ class Progress:
         self.best_step = state["best_step"]
         self.evaluations_without_gain = state["evaluations_without_gain"]
         self.train_seconds = state["train_seconds"]
+        self.evaluation_due = state["evaluation_due"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.slices import Slices
@@ -23,6 +23,9 @@ class Reduction(Protocol):
     def backward_of(self, *, last: bool) -> AbstractContextManager[Any]:
         """Surrounds the forward and backward pass of a batch, the `last` one of the step or not."""
 
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass itself."""
+
     def finish(self) -> None:
         """All backward passes are done: the gradients are wanted now."""
 
@@ -34,6 +37,7 @@ class AveragedInBackward:
         self.divisor = collectives.size
         self._no_sync = getattr(model, "no_sync", nullcontext)
         self._parameters = parameters
+        self._collectives = collectives
 
     def begin(self) -> None:
         """Forget the gradients of the step before."""
@@ -43,6 +47,14 @@ class AveragedInBackward:
     def backward_of(self, *, last: bool) -> AbstractContextManager[Any]:
         """Communicate in the last backward pass alone."""
         return nullcontext() if last else self._no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients are averaged in here: a rank that waits for the others waits in here."""
+        if self.divisor == 1:
+            loss.backward()
+            return
+        with self._collectives.pulse.waiting("gradient all_reduce"):
+            loss.backward()
 
     def finish(self) -> None:
         """Nothing is left to do."""
@@ -65,6 +77,10 @@ class FoldedSlices:
     def backward_of(self, *, last: bool) -> AbstractContextManager[Any]:  # noqa: ARG002
         """Nothing is communicated in a backward pass but BatchNorm's sums."""
         return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """The modules leave the gradients of their slices."""
+        loss.backward()
 
     def finish(self) -> None:
         """Gather every slice's gradient and add them up, the same bits on every rank and for every world size."""

@@ -78,7 +78,7 @@ class EagerStep:
                 with torch.autocast(self.collectives.device.type, self.autocast_dtype, self.autocast_dtype is not None):
                     loss, weight = self.objective(self.model, batch)
                 # Divided by rows, the sum is the mean when rows weigh 1.
-                (loss.sum() * (self.reduction.divisor / rows)).backward()
+                self.reduction.backward(loss.sum() * (self.reduction.divisor / rows))
             sums[:, 0] += loss.detach()
             sums[:, 1] += weight
         sums[:, 2] = wants_stop

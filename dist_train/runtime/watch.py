@@ -1,0 +1,337 @@
+"""When one rank fails, hangs or vanishes: every rank ends soon, and one report says which rank, where and why.
+
+A thread on each rank looks twice a second whether this rank has waited in a collective for longer than the timeout, and
+whether another rank has raised the alarm. The first to raise it gathers what every rank was doing (`runtime/pulse.py`),
+finds out which is to blame (`runtime/diagnosis.py`), writes the report and prints the verdict; the others are silent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from dist_train.errors import EXIT_FAULT, PeerFailed, Stopped, TrainingFault, UserError
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.diagnosis import State, Testimony, Verdict, diagnose, headline, report
+from dist_train.runtime.pulse import STACK_SIGNAL, Reading, read
+from dist_train.runtime.stopping import Launcher
+
+T = TypeVar("T")
+
+_LOOK_SECONDS = 0.5
+# To publish what one was doing; to hear from all others; to close books and connections once the report is written.
+_ASK_SECONDS = 2.0
+_COLLECT_SECONDS = 3.0
+_LEAVE_SECONDS = 2.0
+_MAX_FLIGHT = 20_000
+
+
+class LauncherDied(TrainingFault):
+    """The run was saved and ended because torchrun is gone."""
+
+
+@contextmanager
+def watched(
+    collectives: Collectives,
+    store: Store,
+    *,
+    timeout_seconds: float,
+    report_file: Path | None,
+    launcher: Launcher | None = None,
+    title: str = "",
+) -> Iterator[None]:
+    """Watch over the ranks inside the block. Called by all of them.
+
+    What a user can mend, an agreed fault and an agreed stop pass through. Any other failure, on any rank, ends every
+    rank with EXIT_FAULT; the report is appended to `report_file`, None: it goes to stderr.
+    """
+    watch = Watch(collectives, store, timeout_seconds, report_file, launcher, title)
+    watch.start()
+    try:
+        yield
+    except (PeerFailed, LauncherDied) as error:
+        watch.fail(error)
+    except (UserError, TrainingFault, Stopped):
+        raise
+    except Exception as error:
+        if collectives.size == 1:  # nobody waits: the traceback says it all
+            raise
+        watch.fail(error)
+    finally:
+        watch.end()
+
+
+class _Process(NamedTuple):
+    """Where a rank runs. `started` tells it from a later process of the same number; None: /proc does not say."""
+
+    host: str
+    process: int
+    started: str | None
+    handle: int
+
+
+class Watch:
+    """The watch of one rank."""
+
+    def __init__(
+        self,
+        collectives: Collectives,
+        store: Store,
+        timeout_seconds: float,
+        report_file: Path | None,
+        launcher: Launcher | None,
+        title: str,
+    ) -> None:
+        self._rank = collectives.rank
+        self._pulse = collectives.pulse
+        self._store: Store | None = _own_connection(store)
+        self._timeout_seconds = timeout_seconds
+        self._report_file = report_file
+        self._launcher = launcher
+        self._title = title
+        self._ended = threading.Event()
+        self._alarmed = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        process = os.getpid()
+        mine = _Process(socket.gethostname(), process, _started(process), self._pulse.handle)
+        self._ranks = collectives.agree(lambda: mine)
+        self._neighbours = {rank: _open_memory(who) for rank, who in self._of_this_host().items()}
+        self._alone = len(self._ranks) == 1
+        collectives.barrier()  # nobody leaves before its memory has been opened
+
+    def _of_this_host(self) -> dict[int, _Process]:
+        host = self._ranks[self._rank].host
+        return {rank: who for rank, who in enumerate(self._ranks) if rank != self._rank and who.host == host}
+
+    def start(self) -> None:
+        """Begin to look."""
+        if not self._alone:
+            self._pulse.keep_stacks()
+            self._thread.start()
+
+    def end(self) -> None:
+        """Look no more."""
+        self._ended.set()
+        for handle in self._neighbours.values():
+            if handle is not None:
+                with suppress(OSError):
+                    os.close(handle)
+        self._neighbours = {}
+
+    def fail(self, error: Exception) -> None:
+        """This rank cannot go on. Raises SystemExit once the report has been written."""
+        if self._alarmed.acquire(blocking=False):
+            text = None if isinstance(error, (PeerFailed, LauncherDied)) else "".join(traceback.format_exception(error))
+            self._alarm(timed_out=False, error=text)
+        threading.Thread(target=_leave_after, args=(_LEAVE_SECONDS,), daemon=True).start()
+        raise SystemExit(EXIT_FAULT)
+
+    def _watch(self) -> None:
+        """The thread."""
+        orphaned_at = None
+        while not self._ended.wait(_LOOK_SECONDS):
+            reading = self._pulse.read()
+            waited = reading.collective is not None and reading.seconds > self._timeout_seconds
+            if orphaned_at is None and self._launcher and self._launcher.died:
+                orphaned_at = time.monotonic()
+            # An orphan ends by itself at the next step; unless it hangs.
+            orphaned = orphaned_at is not None and time.monotonic() - orphaned_at > self._timeout_seconds
+            if (waited or orphaned or self._heard()) and self._alarmed.acquire(blocking=False):
+                self._alarm(timed_out=waited, error=None)
+                os._exit(EXIT_FAULT)
+
+    def _heard(self) -> bool:
+        return bool(self._ask(lambda store: store.check(["alarm"])))
+
+    def _alarm(self, *, timed_out: bool, error: str | None) -> None:
+        """Say what this rank was doing; the first to get here hears the others and reports."""
+        self._pulse.dump_stacks()
+        self._pulse.keep(_nccl_flight())
+        mine = self._own_testimony(error)
+        first = self._ask(lambda store: store.add("alarm", 1)) == 1
+        self._ask(lambda store: store.set(f"rank{self._rank}", _packed([mine, *self._fallen()])))
+        if first or self._store is None:
+            self._collect(mine, timed_out=timed_out)
+            return
+        deadline = time.monotonic() + _COLLECT_SECONDS + _ASK_SECONDS
+        while time.monotonic() < deadline and not self._ask(lambda store: store.check(["reported"])):
+            time.sleep(0.1)
+        self._end_neighbours()
+
+    def _collect(self, mine: Testimony, *, timed_out: bool) -> None:
+        heard = {mine.rank: mine}
+        found: dict[int, Testimony] = {}
+        deadline = time.monotonic() + _COLLECT_SECONDS
+        while self._store and len(heard) < len(self._ranks) and time.monotonic() < deadline:
+            for rank in range(len(self._ranks)):
+                if rank not in heard and self._ask(lambda store, rank=rank: store.check([f"rank{rank}"])):  # type: ignore[misc]
+                    said = self._ask(lambda store, rank=rank: store.get(f"rank{rank}"))  # type: ignore[misc]
+                    if said:
+                        heard[rank], *others = _unpacked(said)
+                        found |= {other.rank: other for other in others}
+            time.sleep(0.1)
+        found |= {fallen.rank: fallen for fallen in self._fallen(but=set(heard))}
+        unknown = {r: Testimony(rank=r, host=w.host, process=w.process) for r, w in enumerate(self._ranks)}
+        ranks = list((unknown | found | heard).values())
+        verdict = diagnose(ranks, timed_out=timed_out)
+        self._publish(ranks, verdict)
+        self._ask(lambda store: store.set("reported", "1"))
+        self._end_neighbours()
+
+    def _publish(self, ranks: list[Testimony], verdict: Verdict) -> None:
+        whole = report(ranks, verdict, f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {self._title}".rstrip())
+        said = headline(ranks, verdict)
+        where = ""
+        if self._report_file is not None:
+            try:
+                self._report_file.parent.mkdir(parents=True, exist_ok=True)
+                with self._report_file.open("a") as stream:
+                    stream.write(whole)
+                where = f"every rank's stack: {self._report_file}"
+            except OSError as error:
+                where = f"{self._report_file} cannot be written ({error.strerror}):\n{whole}"
+        errors = [r.error for r in ranks if r.rank in verdict.blamed and r.error and not r.launcher_died]
+        print("\n".join([f"error: {said}", *errors[:1], where or whole]), file=sys.stderr, flush=True)
+
+    def _own_testimony(self, error: str | None) -> Testimony:
+        who = self._ranks[self._rank]
+        died = self._launcher is not None and self._launcher.died
+        return Testimony(
+            rank=self._rank, host=who.host, process=who.process, reading=self._pulse.read(), state="running",
+            answered=True, error=error, launcher_died=died,
+        )  # fmt: skip
+
+    def _fallen(self, but: set[int] | None = None) -> list[Testimony]:
+        """Ranks of this host that cannot speak for themselves: gone, or stopped; with `but`, all except those."""
+        found = []
+        for rank, who in self._of_this_host().items():
+            state = _state(who)
+            silent = state != "running" if but is None else rank not in but
+            handle = self._neighbours.get(rank)
+            if silent and handle is not None:
+                if state != "gone":
+                    _ask_for_stacks(who.process)
+                found.append(
+                    Testimony(rank=rank, host=who.host, process=who.process, reading=read(handle), state=state)
+                )
+        return found
+
+    def _end_neighbours(self) -> None:
+        """End ranks of this host that are stopped or hang in native code: nobody else may come to do it."""
+        for who in self._of_this_host().values():
+            if _state(who) == "stopped":
+                with suppress(ProcessLookupError):
+                    os.kill(who.process, signal.SIGKILL)
+
+    def _ask(self, question: Callable[[Store], T]) -> T | None:
+        """The store's answer; None when it has none in time. Then the store is lost, and is not asked again."""
+        store = self._store
+        if store is None:
+            return None
+        answers: list[T] = []
+        asking = threading.Thread(target=_suppressed(lambda: answers.append(question(store))), daemon=True)
+        asking.start()
+        asking.join(_ASK_SECONDS)
+        if not answers:
+            self._store = None
+            return None
+        return answers[0]
+
+
+def _nccl_flight() -> str:
+    """The collectives that NCCL itself has under way, as torch's flight recorder has them; empty on other backends."""
+    if not dist.is_initialized() or dist.get_backend() != "nccl":
+        return ""
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+    return dump(includeCollectives=True, onlyActive=True).decode()[:_MAX_FLIGHT] if dump else ""
+
+
+def _own_connection(store: Store) -> Store:
+    """A connection that no other thread can be waiting on."""
+    own = store.clone() if hasattr(store, "clone") else store
+    own.set_timeout(timedelta(seconds=_ASK_SECONDS))
+    return PrefixStore("watch", own)
+
+
+def _suppressed(act: Callable[[], object]) -> Callable[[], None]:
+    def quietly() -> None:
+        with suppress(Exception):
+            act()
+
+    return quietly
+
+
+def _leave_after(seconds: float) -> None:
+    time.sleep(seconds)
+    os._exit(EXIT_FAULT)
+
+
+def _open_memory(who: _Process) -> int | None:
+    """The memory of a rank of this host; None where /proc does not show it (containers, other systems)."""
+    try:
+        return os.open(f"/proc/{who.process}/fd/{who.handle}", os.O_RDONLY)
+    except OSError:
+        return None
+
+
+def _started(process: int) -> str | None:
+    """When a process began, in the kernel's own count: tells it from a later one of the same number."""
+    fields = _stat(process)
+    return fields[19] if fields else None
+
+
+def _state(who: _Process) -> State:
+    fields = _stat(who.process)
+    if who.started is None:
+        return "unknown"
+    if fields is None or fields[19] != who.started or fields[0] in "ZX":
+        return "gone"
+    return "stopped" if fields[0] in "Tt" else "running"
+
+
+def _stat(process: int) -> list[str] | None:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def _ask_for_stacks(process: int) -> None:
+    if STACK_SIGNAL is None:
+        return
+    with suppress(ProcessLookupError):
+        os.kill(process, STACK_SIGNAL)
+        os.kill(process, signal.SIGCONT)  # a stopped process takes its signals when it goes on
+        time.sleep(0.2)
+        os.kill(process, signal.SIGSTOP)  # it shall do no more; `_end_neighbours` ends what is stopped
+
+
+def _packed(testimonies: list[Testimony]) -> str:
+    return json.dumps([asdict(t) for t in testimonies])
+
+
+def _unpacked(data: bytes) -> list[Testimony]:
+    found = []
+    for fields in json.loads(data):
+        testimony = Testimony(**(fields | {"reading": None}))
+        if fields["reading"]:
+            reading = Reading(**(fields["reading"] | {"trail": tuple(fields["reading"]["trail"])}))
+            testimony = replace(testimony, reading=reading)
+        found.append(testimony)
+    return found
