@@ -19,7 +19,8 @@ State = Literal["running", "stopped", "gone", "unknown"]
 class Testimony:
     """One rank at the end of a run, as it said itself (`answered`) or as others of its host found it.
 
-    `reading` None: nobody could look. `error` is a traceback; `launcher_died`: torchrun is gone.
+    `reading` None: nobody could look. `error` is a traceback, `lost_connection`: of a collective that could not be
+    completed; `launcher_died`: torchrun is gone.
     """
 
     rank: int
@@ -29,6 +30,7 @@ class Testimony:
     state: State = "unknown"
     answered: bool = False
     error: str | None = None
+    lost_connection: bool = False
     launcher_died: bool = False
 
     @property
@@ -56,7 +58,7 @@ def diagnose(ranks: Sequence[Testimony], *, timed_out: bool) -> Verdict:
     `timed_out`: the alarm was raised by a rank that had waited too long; otherwise ranks may be anywhere.
     """
     launchers = {r.rank: "its launcher (torchrun) has died" for r in ranks if r.launcher_died}
-    failed = {r.rank: f"failed: {_last_line(r.error)}" for r in ranks if r.error and not r.waits}
+    failed = {r.rank: f"failed: {_last_line(r.error)}" for r in ranks if r.error and not r.lost_connection}
     silent = {r.rank: _silence(r) for r in ranks if not r.answered and not r.crash}
     busy = [r for r in ranks if timed_out and r.answered and not r.waits]
     stalled = {r.rank: f"has not come to the collective in which the others wait for {_seconds(r)}" for r in busy}

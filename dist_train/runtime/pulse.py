@@ -13,10 +13,11 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import CodeType, TracebackType
 
@@ -60,6 +61,7 @@ class Pulse:
         self._phase = b"starting"
         self._step = -1
         self._depth = 0
+        self._backward: str | None = None
         self._note()
 
     @property
@@ -68,8 +70,11 @@ class Pulse:
         return self._file.fileno()
 
     def read(self) -> Reading:
-        """This rank's own record."""
-        return read(self.handle)
+        """This rank's own record, from any of its threads."""
+        reading = read(self.handle)
+        if reading.collective is None and self._backward is not None and _main_thread_is_in_autograd():
+            return replace(reading, collective=self._backward)
+        return reading
 
     def keep_stacks(self) -> None:
         """From now on, crashes and STACK_SIGNAL leave the stacks of all threads in the memory."""
@@ -108,6 +113,15 @@ class Pulse:
     def waiting(self, what: str) -> _Waiting:
         """Inside the block this rank waits for the others, in the collective `what`."""
         return _Waiting(self, what)
+
+    @contextmanager
+    def backward(self, what: str) -> Iterator[None]:
+        """Inside the block autograd computes, and waits for the others in `what` without telling when."""
+        self._backward = what
+        self._note()
+        yield
+        self._backward = None
+        self._note()
 
     def enter(self, what: str) -> None:
         """A collective begins."""
@@ -173,6 +187,12 @@ def read(handle: int) -> Reading:
         trail=trail,
         stack=data[_STACKS_AT:].decode(errors="replace"),
     )
+
+
+def _main_thread_is_in_autograd() -> bool:
+    """Whether it is in autograd's engine itself, not in a Python function that the engine has called."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
 
 
 def _text(data: bytes) -> str:

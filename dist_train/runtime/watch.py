@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -136,9 +137,9 @@ class Watch:
 
     def fail(self, error: Exception) -> None:
         """This rank cannot go on. Raises SystemExit once the report has been written."""
-        if self._alarmed.acquire(blocking=False):
-            text = None if isinstance(error, (PeerFailed, LauncherDied)) else "".join(traceback.format_exception(error))
-            self._alarm(timed_out=False, error=text)
+        if not self._alarmed.acquire(blocking=False):
+            self._thread.join()  # it has heard the alarm, and ends this process
+        self._alarm(timed_out=False, error=None if isinstance(error, (PeerFailed, LauncherDied)) else error)
         threading.Thread(target=_leave_after, args=(_LEAVE_SECONDS,), daemon=True).start()
         raise SystemExit(EXIT_FAULT)
 
@@ -159,26 +160,26 @@ class Watch:
     def _heard(self) -> bool:
         return bool(self._ask(lambda store: store.check(["alarm"])))
 
-    def _alarm(self, *, timed_out: bool, error: str | None) -> None:
+    def _alarm(self, *, timed_out: bool, error: Exception | None) -> None:
         """Say what this rank was doing; the first to get here hears the others and reports."""
         self._pulse.dump_stacks()
         self._pulse.keep(_nccl_flight())
-        mine = self._own_testimony(error)
+        mine, fallen = self._own_testimony(error), self._fallen() if self._speaks_for_its_host() else []
         first = self._ask(lambda store: store.add("alarm", 1)) == 1
-        self._ask(lambda store: store.set(f"rank{self._rank}", _packed([mine, *self._fallen()])))
+        self._ask(lambda store: store.set(f"rank{self._rank}", _packed([mine, *fallen])))
         if first or self._store is None:
-            self._collect(mine, timed_out=timed_out)
+            self._collect(mine, fallen, timed_out=timed_out)
             return
         deadline = time.monotonic() + _COLLECT_SECONDS + _ASK_SECONDS
         while time.monotonic() < deadline and not self._ask(lambda store: store.check(["reported"])):
             time.sleep(0.1)
         self._end_neighbours()
 
-    def _collect(self, mine: Testimony, *, timed_out: bool) -> None:
+    def _collect(self, mine: Testimony, fallen: list[Testimony], *, timed_out: bool) -> None:
         heard = {mine.rank: mine}
-        found: dict[int, Testimony] = {}
+        found = {other.rank: other for other in fallen}
         deadline = time.monotonic() + _COLLECT_SECONDS
-        while self._store and len(heard) < len(self._ranks) and time.monotonic() < deadline:
+        while self._store and not self._all_heard(set(heard | found)) and time.monotonic() < deadline:
             for rank in range(len(self._ranks)):
                 if rank not in heard and self._ask(lambda store, rank=rank: store.check([f"rank{rank}"])):  # type: ignore[misc]
                     said = self._ask(lambda store, rank=rank: store.get(f"rank{rank}"))  # type: ignore[misc]
@@ -186,13 +187,20 @@ class Watch:
                         heard[rank], *others = _unpacked(said)
                         found |= {other.rank: other for other in others}
             time.sleep(0.1)
-        found |= {fallen.rank: fallen for fallen in self._fallen(but=set(heard))}
+        found = {other.rank: other for other in self._fallen(but=set(heard | found))} | found
         unknown = {r: Testimony(rank=r, host=w.host, process=w.process) for r, w in enumerate(self._ranks)}
-        ranks = list((unknown | found | heard).values())
+        # A rank that was stopped may have said something when it was woken for its stacks: too late.
+        found = {rank: other for rank, other in found.items() if rank not in heard or other.state == "stopped"}
+        ranks = list((unknown | heard | found).values())
         verdict = diagnose(ranks, timed_out=timed_out)
         self._publish(ranks, verdict)
         self._ask(lambda store: store.set("reported", "1"))
         self._end_neighbours()
+
+    def _all_heard(self, heard: set[int]) -> bool:
+        """Whether nobody is left who could still say something."""
+        gone = {rank for rank, who in self._of_this_host().items() if _state(who) == "gone"}
+        return len(heard | gone) == len(self._ranks)
 
     def _publish(self, ranks: list[Testimony], verdict: Verdict) -> None:
         whole = report(ranks, verdict, f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {self._title}".rstrip())
@@ -209,13 +217,18 @@ class Watch:
         errors = [r.error for r in ranks if r.rank in verdict.blamed and r.error and not r.launcher_died]
         print("\n".join([f"error: {said}", *errors[:1], where or whole]), file=sys.stderr, flush=True)
 
-    def _own_testimony(self, error: str | None) -> Testimony:
+    def _own_testimony(self, error: Exception | None) -> Testimony:
         who = self._ranks[self._rank]
         died = self._launcher is not None and self._launcher.died
         return Testimony(
             rank=self._rank, host=who.host, process=who.process, reading=self._pulse.read(), state="running",
-            answered=True, error=error, launcher_died=died,
+            answered=True, error="".join(traceback.format_exception(error)) if error else None,
+            lost_connection=error is not None and _is_of_communication(error), launcher_died=died,
         )  # fmt: skip
+
+    def _speaks_for_its_host(self) -> bool:
+        """Whether this is the one rank of the host that looks after the fallen: to look may wake them for a moment."""
+        return all(rank > self._rank for rank, who in self._of_this_host().items() if _state(who) == "running")
 
     def _fallen(self, but: set[int] | None = None) -> list[Testimony]:
         """Ranks of this host that cannot speak for themselves: gone, or stopped; with `but`, all except those."""
@@ -223,13 +236,13 @@ class Watch:
         for rank, who in self._of_this_host().items():
             state = _state(who)
             silent = state != "running" if but is None else rank not in but
-            handle = self._neighbours.get(rank)
-            if silent and handle is not None:
+            memory = self._neighbours.get(rank)
+            if silent and memory is not None:
+                reading = read(memory)
                 if state != "gone":
                     _ask_for_stacks(who.process)
-                found.append(
-                    Testimony(rank=rank, host=who.host, process=who.process, reading=read(handle), state=state)
-                )
+                    reading = replace(reading, stack=read(memory).stack)
+                found.append(Testimony(rank=rank, host=who.host, process=who.process, reading=reading, state=state))
         return found
 
     def _end_neighbours(self) -> None:
@@ -275,6 +288,12 @@ def _suppressed(act: Callable[[], object]) -> Callable[[], None]:
             act()
 
     return quietly
+
+
+def _is_of_communication(error: Exception) -> bool:
+    """Whether a collective failed because of the other side: gloo's errors are plain RuntimeErrors."""
+    named = re.search("gloo|nccl|connection|socket", str(error), re.IGNORECASE)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and named is not None)
 
 
 def _leave_after(seconds: float) -> None:

@@ -53,7 +53,7 @@ class AveragedInBackward:
         if self.divisor == 1:
             loss.backward()
             return
-        with self._collectives.pulse.waiting("gradient all_reduce"):
+        with self._collectives.pulse.backward("all_reduce of gradients in the backward pass"):
             loss.backward()
 
     def finish(self) -> None:

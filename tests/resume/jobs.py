@@ -161,16 +161,21 @@ def outcome(run_dir: Path) -> dict[str, Any]:
 
 
 def _rank(arguments: list[str], rank: int, size: int, store: str, log: str, trap: Trap | None) -> None:
-    with Path(log).open("wb") as stream:
-        os.dup2(stream.fileno(), 2)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    os.environ["RANK"] = str(rank)
-    torch.set_num_threads(1)
+    become(rank, log)
     rendezvous = f"file://{store}" if size > 1 else ""
     world = World(rank=rank, size=size, local_rank=rank, local_size=size, rendezvous=rendezvous)
     if trap and rank == trap.rank:
         lay(trap)
     run_command(lambda: train(load_config(arguments), world, {}))
+
+
+def become(rank: int, log: str) -> None:
+    """Make this forked process look like a rank that torchrun has started, with its stderr in a file."""
+    with Path(log).open("wb") as stream:
+        os.dup2(stream.fileno(), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    os.environ["RANK"] = str(rank)
+    torch.set_num_threads(1)
 
 
 def die() -> None:

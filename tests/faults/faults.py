@@ -1,0 +1,133 @@
+"""Jobs in which one rank goes wrong at a chosen place, and what becomes of all of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from dist_train.config.load import load_config
+from dist_train.job import train
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.console import run_command
+from dist_train.runtime.world import World
+from tests.ranks import _server
+from tests.resume.jobs import become
+
+Kind = Literal["raise", "sleep", "kill", "stop", "skip"]
+LONGEST_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`rank` goes wrong at the `nth` collective that it calls for in a phase (`Pulse.phase`)."""
+
+    kind: Kind
+    rank: int
+    phase: str
+    nth: int = 1
+
+
+@dataclass(frozen=True)
+class Aftermath:
+    """Exit codes (negative: the signal), what was written to stderr, in rank order, and how long it took."""
+
+    codes: list[int]
+    errors: list[str]
+    seconds: float
+    seconds_after_fault: float
+
+
+def run_with_fault(arguments: list[str], ranks: int, fault: Fault) -> Aftermath:
+    """Run a job of `tests.resume.jobs` until every rank has ended; whatever has not by then is killed."""
+    work = Path(arguments[1].removeprefix("run.dir=")) / ".job"
+    work.mkdir(parents=True, exist_ok=True)
+    store, mark = work / "store", work / "fault"
+    logs = [work / f"rank{rank}.log" for rank in range(ranks)]
+    processes = [
+        _server().Process(target=_rank, args=(arguments, rank, ranks, str(store), str(logs[rank]), fault, str(mark)))
+        for rank in range(ranks)
+    ]
+    begin = time.time()
+    for process in processes:
+        process.start()
+    try:
+        alive = {process.sentinel for process in processes}
+        while alive:
+            ready = wait(list(alive), LONGEST_SECONDS)
+            assert ready, [log.read_text() for log in logs]
+            alive -= set(ready)  # type: ignore[arg-type]
+        end = time.time()
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return Aftermath(
+        [p.exitcode for p in processes], [log.read_text() for log in logs], end - begin, end - mark.stat().st_mtime
+    )
+
+
+def _rank(arguments: list[str], rank: int, size: int, store: str, log: str, fault: Fault, mark: str) -> None:
+    become(rank, log)
+    world = World(rank=rank, size=size, local_rank=rank, local_size=size, rendezvous=f"file://{store}")
+    if rank == fault.rank:
+        lay(fault, Path(mark))
+    run_command(lambda: train(load_config(arguments), world, {}))
+
+
+def lay(fault: Fault, mark: Path) -> None:
+    """Make this process go wrong where the fault says; `mark` is touched then."""
+    seen = 0
+
+    def reached(collectives: Collectives) -> bool:
+        nonlocal seen
+        if collectives.pulse.read().phase != fault.phase:
+            return False
+        seen += 1
+        if seen != fault.nth:
+            return False
+        mark.touch()
+        return True
+
+    for name in ("sum", "stack", "agree"):
+        _wrap(name, fault, reached)
+
+
+def _wrap(name: str, fault: Fault, reached: Any) -> None:
+    method = getattr(Collectives, name)
+
+    def wrapped(self: Collectives, *arguments: Any) -> Any:
+        if reached(self):
+            _go_wrong(fault)
+        return method(self, *arguments)
+
+    setattr(Collectives, name, wrapped)
+
+
+def _go_wrong(fault: Fault) -> None:
+    if fault.kind == "raise":
+        raise ZeroDivisionError("injected")
+    if fault.kind == "sleep":
+        time.sleep(LONGEST_SECONDS)
+    elif fault.kind == "skip":
+        _skip_one()
+    else:
+        os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+
+
+def _skip_one() -> None:
+    """The next collective of this rank, whichever it is, is not taken part in."""
+    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "all_gather_object")}
+
+    def skipped(*_arguments: Any, **_named: Any) -> None:
+        for name, function in originals.items():
+            setattr(dist, name, function)
+
+    for name in originals:
+        setattr(dist, name, skipped)
