@@ -86,7 +86,7 @@ class Job:
     ) -> None:
         self.config = config
         self.world = world
-        self.environ = environ
+        self.variables = environ
         self.folder = folder
         self.collectives = collectives
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
@@ -104,7 +104,7 @@ class Job:
             _announce(session, world)
             return
         with pulse.phase("opening the run folder"):
-            found = collectives.from_first(lambda: open_run(folder, config, checkpoints, self._stack, self.environ))
+            found = collectives.from_first(lambda: open_run(folder, config, checkpoints, self._stack, self.variables))
         matching = matching_dataset(found, config, dataset, collectives)
         if matching is not dataset:
             session = Session(config, matching, collectives)
@@ -121,7 +121,7 @@ class Job:
         def open_books() -> None:
             state = found.parts["state.json"] if found else None
             steps = {"total_steps": session.total_steps, "start_step": session.progress.step}
-            opened = Books(config, folder.metrics, **steps, state=state, environ=self.environ)
+            opened = Books(config, folder.metrics, **steps, state=state, environ=self.variables)
             books.append(self._stack.enter_context(opened))
 
         def save(step: int) -> None:

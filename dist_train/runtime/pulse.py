@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -53,9 +54,11 @@ class Pulse:
     """The record of one rank."""
 
     def __init__(self) -> None:
-        self._file = open(_memory(), "w+b", buffering=0)  # noqa: SIM115
-        self._file.truncate(_STACKS_AT)
-        self._memory = mmap.mmap(self._file.fileno(), _STACKS_AT)
+        self.handle = _memory()
+        """File descriptor of the memory, which another process of this host can open by way of /proc."""
+        weakref.finalize(self, os.close, self.handle)
+        os.ftruncate(self.handle, _STACKS_AT)
+        self._memory = mmap.mmap(self.handle, _STACKS_AT)
         self._names: dict[tuple[str, CodeType, int], bytes] = {}
         self._count = 0
         self._phase = b"starting"
@@ -63,11 +66,6 @@ class Pulse:
         self._depth = 0
         self._backward: str | None = None
         self._note()
-
-    @property
-    def handle(self) -> int:
-        """File descriptor of the memory, which another process of this host can open by way of /proc."""
-        return self._file.fileno()
 
     def read(self) -> Reading:
         """This rank's own record, from any of its threads."""
@@ -79,17 +77,17 @@ class Pulse:
     def keep_stacks(self) -> None:
         """From now on, crashes and STACK_SIGNAL leave the stacks of all threads in the memory."""
         os.lseek(self.handle, _STACKS_AT, os.SEEK_SET)
-        faulthandler.enable(self._file, all_threads=True)
+        faulthandler.enable(self.handle, all_threads=True)
         if STACK_SIGNAL is not None:
-            faulthandler.register(STACK_SIGNAL, self._file, all_threads=True)
+            faulthandler.register(STACK_SIGNAL, self.handle, all_threads=True)
 
     def dump_stacks(self) -> None:
         """Leave the stacks of all threads in the memory now."""
-        faulthandler.dump_traceback(self._file, all_threads=True)
+        faulthandler.dump_traceback(self.handle, all_threads=True)
 
     def keep(self, text: str) -> None:
         """Leave a text beside the stacks."""
-        self._file.write(text.encode())
+        os.write(self.handle, text.encode())
 
     @contextmanager
     def phase(self, name: str, step: int | None = None) -> Iterator[None]:

@@ -24,7 +24,7 @@ from tests.cli.in_process import Outcome, command
 from tests.resume.jobs import Ended, Trap, finish, outcome, run_job, tiny_job
 
 STEPS = 33
-STOP = 22  # neither a multiple of what is saved nor of what is logged
+STOP = 23  # neither a multiple of what is saved nor of what is logged, nor just after an evaluation
 
 
 def _files(folder: Path) -> dict[str, str]:

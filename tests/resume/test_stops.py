@@ -27,20 +27,31 @@ def test_a_signal_to_one_rank_of_two_stops_both_and_nothing_is_lost(
         step = 3 + 12 * number
         ended = run_job(arguments, 2, Trap(step=step, signal=name, rank=rank))
         assert ended.codes == [0, 0], ended.errors
-        assert json.loads((run_dir / "requeue").read_text()) == {"step": step + 2}  # it is heard at the next step
-        assert f"stopped at step {step + 2} of" in ended.errors[0]
+        marker = json.loads((run_dir / "requeue").read_text())
+        # It is heard at the next vote: that of the next step, or of an evaluation before it.
+        assert marker["step"] in (step + 1, step + 2)
+        assert (marker["job"], marker["cause"]) == (None, name.name)
+        assert f"stopped at step {marker['step']} ({name.name}): saved" in ended.errors[0]
         assert ended.errors[1] == ""
         assert not (run_dir / "summary.json").exists()
     assert finish(arguments, 2) == uninterrupted(2)[0]
     assert not (run_dir / "requeue").exists()
 
 
-def test_a_signal_at_the_last_step_ends_the_run(table: Path, tmp_path: Path) -> None:
-    arguments = tiny_job(table, tmp_path / "run", "train.max_steps=6")
-    ended = run_job(arguments, 1, Trap(step=5, signal=signal.SIGTERM))
-    assert ended.codes == [0], ended.errors
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("validation", [0.15, 0])
+def test_a_signal_at_the_last_step_leaves_only_what_is_after_it(
+    table: Path, tmp_path: Path, ranks: int, validation: float
+) -> None:
+    more = ("train.max_steps=6", f"data.validation_fraction={validation}")
+    whole = finish(tiny_job(table, tmp_path / "whole", *more), ranks)
+    arguments = tiny_job(table, tmp_path / "run", *more)
+    ended = run_job(arguments, ranks, Trap(step=5, signal=signal.SIGTERM))
+    assert ended.codes == [0] * ranks, ended.errors
+    assert json.loads((tmp_path / "run" / "requeue").read_text())["step"] == 6
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert finish(arguments, ranks) == whole
     assert not (tmp_path / "run" / "requeue").exists()
-    assert outcome(tmp_path / "run")["steps"] == 6
 
 
 def test_a_second_interrupt_does_not_wait(table: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_train.errors import TrainingFault, UserError
+from dist_train.errors import PeerFailed, TrainingFault, UserError
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.world import World
 from tests.ranks import on_ranks
@@ -73,7 +73,7 @@ def failing_by_a_fault(c: Collectives, name: str) -> tuple[str, str]:
             raise Strange(1, 2)
         return c.rank
 
-    with pytest.raises((Strange, TrainingFault)) as failure:
+    with pytest.raises((Strange, PeerFailed)) as failure:
         getattr(c, name)(act)
     assert c.agree(lambda: c.rank) == list(range(c.size)), "the ranks are out of step after a failure"
     return type(failure.value).__name__, str(failure.value)
@@ -82,7 +82,7 @@ def failing_by_a_fault(c: Collectives, name: str) -> tuple[str, str]:
 @pytest.mark.parametrize("name", ["agree", "together"])
 def test_a_fault_of_the_program_on_one_rank_leaves_nobody_waiting(name: str) -> None:
     first, second = on_ranks(2, failing_by_a_fault, name)
-    assert first == ("TrainingFault", "rank 1 failed: Strange: 1 and 2")
+    assert first == ("PeerFailed", "rank 1 failed: Strange: 1 and 2")
     assert second == ("Strange", "1 and 2")
 
 
