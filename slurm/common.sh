@@ -1,5 +1,8 @@
 # shellcheck shell=bash
-# Sourced by train.sbatch and node.sh: how a signal becomes a stop file, and how a child is waited for meanwhile.
+# Sourced by train.sbatch, array.sbatch and node.sh: who they are, how a signal becomes a stop file, and how a child is
+# waited for meanwhile.
+
+! declare -F on_signal >/dev/null || return 0 # array.sbatch has been here already
 
 restarts=${SLURM_RESTART_COUNT:-0} # Slurm sets it from the first restart on
 attempt=$SLURM_JOB_ID.$restarts
@@ -11,7 +14,14 @@ run_folder=
 signals=0
 asked=
 
+EXIT_MISTAKE=2
+
 say() { printf '%(%F %T)T %s: %s\n' -1 "$who" "$*" >&2; }
+
+refuse() {
+    echo "error: $*" >&2
+    exit $EXIT_MISTAKE
+}
 
 # Rank 0 looks for this file all the time. It names the attempt, so that one left over stops nobody. Once is enough:
 # rank 0 takes the file away when it has obeyed.
@@ -48,3 +58,6 @@ wait_for() {
         ((signals == seen))
     do :; done
 }
+
+python=${DIST_TRAIN_VENV:-.venv}/bin/python
+[[ -x $python ]] || refuse "$HOSTNAME: $python is not there: DIST_TRAIN_VENV must name an environment that it can see"

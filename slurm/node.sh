@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # One node's part of a job: a torchrun agent, which starts the node's ranks. train.sbatch starts it once on each node:
-#   srun ... bash slurm/node.sh PYTHON RUN_FOLDER HOST:PORT LOG configs/credit_risk.yaml [key=value ...]
+#   srun ... bash slurm/node.sh RUN_FOLDER HOST:PORT LOG configs/credit_risk.yaml [key=value ...]
 # LOG gets a copy of what is said on this node; %N in it stands for the node's name.
 set -uo pipefail
 
 # The copier outlives every signal: a rank must not die of a broken pipe while it saves.
-exec > >(trap '' HUP INT TERM USR1 USR2 && exec tee -a -- "${4//%N/$SLURMD_NODENAME}") 2>&1
+exec > >(trap '' HUP INT TERM USR1 USR2 && exec tee -a -- "${3//%N/$SLURMD_NODENAME}") 2>&1
 copier=$!
 
 . slurm/common.sh
 who+=", $SLURMD_NODENAME"
-python=$1 run_folder=$2 rendezvous=$3
-shift 4
+run_folder=$1 rendezvous=$2
+shift 3
 
 ranks=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 ((ranks > 0)) || ranks=1
