@@ -1,0 +1,139 @@
+"""Small training jobs for the cluster: the project's own job scripts, unmodified, at a pace that tests can follow."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.commands import REPOSITORY
+from tests.resume.jobs import finish, outcome, tiny_job
+from tests.slurm.cluster import Cluster, Job
+
+INJECTION = Path(__file__).with_name("injection")
+SCRIPT = "slurm/train.sbatch"
+STEPS = 120
+
+# The same bits on any number of ranks, so that every job has one answer, on whatever nodes it ended.
+SETTINGS = (
+    "train.virtual_ranks=4",
+    f"train.max_steps={STEPS}",
+    "train.epochs=100",
+    "train.early_stopping_patience=null",
+    "checkpoint.every_steps=40",
+    "log.every_steps=5",
+    "runtime.timeout_seconds=20",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How the first `attempts` attempts of a job train.
+
+    They sleep `import_seconds` while they import, and `step_seconds` in every step from `slow_from` on; rank 0 breaks
+    in step `crash_at`.
+    """
+
+    attempts: int = 1
+    import_seconds: float = 0.0
+    slow_from: int = 20
+    step_seconds: float = 0.0
+    crash_at: int | None = None
+
+
+AS_IT_COMES = Pace(attempts=0)
+SLOW = Pace(step_seconds=1.0)
+"""A hundred seconds in the middle of training; a restart then has a few of work."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A submitted training job."""
+
+    cluster: Cluster
+    id: str
+    run_dir: Path
+
+    def output(self) -> str:
+        """What the job has printed in all its attempts."""
+        path = Path(self.cluster.job(self.id)["StdOut"])
+        return path.read_text(errors="replace") if path.is_file() else ""
+
+    def step(self) -> int:
+        """The last step in metrics.jsonl; 0 when there is none."""
+        try:
+            return int(json.loads((self.run_dir / "metrics.jsonl").read_bytes().splitlines()[-1])["step"])
+        except (OSError, ValueError, IndexError):
+            return 0
+
+    def checkpoints(self) -> list[int]:
+        """Steps of the checkpoints."""
+        return sorted(int(path.name[5:]) for path in (self.run_dir / "checkpoints").glob("step_*"))
+
+    def wait_for_step(self, step: int = 21) -> None:
+        """Wait until the job has trained that far."""
+        self.cluster.wait_for(self.id, lambda _: self.step() >= step, f"to train step {step}")
+
+    def wait_for_output(self, text: str) -> None:
+        """Wait until the job has printed that."""
+        self.cluster.wait_for(self.id, lambda _: text in self.output(), f"to print {text!r}")
+
+    def wait_for_restart(self) -> Job:
+        """Wait until the job waits for another attempt, or runs it."""
+        return self.cluster.wait_for(self.id, lambda known: known["Restarts"] != "0", "to be requeued")
+
+    def completed(self, *, restarts: int) -> dict[str, Any]:
+        """Wait for the end, which must be a good one after that many restarts; what was trained."""
+        known = self.cluster.wait_for_end(self.id)
+        story = f"{known}{self.cluster.logs(self.id)}"
+        assert known["JobState"] == "COMPLETED", story
+        assert known["ExitCode"] == "0:0", story
+        assert int(known["Restarts"]) == restarts, story
+        assert not (self.run_dir / "requeue").exists()
+        assert not (self.run_dir / "stop").exists()
+        return outcome(self.run_dir)
+
+
+def arguments(table: Path, run_dir: Path, *more: str) -> list[str]:
+    """Configuration of a job, as it is typed after the script."""
+    return tiny_job(table, run_dir, *SETTINGS, *more)
+
+
+def submit(
+    cluster: Cluster,
+    table: Path,
+    run_dir: Path,
+    *more: str,
+    sbatch: Sequence[str] = ("--nodes=2",),
+    script: Sequence[str] = (SCRIPT,),
+    pace: Pace = AS_IT_COMES,
+    ranks: int = 1,
+) -> Training:
+    """`sbatch OPTIONS slurm/train.sbatch ...` from the repository root, with whole nodes for the job."""
+    environ = {
+        "DIST_TRAIN_VENV": sys.prefix,
+        "NPROC_PER_NODE": str(ranks),
+        "PYTHONPATH": os.pathsep.join([str(INJECTION), str(REPOSITORY)]),
+        "DIST_TRAIN_TEST_PACE": json.dumps(asdict(pace)),
+    }
+    output = run_dir.with_name(f"{run_dir.name}-%j.out")
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    options = ["--parsable", "--exclusive", f"--output={output}", *sbatch]
+    job = cluster.command("sbatch", *options, *script, *arguments(table, run_dir, *more), environ=environ).strip()
+    return Training(cluster, job, run_dir)
+
+
+def uninterrupted(table: Path, run_dir: Path, *more: str) -> dict[str, Any]:
+    """What one plain process makes of the job."""
+    return finish(arguments(table, run_dir, *more))
+
+
+def preempt(cluster: Cluster, victim: Training) -> str:
+    """A job of the higher partition takes the victim's nodes for a moment; its id."""
+    nodes = ",".join(cluster.nodes_of(victim.id))
+    options = ["--partition=high", "--exclusive", f"--nodelist={nodes}", "--output=/dev/null", "--wrap=sleep 1"]
+    return cluster.command("sbatch", "--parsable", *options).strip()
