@@ -58,6 +58,11 @@ class Training:
     id: str
     run_dir: Path
 
+    def summary(self) -> dict[str, Any]:
+        """The job's summary.json."""
+        summary: dict[str, Any] = json.loads((self.run_dir / "summary.json").read_text())
+        return summary
+
     def output(self) -> str:
         """What the job has printed in all its attempts."""
         path = Path(self.cluster.job(self.id)["StdOut"])
@@ -123,7 +128,8 @@ def submit(
     output = run_dir.with_name(f"{run_dir.name}-%j.out")
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     options = ["--parsable", "--exclusive", f"--output={output}", *sbatch]
-    job = cluster.command("sbatch", *options, *script, *arguments(table, run_dir, *more), environ=environ).strip()
+    asked = arguments(table, run_dir, *more)
+    job = cluster.command("sbatch", *options, *script, *asked, environ=environ).strip()
     return Training(cluster, job, run_dir)
 
 
