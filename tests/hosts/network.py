@@ -20,7 +20,7 @@ from typing import IO
 from tests.commands import REPOSITORY, environment
 from tests.hosts.init import BRIDGE, port
 from tests.hosts.requirements import SEARCH_PATH
-from tests.resume.processes import children, wait_until
+from tests.resume.processes import children
 
 INIT = Path(__file__).with_name("init.py")
 SECONDS = 60.0
@@ -122,13 +122,15 @@ class Hosts:
 
     def processes(self, host: str, having: str = "") -> list[int]:
         """Processes on a host, numbered as outside, whose command line or environment contains `having`."""
-        own = Path(f"/proc/{self._holders[host]}/ns/uts").stat()
+        holder = self._holders[host]
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
+            process = int(folder.name)
             with suppress(OSError):  # it ended while we looked
-                here = os.path.samestat((folder / "ns/uts").stat(), own)
-                if here and int(folder.name) != self._holders[host] and having.encode() in _words(folder):
-                    found.append(int(folder.name))
+                # Not by the hostname alone: nsenter has it as well, and waits outside.
+                here = process != holder and all(_same_namespace(process, holder, kind) for kind in ("uts", "pid"))
+                if here and having.encode() in _words(folder):
+                    found.append(process)
         return sorted(found)
 
     def cut(self, host: str) -> None:
@@ -156,16 +158,9 @@ def _number_inside(process: int) -> int:
     return int(status.split("NSpid:")[1].split("\n")[0].split()[-1])
 
 
+def _same_namespace(one: int, other: int, kind: str) -> bool:
+    return Path(f"/proc/{one}/ns/{kind}").stat().st_ino == Path(f"/proc/{other}/ns/{kind}").stat().st_ino
+
+
 def _words(process: Path) -> bytes:
     return (process / "cmdline").read_bytes() + b"\0" + (process / "environ").read_bytes()
-
-
-def wait_for_processes(hosts: Hosts, host: str, having: str, number: int) -> list[int]:
-    """Wait until there are that many; see `Hosts.processes`."""
-
-    def found() -> list[int] | None:
-        processes = hosts.processes(host, having)
-        return processes if len(processes) == number else None
-
-    found_processes: list[int] = wait_until(found, f"{number} processes with {having!r} on {host}")
-    return found_processes

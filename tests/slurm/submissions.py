@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.commands import REPOSITORY
+from tests.pace import AS_IT_COMES, Pace
 from tests.resume.jobs import finish, outcome, tiny_job
 from tests.slurm.cluster import Cluster, Job
 
-INJECTION = Path(__file__).with_name("injection")
 SCRIPT = "slurm/train.sbatch"
 STEPS = 120
 
@@ -28,26 +26,6 @@ SETTINGS = (
     "log.every_steps=5",
     "runtime.timeout_seconds=20",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pace:
-    """How the first `attempts` attempts of a job train.
-
-    They sleep `import_seconds` while they import, and `step_seconds` in every step from `slow_from` on; rank 0 breaks
-    in step `crash_at`.
-    """
-
-    attempts: int = 1
-    import_seconds: float = 0.0
-    slow_from: int = 20
-    step_seconds: float = 0.0
-    crash_at: int | None = None
-
-
-AS_IT_COMES = Pace(attempts=0)
-SLOW = Pace(step_seconds=1.0)
-"""A hundred seconds in the middle of training; a restart then has a few of work."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +100,7 @@ def submit(
     environ = {
         "DIST_TRAIN_VENV": sys.prefix,
         "NPROC_PER_NODE": str(ranks),
-        "PYTHONPATH": os.pathsep.join([str(INJECTION), str(REPOSITORY)]),
-        "DIST_TRAIN_TEST_PACE": json.dumps(asdict(pace)),
+        **pace.environment(),
     }
     output = run_dir.with_name(f"{run_dir.name}-%j.out")
     run_dir.parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tests.pace import SLOW, Pace
 from tests.slurm.cluster import Cluster
-from tests.slurm.submissions import SLOW, Pace, submit
+from tests.slurm.submissions import submit
 
 ONE_NODE = ["--nodes=1"]
 

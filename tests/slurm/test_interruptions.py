@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.pace import SLOW, Pace
 from tests.slurm.cluster import Cluster
-from tests.slurm.submissions import SLOW, Pace, preempt, submit
+from tests.slurm.submissions import preempt, submit
 
 SIDE_BY_SIDE = 4
 Outcome = dict[str, Any]

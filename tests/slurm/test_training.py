@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.commands import train
+from tests.pace import SLOW
 from tests.slurm.cluster import Cluster
-from tests.slurm.submissions import submit
+from tests.slurm.submissions import arguments, submit
 
 
 def test_two_nodes_train_as_one_host_and_as_one_process(
@@ -23,7 +24,7 @@ def test_two_nodes_train_as_one_host_and_as_one_process(
 
 
 def test_a_second_job_on_a_run_folder_is_refused_and_told_who_holds_it(
-    cluster: Cluster, table: Path, tmp_path: Path, whole: dict[str, Any]
+    cluster: Cluster, table: Path, tmp_path: Path
 ) -> None:
     first = submit(cluster, table, tmp_path / "run", sbatch=["--nodes=1"], pace=SLOW)
     first.wait_for_step()

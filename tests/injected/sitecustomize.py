@@ -1,7 +1,7 @@
 """Slows or breaks training from outside, so that job scripts are tested as they are.
 
 Python imports this file by itself when the folder is on PYTHONPATH. `DIST_TRAIN_TEST_PACE` is JSON (`Pace` in
-`tests/slurm/submissions.py` says what its fields mean).
+`tests/pace.py` says what its fields mean).
 """
 
 from __future__ import annotations
