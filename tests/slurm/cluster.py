@@ -41,7 +41,7 @@ class Cluster:
     same nodes; `island` on the last two nodes, which are in no other.
     """
 
-    def __init__(self, size: int = 8) -> None:
+    def __init__(self, size: int = 14) -> None:
         # Freezer groups carry the node's name and are the whole machine's: two clusters must not share names.
         token = "".join(secrets.choice("bcdfghjkmnpqrstvwxz") for _ in range(5))
         self.nodes = [f"{token}-node{number + 1}" for number in range(size)]
@@ -190,7 +190,7 @@ ReturnToService=2
 SlurmdTimeout={node_lost}
 MessageTimeout=5
 InactiveLimit=0
-KillWait=10
+KillWait=20
 MinJobAge=3600
 UnkillableStepTimeout=30
 PreemptType=preempt/partition_prio

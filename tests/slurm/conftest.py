@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.hosts.requirements import FOR_SLURM, require
 from tests.resume.jobs import write_table
 from tests.slurm.cluster import Cluster
+from tests.slurm.stories import Stage, Stories
 from tests.slurm.submissions import uninterrupted
 
 
@@ -22,11 +21,13 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_table(tmp_path_factory.mktemp("table") / "clients.csv")
-
-
-@pytest.fixture(scope="session")
-def whole(table: Path) -> dict[str, Any]:
-    """The outcome of a job that nobody interrupts, in one plain process."""
-    return uninterrupted(table, table.parent / "whole")
+def stories(
+    request: pytest.FixtureRequest, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stories]:
+    """See `tests/slurm/stories.py`."""
+    folder = tmp_path_factory.mktemp("stories")
+    table = write_table(folder / "clients.csv")
+    whole = uninterrupted(table, folder / "whole")
+    begun = Stories(request.session.items, lambda name: Stage(cluster, table, folder / name, whole))
+    yield begun
+    begun.close()

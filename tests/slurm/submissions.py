@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from tests.pace import AS_IT_COMES, Pace
 from tests.resume.jobs import finish, outcome, tiny_job
 from tests.slurm.cluster import Cluster, Job
+from tests.slurm.stories import Stage
 
 SCRIPT = "slurm/train.sbatch"
 STEPS = 120
@@ -24,7 +25,7 @@ SETTINGS = (
     "train.early_stopping_patience=null",
     "checkpoint.every_steps=40",
     "log.every_steps=5",
-    "runtime.timeout_seconds=20",
+    "runtime.timeout_seconds=60",
 )
 
 
@@ -35,6 +36,7 @@ class Training:
     cluster: Cluster
     id: str
     run_dir: Path
+    slow_from: int
 
     def summary(self) -> dict[str, Any]:
         """The job's summary.json."""
@@ -57,17 +59,33 @@ class Training:
         """Steps of the checkpoints."""
         return sorted(int(path.name[5:]) for path in (self.run_dir / "checkpoints").glob("step_*"))
 
-    def wait_for_step(self, step: int = 21) -> None:
-        """Wait until the job has trained that far."""
+    def wait_for_step(self) -> None:
+        """Wait until the job is where it trains slowly."""
+        step = self.slow_from + 1
         self.cluster.wait_for(self.id, lambda _: self.step() >= step, f"to train step {step}")
 
     def wait_for_output(self, text: str) -> None:
         """Wait until the job has printed that."""
         self.cluster.wait_for(self.id, lambda _: text in self.output(), f"to print {text!r}")
 
+    def minutes(self) -> int:
+        """How long the job has run."""
+        hours, minutes, _ = self.cluster.job(self.id)["RunTime"].split(":")
+        return int(hours) * 60 + int(minutes)
+
+    def set_time_limit(self, minutes: int) -> None:
+        """Change the job's time limit."""
+        self.cluster.command("scontrol", "update", f"jobid={self.id}", f"timelimit={minutes}")
+
     def wait_for_restart(self) -> Job:
         """Wait until the job waits for another attempt, or runs it."""
         return self.cluster.wait_for(self.id, lambda known: known["Restarts"] != "0", "to be requeued")
+
+    def ended(self, state: str) -> Job:
+        """Wait for the end, which must be this one, in the first attempt."""
+        known = self.cluster.wait_for_end(self.id)
+        assert (known["JobState"], known["Restarts"]) == (state, "0"), f"{known}{self.cluster.logs(self.id)}"
+        return known
 
     def completed(self, *, restarts: int) -> dict[str, Any]:
         """Wait for the end, which must be a good one after that many restarts; what was trained."""
@@ -77,7 +95,6 @@ class Training:
         assert known["ExitCode"] == "0:0", story
         assert int(known["Restarts"]) == restarts, story
         assert not (self.run_dir / "requeue").exists()
-        assert not (self.run_dir / "stop").exists()
         return outcome(self.run_dir)
 
 
@@ -87,27 +104,21 @@ def arguments(table: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def submit(
-    cluster: Cluster,
-    table: Path,
-    run_dir: Path,
+    stage: Stage,
     *more: str,
-    sbatch: Sequence[str] = ("--nodes=2",),
-    script: Sequence[str] = (SCRIPT,),
+    sbatch: Sequence[str] = ("--nodes=1",),
+    script: str = SCRIPT,
     pace: Pace = AS_IT_COMES,
-    ranks: int = 1,
+    environ: Mapping[str, str] | None = None,
 ) -> Training:
     """`sbatch OPTIONS slurm/train.sbatch ...` from the repository root, with whole nodes for the job."""
-    environ = {
-        "DIST_TRAIN_VENV": sys.prefix,
-        "NPROC_PER_NODE": str(ranks),
-        **pace.environment(),
-    }
-    output = run_dir.with_name(f"{run_dir.name}-%j.out")
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    options = ["--parsable", "--exclusive", f"--output={output}", *sbatch]
-    asked = arguments(table, run_dir, *more)
-    job = cluster.command("sbatch", *options, *script, *asked, environ=environ).strip()
-    return Training(cluster, job, run_dir)
+    stage.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    options = ["--parsable", "--exclusive", f"--output={stage.run_dir}-%j.out", *sbatch]
+    job = stage.cluster.command(
+        *("sbatch", *options, script, *arguments(stage.table, stage.run_dir, *more)),
+        environ={"DIST_TRAIN_VENV": sys.prefix, **pace.environment(), **(environ or {})},
+    )
+    return Training(stage.cluster, job.strip(), stage.run_dir, pace.slow_from)
 
 
 def uninterrupted(table: Path, run_dir: Path, *more: str) -> dict[str, Any]:
@@ -115,8 +126,8 @@ def uninterrupted(table: Path, run_dir: Path, *more: str) -> dict[str, Any]:
     return finish(arguments(table, run_dir, *more))
 
 
-def preempt(cluster: Cluster, victim: Training) -> str:
-    """A job of the higher partition takes the victim's nodes for a moment; its id."""
-    nodes = ",".join(cluster.nodes_of(victim.id))
+def preempt(victim: Training) -> None:
+    """A job of the higher partition takes the victim's nodes for a moment."""
+    nodes = ",".join(victim.cluster.nodes_of(victim.id))
     options = ["--partition=high", "--exclusive", f"--nodelist={nodes}", "--output=/dev/null", "--wrap=sleep 1"]
-    return cluster.command("sbatch", "--parsable", *options).strip()
+    victim.cluster.command("sbatch", *options)

@@ -2,121 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from tests.pace import SLOW, Pace
-from tests.slurm.cluster import Cluster
+from tests.slurm.stories import Stage, side_by_side
 from tests.slurm.submissions import preempt, submit
 
-SIDE_BY_SIDE = 4
-Outcome = dict[str, Any]
-Scenario = Callable[[Cluster, Path, Path], Outcome]
+pytestmark = pytest.mark.timeout(400)
 
 
-def warned_of_the_time_limit(cluster: Cluster, table: Path, run_dir: Path) -> Outcome:
-    """Slurm sends the signal of --signal some time before the limit. One wandb run in all attempts."""
-    options = ["--nodes=2", "--time=1", "--signal=B:USR1@40"]
-    job = submit(cluster, table, run_dir, "wandb.mode=offline", sbatch=options, pace=SLOW)
+@side_by_side
+def test_a_warning_of_the_time_limit(stage: Stage) -> None:
+    """Two minutes before the limit, as the script asks, Slurm sends USR1. One wandb run in all attempts."""
+    job = submit(stage, "wandb.mode=offline", sbatch=["--nodes=2"], pace=SLOW)
+    job.wait_for_step()
+    # Slurm looks twice a minute, and reckons in whole minutes: one to two of them are left.
+    job.set_time_limit(minutes=job.minutes() + 2)
     job.wait_for_restart()
-    cluster.command("scontrol", "update", f"jobid={job.id}", "timelimit=60")
-    outcome = job.completed(restarts=1)
-    runs = [path.name for path in (run_dir / "wandb").glob("offline-run-*")]
+    job.set_time_limit(minutes=60)
+    assert "got SIGUSR1" in job.output()
+    assert job.completed(restarts=1) == stage.whole
+    runs = [path.name for path in (job.run_dir / "wandb").glob("offline-run-*")]
     assert len(runs) == 2
     assert len({name.rpartition("-")[2] for name in runs}) == 1
-    return outcome
 
 
-def preempted(cluster: Cluster, table: Path, run_dir: Path) -> Outcome:
+@side_by_side
+def test_preemption(stage: Stage) -> None:
     """A job of a higher partition takes the nodes: Slurm sends TERM."""
-    job = submit(cluster, table, run_dir, pace=SLOW)
+    job = submit(stage, sbatch=["--nodes=2"], pace=SLOW)
     job.wait_for_step()
-    with cluster.preempting():
-        preempt(cluster, job)
+    with stage.cluster.preempting():
+        preempt(job)
         job.wait_for_restart()
-    return job.completed(restarts=1)
+    assert job.completed(restarts=1) == stage.whole
 
 
-def preempted_while_importing(cluster: Cluster, table: Path, run_dir: Path) -> Outcome:
-    """As above, before Python has come to a line of ours."""
-    job = submit(cluster, table, run_dir, sbatch=["--nodes=1"], pace=Pace(import_seconds=15))
+@side_by_side
+def test_preemption_while_importing(stage: Stage) -> None:
+    """TERM comes before Python has come to a line of ours."""
+    job = submit(stage, pace=Pace(import_seconds=15))
     job.wait_for_output("importing")
-    with cluster.preempting():
-        preempt(cluster, job)
+    with stage.cluster.preempting():
+        preempt(job)
         job.wait_for_restart()
-    return job.completed(restarts=1)
+    assert job.completed(restarts=1) == stage.whole
 
 
-def preempted_with_the_users_signal(cluster: Cluster, table: Path, run_dir: Path) -> Outcome:
+@pytest.mark.slow
+@side_by_side
+def test_preemption_with_the_users_signal(stage: Stage) -> None:
     """A cluster with `preempt_send_user_signal` sends the signal of --signal in TERM's place."""
-    job = submit(cluster, table, run_dir, sbatch=["--nodes=1"], pace=SLOW)
+    job = submit(stage, pace=SLOW)
     job.wait_for_step()
-    with cluster.preempting(user_signal=True):
-        preempt(cluster, job)
+    with stage.cluster.preempting(user_signal=True):
+        preempt(job)
         job.wait_for_restart()
-    return job.completed(restarts=1)
+    assert "got SIGUSR1" in job.output()
+    assert job.completed(restarts=1) == stage.whole
 
 
-def requeued_by_hand(cluster: Cluster, table: Path, run_dir: Path) -> Outcome:
+@pytest.mark.slow
+@side_by_side
+def test_a_requeue_by_hand(stage: Stage) -> None:
     """`scontrol requeue` gives the job KillWait seconds."""
-    job = submit(cluster, table, run_dir, sbatch=["--nodes=1"], pace=SLOW)
+    job = submit(stage, pace=SLOW)
     job.wait_for_step()
-    cluster.command("scontrol", "requeue", job.id)
-    return job.completed(restarts=1)
+    stage.cluster.command("scontrol", "requeue", job.id)
+    assert job.completed(restarts=1) == stage.whole
 
 
-def second_node_lost(cluster: Cluster, table: Path, run_dir: Path) -> Outcome:
-    """Nobody hears of it; Slurm gives the node up, and the job goes on with the node that is left."""
-    options = ["--nodes=1-2", "--partition=island"]
-    job = submit(cluster, table, run_dir, sbatch=options, pace=SLOW)
+@side_by_side
+def test_the_loss_of_the_second_node(stage: Stage) -> None:
+    """Nobody is told; Slurm gives the node up, and the job goes on with the node that is left."""
+    cluster = stage.cluster
+    job = submit(stage, sbatch=["--nodes=1-2", "--partition=island"], pace=SLOW)
     job.wait_for_step()
     first, second = cluster.nodes_of(job.id)
     cluster.hosts.cut(second)
     try:
-        outcome = job.completed(restarts=1)
+        assert job.completed(restarts=1) == stage.whole
         assert cluster.job(job.id)["NodeList"] == first
+        assert job.summary()["world_size"] == 1
     finally:
         cluster.restore(second)
-    return outcome
-
-
-EVERYDAY: list[Scenario] = [
-    warned_of_the_time_limit,
-    preempted,
-    second_node_lost,
-    preempted_while_importing,
-]
-LONG: list[Scenario] = [
-    preempted_with_the_users_signal,
-    requeued_by_hand,
-]
-
-
-@pytest.fixture(scope="module")
-def outcomes(
-    request: pytest.FixtureRequest, cluster: Cluster, table: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[Outcome]]]:
-    """The scenarios that this session has tests of, begun side by side: they spend their time on waiting."""
-    chosen = [item.callspec.params["scenario"] for item in request.session.items if _is_scenario(item)]
-    pool = ThreadPoolExecutor(SIDE_BY_SIDE)
-    folder = tmp_path_factory.mktemp("interruptions")
-    yield {s.__name__: pool.submit(s, cluster, table, folder / s.__name__) for s in chosen}
-    pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _is_scenario(item: pytest.Item) -> bool:
-    return isinstance(item, pytest.Function) and item.originalname == "test_it_ends_as_if_nothing_had_happened"
-
-
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize(
-    "scenario", [*EVERYDAY, *(pytest.param(s, marks=pytest.mark.slow) for s in LONG)], ids=lambda s: s.__name__
-)
-def test_it_ends_as_if_nothing_had_happened(
-    scenario: Scenario, outcomes: dict[str, Future[Outcome]], whole: Outcome
-) -> None:
-    assert outcomes[scenario.__name__].result() == whole
