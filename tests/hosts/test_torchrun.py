@@ -1,0 +1,126 @@
+"""torchrun over two hosts: the bits of one host; and when a cable or a launcher goes, everything ends and says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+
+from tests.commands import REPOSITORY
+from tests.hosts.network import Hosts
+from tests.hosts.requirements import FOR_HOSTS, require
+from tests.pace import AS_IT_COMES, Pace
+from tests.resume.jobs import finish, outcome, tiny_job, write_table
+from tests.resume.processes import wait_until
+
+FIRST, SECOND = "first", "second"
+TIMEOUT_SECONDS = 6.0
+# A loaded machine may take its time to look: this much is no finding.
+SLACK_SECONDS = 10.0
+IN_THE_MIDDLE = Pace(slow_from=10, step_seconds=0.3)
+SETTINGS = ("train.max_steps=60", "train.early_stopping_patience=null", f"runtime.timeout_seconds={TIMEOUT_SECONDS}")
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    require(FOR_HOSTS)
+    with Hosts([FIRST, SECOND]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_table(tmp_path_factory.mktemp("table") / "clients.csv")
+
+
+class Job:
+    """A training job with a rank on each host."""
+
+    def __init__(self, hosts: Hosts, arguments: list[str], folder: Path, name: str, pace: Pace) -> None:
+        self.hosts = hosts
+        self.name = name
+        self._logs = {host: folder / f"{name}-{host}.log" for host in hosts.addresses}
+        self._agents = {host: self._agent(host, arguments, pace) for host in hosts.addresses}
+
+    def _agent(self, host: str, arguments: list[str], pace: Pace) -> Popen[bytes]:
+        rendezvous = ("--rdzv-backend=c10d", f"--rdzv-endpoint={FIRST}:29400", f"--rdzv-id={self.name}")
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *rendezvous)
+        with self._logs[host].open("wb") as log:
+            return self.hosts.start(
+                host, [*torchrun, str(REPOSITORY / "launch/train.py"), *arguments], log, pace.environment()
+            )
+
+    def agent(self, host: str) -> int:
+        """The process of torchrun on a host."""
+        (process,) = self.hosts.processes(host, f"--rdzv-id={self.name}")
+        return process
+
+    def ranks(self, host: str) -> list[int]:
+        """The processes of the ranks on a host."""
+        return self.hosts.processes(host, f"TORCHELASTIC_RUN_ID={self.name}")
+
+    def wait(self) -> dict[str, int]:
+        """Exit codes of the launchers, once nothing of the job is left on any host."""
+        wait_until(lambda: not any(map(self.hosts.processes, self._agents)), f"the hosts to be empty: {self.logs()}")
+        return {host: agent.wait() for host, agent in self._agents.items()}
+
+    def logs(self) -> str:
+        """What was printed, host by host."""
+        return "\n".join(f"--- {host}\n{log.read_text(errors='replace')}" for host, log in self._logs.items())
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    """Wait until a line of that step is in metrics.jsonl."""
+    metrics = run_dir / "metrics.jsonl"
+
+    def reached() -> bool:
+        lines = metrics.read_bytes().splitlines() if metrics.exists() else []
+        return bool(lines) and int(json.loads(lines[-1])["step"]) >= step
+
+    wait_until(reached, f"step {step} in {metrics}")
+
+
+def test_two_hosts_train_to_the_bits_of_one(hosts: Hosts, table: Path, tmp_path: Path) -> None:
+    job = Job(hosts, tiny_job(table, tmp_path / "two", *SETTINGS), tmp_path, "bits", AS_IT_COMES)
+    one = finish(tiny_job(table, tmp_path / "one", *SETTINGS), 2)
+    assert job.wait() == {FIRST: 0, SECOND: 0}, job.logs()
+    assert outcome(tmp_path / "two") == one
+
+
+def test_a_cut_cable_ends_all_ranks_with_a_report_and_the_run_goes_on_elsewhere(
+    hosts: Hosts, table: Path, tmp_path: Path
+) -> None:
+    arguments = tiny_job(table, tmp_path / "run", *SETTINGS)
+    job = Job(hosts, arguments, tmp_path, "cut", IN_THE_MIDDLE)
+    wait_for_step(tmp_path / "run", 12)
+    hosts.cut(SECOND)
+    try:
+        deadline = time.monotonic() + TIMEOUT_SECONDS + SLACK_SECONDS
+        while any(map(job.ranks, hosts.addresses)):
+            assert time.monotonic() < deadline, job.logs()
+            time.sleep(0.1)
+    finally:
+        hosts.mend(SECOND)
+    # torchrun itself, cut off, asks its store for a minute or for ever (torch 2.13); a cable or Slurm brings its end.
+    assert all(job.wait().values()), job.logs()
+    fault = (tmp_path / "run" / "fault.txt").read_text()
+    assert SECOND in fault, fault
+    assert finish(arguments, 2) == finish(tiny_job(table, tmp_path / "whole", *SETTINGS), 2)
+
+
+def test_without_its_launcher_a_rank_ends_and_so_do_the_others(hosts: Hosts, table: Path, tmp_path: Path) -> None:
+    arguments = tiny_job(table, tmp_path / "run", *SETTINGS)
+    job = Job(hosts, arguments, tmp_path, "orphan", IN_THE_MIDDLE)
+    wait_for_step(tmp_path / "run", 12)
+    os.kill(job.agent(SECOND), signal.SIGKILL)
+    codes = job.wait()
+    assert all(codes.values()), job.logs()
+    assert "saved" in job.logs()
+    assert finish(arguments, 2) == finish(tiny_job(table, tmp_path / "whole", *SETTINGS), 2)
