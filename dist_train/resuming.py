@@ -47,7 +47,7 @@ def open_run(
     collectives.from_first(folder.create)
     # In short turns: the other ranks' collective must not run out of time while rank 0 waits for the lock.
     while not collectives.from_first(lambda: guarded(lambda: lock.take(_TURN_SECONDS), "the run folder")):
-        pass
+        collectives.may_stop()
     stack.callback(lock.release)
     folder.held = lock
     return collectives.from_first(

@@ -61,7 +61,7 @@ FREE = "rm {}/filler"
 
 def test_a_full_disk_costs_no_line_of_metrics_once_there_is_room_again(table: Path, tmp_path: Path, disk: Path) -> None:
     quiet = ("log.every_steps=1", "checkpoint.every_steps=1000", "train.early_stopping_patience=null")
-    quiet += ("evaluation.every_steps=45", "train.max_steps=70")
+    quiet += ("evaluation.every_steps=35", "train.max_steps=70")
     whole = finish(tiny_job(table, tmp_path / "whole", *quiet), 2)
     arguments = tiny_job(table, disk / "run", *quiet)
     trap = Trap(commands={8: FILL.format(disk), 30: FREE.format(disk), 40: FILL.format(disk), 60: FREE.format(disk)})
@@ -84,16 +84,16 @@ def test_a_full_disk_ends_the_run_at_the_next_save(table: Path, disk: Path, unin
 
 def test_metrics_that_are_not_on_disk_make_no_checkpoint(table: Path, tmp_path: Path) -> None:
     """The one file that is too large is metrics.jsonl: a checkpoint would have recorded a length that is not true."""
-    settings = ("log.every_steps=1", "checkpoint.every_steps=10", "evaluation.every_steps=1000", "train.max_steps=50")
+    settings = ("log.every_steps=1", "checkpoint.every_steps=20", "evaluation.every_steps=1000", "train.max_steps=100")
     whole = finish(tiny_job(table, tmp_path / "whole", *settings))
     limit = (tmp_path / "whole" / "metrics.jsonl").stat().st_size * 2 // 3
     largest = max(path.stat().st_size for path in (tmp_path / "whole" / "checkpoints").rglob("*"))
     assert largest < limit, "only metrics.jsonl must hit the limit"
     arguments = tiny_job(table, tmp_path / "run", *settings)
     ended = run_job(arguments, 1, Trap(largest_file=limit))
-    _ended_with(ended, tmp_path / "run" / "metrics.jsonl", "the checkpoint of step 40 could not be written")
+    _ended_with(ended, tmp_path / "run" / "metrics.jsonl", "the checkpoint of step 80 could not be written")
     assert "File too large" in ended.errors[0]
-    assert _last_checkpoint(tmp_path / "run") == 30
+    assert _last_checkpoint(tmp_path / "run") == 60
     assert finish(arguments) == whole
 
 
