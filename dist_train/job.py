@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dist_train.checkpoint.checkpoints import Checkpoints
-from dist_train.checkpoint.commit import write_atomically
 from dist_train.checkpoint.run_folder import RunFolder
 from dist_train.checkpoint.state import pack_json
 from dist_train.config.rules import given_class_weights
@@ -18,6 +17,7 @@ from dist_train.resuming import changes_since, matching_dataset, open_run, take_
 from dist_train.runtime.attempt import Attempt
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import log
+from dist_train.runtime.files import write_atomically
 from dist_train.runtime.machine import pin_arithmetic
 from dist_train.runtime.stopping import LAUNCHER_DIED, Launcher, StopRequest
 from dist_train.runtime.watch import LauncherDied, watched
@@ -89,7 +89,7 @@ class Job:
         self.variables = environ
         self.folder = folder
         self.collectives = collectives
-        self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
+        self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, folder.confirm)
         self._stop = stop
         self._stack = stack
 
@@ -104,7 +104,7 @@ class Job:
             _announce(session, world)
             return
         with pulse.phase("opening the run folder"):
-            found = collectives.from_first(lambda: open_run(folder, config, checkpoints, self._stack, self.variables))
+            found = open_run(folder, config, checkpoints, self._stack, self.variables, collectives)
         matching = matching_dataset(found, config, dataset, collectives)
         if matching is not dataset:
             session = Session(config, matching, collectives)
@@ -126,7 +126,8 @@ class Job:
 
         def save(step: int) -> None:
             def write() -> None:
-                parts = checkpoint_parts(config, session, books[0].state_dict(), world)
+                folder.confirm()  # before the journal's own error, which would say less
+                parts = checkpoint_parts(config, session, books[0].state_dict(), world, self.variables)
                 checkpoints.write(step, parts, session.progress.best_step)
 
             collectives.from_first(lambda: guarded(write, f"the checkpoint of step {step}"))

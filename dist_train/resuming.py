@@ -9,8 +9,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from dist_train.checkpoint.checkpoints import Checkpoints, Found
-from dist_train.checkpoint.commit import Damaged, remove, sweep, write_atomically
-from dist_train.checkpoint.run_folder import RunFolder, RunLock, this_process
+from dist_train.checkpoint.commit import Damaged, remove, sweep
+from dist_train.checkpoint.lock import RunLock, this_process
+from dist_train.checkpoint.run_folder import RunFolder
 from dist_train.checkpoint.state import pack_json_line, read_parts
 from dist_train.config.differences import differences
 from dist_train.config.load import config_to_yaml
@@ -18,38 +19,61 @@ from dist_train.config.schema import JobConfig
 from dist_train.data.dataset import Dataset
 from dist_train.data.encoder import Encoder
 from dist_train.errors import UserError, guarded
+from dist_train.runtime.attempt import Attempt
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import log
+from dist_train.runtime.files import write_atomically
 from dist_train.runtime.machine import describe_machine
 from dist_train.session import load_data
+
+_TURN_SECONDS = 1.0
+_LEAVING_SECONDS = 10.0  # from a collective that timed out to the end of the process
 
 # Harmless keys that nevertheless change learning rates, lines of metrics, or which weights are the best.
 _CHANGES_THE_RECORD = ("train.epochs", "train.max_steps", "train.early_stopping_patience", "evaluation.", "log.")
 
 
 def open_run(
-    folder: RunFolder, config: JobConfig, checkpoints: Checkpoints, stack: ExitStack, environ: Mapping[str, str]
+    folder: RunFolder,
+    config: JobConfig,
+    checkpoints: Checkpoints,
+    stack: ExitStack,
+    environ: Mapping[str, str],
+    collectives: Collectives,
 ) -> Found | None:
-    """Rank 0: create and lock the run folder; the checkpoint to go on from, if any."""
-    return guarded(lambda: _open_folder(folder, config, checkpoints, stack, environ), "the run folder")
+    """Rank 0 creates and locks the run folder; the checkpoint to go on from, if any, on every rank."""
+    own_patience_seconds = config.runtime.timeout_seconds + _LEAVING_SECONDS
+    lock = RunLock(folder.lock, this_process(environ), own_patience_seconds=own_patience_seconds)
+    collectives.from_first(folder.create)
+    # In short turns: the other ranks' collective must not run out of time while rank 0 waits for the lock.
+    while not collectives.from_first(lambda: guarded(lambda: lock.take(_TURN_SECONDS), "the run folder")):
+        collectives.may_stop()
+    stack.callback(lock.release)
+    folder.held = lock
+    return collectives.from_first(
+        lambda: guarded(lambda: _open_folder(folder, config, checkpoints, stack, lock, environ), "the run folder")
+    )
 
 
 def _open_folder(
-    folder: RunFolder, config: JobConfig, checkpoints: Checkpoints, stack: ExitStack, environ: Mapping[str, str]
+    folder: RunFolder,
+    config: JobConfig,
+    checkpoints: Checkpoints,
+    stack: ExitStack,
+    lock: RunLock,
+    environ: Mapping[str, str],
 ) -> Found | None:
-    holder = this_process(environ.get("SLURM_JOB_ID"))
-    folder.create()
-    lock = stack.enter_context(RunLock(folder.lock, holder))
-    if config.run.resume == "never":
-        former = folder.move_aside()
-        if former:
-            lock.release()
-            log.info("the run that was in %s is now in %s", folder.path, former)
-            folder.create()
-            stack.enter_context(RunLock(folder.lock, holder))
     sweep(folder.path)
     sweep(folder.checkpoints)
     found, skipped = checkpoints.newest()
+    if config.run.resume == "never" and not _is_restart(checkpoints, found, lock, environ):
+        former = folder.move_aside()
+        if former:
+            log.info("the run that was in %s is now in %s", folder.path, former)
+            lock.release()
+            folder.create()
+            folder.held = stack.enter_context(RunLock(folder.lock, this_process(environ)))
+        found, skipped = None, []
     for reason in skipped:
         log.warning("skipped a damaged checkpoint: %s", reason)
     if skipped and not found:
@@ -61,6 +85,19 @@ def _open_folder(
         _refuse_changes(found, config)
         _check_best(found, config, checkpoints)
     return found
+
+
+def _is_restart(checkpoints: Checkpoints, found: Found | None, lock: RunLock, environ: Mapping[str, str]) -> bool:
+    """Whether this is a restart of the very job that began the run: `never` means once, not again at each restart.
+
+    Who held the folder last began what has no checkpoint yet.
+    """
+    attempt = Attempt.from_environment(environ)
+    if attempt is None or attempt.restart == 0:
+        return False
+    if found:
+        return bool(found.parts["state.json"].get("job") == attempt.job)
+    return not checkpoints.steps() and lock.former.get("job") == attempt.job
 
 
 def take_over(

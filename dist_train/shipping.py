@@ -11,21 +11,26 @@ from torch import Tensor
 
 from dist_train import __version__
 from dist_train.checkpoint.checkpoints import Checkpoints
-from dist_train.checkpoint.commit import commit, write_atomically
+from dist_train.checkpoint.commit import commit
 from dist_train.checkpoint.run_folder import RunFolder
 from dist_train.checkpoint.state import Parts, encode_parts, pack_json, weights_sha256
 from dist_train.config.schema import JobConfig
 from dist_train.errors import guarded
+from dist_train.runtime.attempt import Attempt
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import log
+from dist_train.runtime.files import write_atomically
 from dist_train.runtime.machine import describe_machine
 from dist_train.runtime.world import World
 from dist_train.session import Session, scored_weights
 
 
-def checkpoint_parts(config: JobConfig, session: Session, books: Mapping[str, Any], world: World) -> Parts:
+def checkpoint_parts(
+    config: JobConfig, session: Session, books: Mapping[str, Any], world: World, environ: Mapping[str, str]
+) -> Parts:
     """Everything that a run needs to go on, by name; `books` is the state of the trackers."""
     encoder = session.dataset.encoder
+    attempt = Attempt.from_environment(environ)
     state = {
         "progress": session.progress.state_dict(),
         **books,
@@ -33,6 +38,7 @@ def checkpoint_parts(config: JobConfig, session: Session, books: Mapping[str, An
         "encoder": encoder.describe(),
         "data_sha256": session.dataset.sha256,
         "world_size": world.size,
+        "job": attempt.job if attempt else None,
         "dist_train": __version__,
         "machine": describe_machine(world.device),
     }
@@ -67,7 +73,7 @@ def ship(
     }
 
     def write() -> None:
-        commit(folder.model, encode_parts(model))
+        commit(folder.model, encode_parts(model), folder.confirm)
         write_atomically(folder.summary, pack_json(summary))
 
     collectives.from_first(lambda: guarded(write, "the trained model"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,12 @@ class Found:
 
 
 class Checkpoints:
-    """Checkpoints below one folder. Only one process, rank 0, may write."""
+    """Checkpoints below one folder. Only one process, rank 0, may write, and only while `confirm` does not object."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, confirm: Callable[[], None] = lambda: None) -> None:
         self.folder = folder
         self.keep = keep
+        self._confirm = confirm
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending."""
@@ -34,7 +36,8 @@ class Checkpoints:
 
     def write(self, step: int, parts: Parts, best_step: int | None) -> None:
         """Commit a checkpoint, then let go of older ones beyond the newest `keep` and the best; OSError on failure."""
-        commit(self.path(step), encode_parts(parts))
+        self.folder.mkdir(exist_ok=True)  # not its parents: a run folder that has gone must not come back half empty
+        commit(self.path(step), encode_parts(parts), self._confirm)
         newest = self.steps()[-self.keep :]
         for old in self.steps():
             if old not in newest and old != best_step:

@@ -8,44 +8,53 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_train.runtime.files import ASIDE, naming, sync_folder, write_synced
+
 MANIFEST = "MANIFEST.json"
-_ASIDE = ".partial-"
-_FORMER = f"{_ASIDE}former-"
+_FORMER = f"{ASIDE}former-"
+_REMOVED = f"{ASIDE}removed-"
+_ANOTHER = "~"
 
 
 class Damaged(Exception):
     """A committed folder is not what was written; the message names the part and what is wrong with it."""
 
 
-def commit(folder: Path, parts: Mapping[str, bytes]) -> None:
-    """Write `parts` (file name -> content): `folder` then holds all of them, or does not change. OSError on failure."""
-    aside = folder.with_name(_ASIDE + folder.name)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        manifest = {
-            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in parts.items()
-        }
-        for name, data in parts.items():
-            write_synced(aside / name, data)
-        content = {"parts": manifest, "sha256": _digest(manifest)}
-        write_synced(aside / MANIFEST, json.dumps(content, indent=1).encode())
-        sync_folder(aside)
+def commit(folder: Path, parts: Mapping[str, bytes], confirm: Callable[[], None] = lambda: None) -> None:
+    """Write `parts` (file name -> content): `folder` then holds all of them, or does not change. OSError on failure.
+
+    `confirm` raises where this process may not write there any more. It is asked just before the rename, and after a
+    failure, for which it may have the better reason.
+    """
+    aside = _cleared(folder.with_name(ASIDE + folder.name))
+    with naming(folder):
         try:
-            read_verified(aside)
-        except Damaged as damage:
-            raise OSError(f"{folder}: what was written does not read back: {damage}") from None
-        _replace_folder(aside, folder)
-        sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+            aside.mkdir()
+            manifest = {
+                name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in parts.items()
+            }
+            for name, data in parts.items():
+                write_synced(aside / name, data)
+            content = {"parts": manifest, "sha256": _digest(manifest)}
+            write_synced(aside / MANIFEST, json.dumps(content, indent=1).encode())
+            sync_folder(aside)
+            try:
+                read_verified(aside)
+            except Damaged as damage:
+                raise OSError(f"{folder}: what was written does not read back: {damage}") from None
+            confirm()
+            _replace_folder(aside, folder)
+            sync_folder(folder.parent)
+        except BaseException as failure:
+            shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(failure, OSError):
+                confirm()
+            raise
 
 
 def read_verified(folder: Path) -> dict[str, bytes]:
@@ -80,8 +89,7 @@ def read_verified(folder: Path) -> dict[str, bytes]:
 
 def remove(folder: Path) -> None:
     """Let go of a committed folder: a process killed in the middle does not leave half of it under its name."""
-    aside = folder.with_name(f"{_ASIDE}removed-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = _cleared(folder.with_name(_REMOVED + folder.name))
     folder.replace(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -93,44 +101,20 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 def sweep(parent: Path) -> None:
     """Clear away what a killed process left half-written; a folder that was about to be replaced is put back."""
+    if not parent.is_dir():
+        return
+    # An NFS client lists a folder from its cache for up to a minute, and would not see what another host has just
+    # renamed there. It reads the folder anew once it has changed it itself.
+    (parent / f"{ASIDE}probe").touch()
     for former in parent.glob(f"{_FORMER}*"):
-        folder = parent / former.name.removeprefix(_FORMER)
+        folder = parent / former.name.removeprefix(_FORMER).partition(_ANOTHER)[0]
         if not folder.exists():
             former.replace(folder)
-    for aside in parent.glob(f"{_ASIDE}*"):
+    for aside in parent.glob(f"{ASIDE}*"):
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)
         else:
             aside.unlink()
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on disk."""
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a single file by one rename."""
-    aside = path.with_name(_ASIDE + path.name)
-    try:
-        write_synced(aside, data)
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's own entries are on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _replace_folder(aside: Path, folder: Path) -> None:
@@ -139,8 +123,7 @@ def _replace_folder(aside: Path, folder: Path) -> None:
     if not folder.exists():
         aside.replace(folder)
         return
-    former = folder.with_name(_FORMER + folder.name)
-    shutil.rmtree(former, ignore_errors=True)
+    former = _cleared(folder.with_name(_FORMER + folder.name))
     folder.replace(former)
     try:
         aside.replace(folder)
@@ -149,3 +132,14 @@ def _replace_folder(aside: Path, folder: Path) -> None:
         raise
     sync_folder(folder.parent)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def _cleared(aside: Path) -> Path:
+    """A name with nothing under it: `aside`, or one beside it while NFS keeps a file in it that somebody has open."""
+    number, free = 0, aside
+    while True:
+        shutil.rmtree(free, ignore_errors=True)
+        if not free.exists():
+            return free
+        number += 1
+        free = aside.with_name(f"{aside.name}{_ANOTHER}{number}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dist_train.config.schema import JobConfig
-from dist_train.errors import guarded
 from dist_train.runtime.console import terminal
 from dist_train.tracking.journal import Journal
 from dist_train.tracking.screen import Screen
@@ -38,24 +38,23 @@ class Books:
             project=config.wandb.project,
             mode=choose_mode(config.wandb.mode, environ),
             config=asdict(config),
-            run_id=state["wandb"]["run_id"] if state else None,
-            sent_step=self.journal.last_step,
+            last_step=self.journal.last_step,
         )
         self.journal.load_state_dict(state["journal"] if state else {"bytes": 0})
         self.screen = Screen(terminal(), total_steps=total_steps, num_epochs=config.train.epochs, start_step=start_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the journal ends, and the id of the wandb run."""
-        return {"journal": self.journal.state_dict(), "wandb": self.wandb.state_dict()}
+        """Where the journal ends; OSError when the disk does not have all of it."""
+        return {"journal": self.journal.state_dict()}
 
     def track(self, record: Mapping[str, Any]) -> None:
-        """Write a line of metrics everywhere."""
-        guarded(lambda: self.journal.log(record), "metrics.jsonl")
+        """Write a line of metrics everywhere; what fails there does not end training."""
+        self.journal.log(record)
         self.wandb.log(record)
         self.screen.log(record)
 
     def close(self, *, failed: bool) -> None:
-        """End all of them; a second call does nothing."""
+        """End all of them; OSError when the disk does not have the whole journal. A second call does nothing."""
         self.screen.close()
         self.wandb.close(failed=failed)
         self.journal.close()
@@ -64,4 +63,5 @@ class Books:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(failed=kind is not None)
+        with suppress(OSError):  # only after a failure there is anything left to close, and that has its own message
+            self.close(failed=kind is not None)

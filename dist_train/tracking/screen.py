@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -34,16 +35,21 @@ class Screen:
             self._bar.start()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Show a line of metrics."""
-        if record["split"] == "train":
-            self._show_training(record)
-        else:
-            self._show(self._evaluation_line(record))
+        """Show a line of metrics; a terminal that has gone is no reason to stop training."""
+        try:
+            if record["split"] == "train":
+                self._show_training(record)
+            else:
+                self._show(self._evaluation_line(record))
+        except OSError as error:
+            self._bar = None
+            log.warning("the terminal cannot be written (%s): no more progress bar", error.strerror)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
 
     def _show_training(self, record: Mapping[str, Any]) -> None:
         rate = record["samples_per_second"]

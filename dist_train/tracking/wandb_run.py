@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import netrc
 import secrets
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from dist_train.runtime.console import log
+from dist_train.runtime.files import write_atomically
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -26,24 +28,16 @@ def choose_mode(mode: Literal["auto"] | Mode, environ: Mapping[str, str]) -> Mod
 
 
 class WandbRun:
-    """One wandb run, resumed by its id. Steps that the run already holds are not sent again.
+    """One wandb run for one run folder, whatever happens to its checkpoints. No step is sent to it a second time.
 
-    `sent_step` is the last step in a metrics.jsonl that has not been cut yet. It is kept beside the run: the next
-    resume finds a metrics.jsonl that was cut, and may come before training has reached that step again.
+    `wandb/run.json` in the run folder remembers its id and the last step it was sent. `last_step` is the last step in a
+    metrics.jsonl that has not been cut yet: the next resume finds one that was cut, and may come before training has
+    reached that step again.
     """
 
     def __init__(
-        self,
-        *,
-        folder: Path,
-        name: str,
-        project: str,
-        mode: Mode,
-        config: Mapping[str, Any],
-        run_id: str | None,
-        sent_step: int,
+        self, *, folder: Path, name: str, project: str, mode: Mode, config: Mapping[str, Any], last_step: int
     ) -> None:
-        self.run_id = run_id or secrets.token_hex(4)
         self._sent_step = 0
         self._run: Any = None
         if mode == "disabled":
@@ -51,11 +45,10 @@ class WandbRun:
         try:
             import wandb
 
-            if run_id:
-                self._sent_step = _raise_mark(folder / "wandb" / f"sent-{run_id}", sent_step)
+            run_id, self._sent_step = _remembered(folder / "wandb" / "run.json", last_step)
             self._run = wandb.init(
                 dir=folder,
-                id=self.run_id,
+                id=run_id,
                 resume="allow",
                 name=name,
                 project=project,
@@ -95,22 +88,22 @@ class WandbRun:
         except Exception as error:
             self._give_up(error)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The id."""
-        return {"run_id": self.run_id}
-
     def _give_up(self, error: Exception) -> None:
         self._run = None
         log.warning("wandb failed (%s): training goes on without it", type(error).__name__)
 
 
-def _raise_mark(file: Path, step: int) -> int:
-    """The highest step ever given for this file, which remembers it."""
-    known = file.read_text() if file.exists() else ""
-    step = max(step, int(known) if known.isdecimal() else 0)
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(str(step))
-    return step
+def _remembered(file: Path, last_step: int) -> tuple[str, int]:
+    """The id of the run and the last step it was sent; a new id where none is known."""
+    known: dict[str, Any] = {}
+    if file.exists():
+        known = json.loads(file.read_bytes())
+        known["sent_step"] = max(known["sent_step"], last_step)
+    else:
+        known = {"id": secrets.token_hex(4), "sent_step": 0}
+        file.parent.mkdir(exist_ok=True)
+    write_atomically(file, json.dumps(known).encode())
+    return known["id"], known["sent_step"]
 
 
 def _key_in_netrc(environ: Mapping[str, str]) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from dist_train.checkpoint import commit as module
-from dist_train.checkpoint.commit import MANIFEST, Damaged, commit, read_verified, remove, sweep, write_atomically
+from dist_train.checkpoint.commit import MANIFEST, Damaged, commit, read_verified, remove, sweep
+from dist_train.runtime.files import write_atomically
 from tests.ranks import _server
 from tests.resume.jobs import Operations, Trap
 
@@ -22,10 +23,10 @@ NEW = {"a.json": b"new", "b.bin": b"other bytes", "c.bin": b""}
 
 
 def test_what_is_committed_reads_back(tmp_path: Path) -> None:
-    commit(tmp_path / "x" / "one", NEW)
-    assert read_verified(tmp_path / "x" / "one") == NEW
-    assert [p.name for p in (tmp_path / "x").iterdir()] == ["one"]
-    manifest = json.loads((tmp_path / "x" / "one" / MANIFEST).read_bytes())["parts"]
+    commit(tmp_path / "one", NEW)
+    assert read_verified(tmp_path / "one") == NEW
+    assert [p.name for p in tmp_path.iterdir()] == ["one"]
+    manifest = json.loads((tmp_path / "one" / MANIFEST).read_bytes())["parts"]
     assert manifest["a.json"]["bytes"] == 3
     assert len(manifest["a.json"]["sha256"]) == 64
 

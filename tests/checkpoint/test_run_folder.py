@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from dist_train.checkpoint.run_folder import RunFolder, RunLock, this_process
+from dist_train.checkpoint.lock import RunLock, this_process
+from dist_train.checkpoint.run_folder import RunFolder
 from dist_train.errors import UserError
 from tests.ranks import _server
 
 
 def _hold(file: Path, pipe: Connection) -> None:
-    with RunLock(file, this_process("4711")):
+    with RunLock(file, this_process({"SLURM_JOB_ID": "4711"})):
         pipe.send(os.getpid())
         pipe.recv()
 
@@ -33,9 +34,9 @@ def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path:
         process = ours.recv()
         who = f"host {socket.gethostname()}, process {process}, job 4711"
         with pytest.raises(UserError, match=f"another job is using this run folder: {who}"):
-            RunLock(file, this_process(None), patience_seconds=0).__enter__()
+            RunLock(file, this_process({}), patience_seconds=0).__enter__()
         os.kill(process, signal.SIGKILL)
-        with RunLock(file, this_process(None), patience_seconds=30):
+        with RunLock(file, this_process({}), patience_seconds=30):
             assert f'"process": {os.getpid()}' in file.read_text()
     finally:
         holder.kill()

@@ -13,8 +13,11 @@ import random
 import resource
 import signal
 import stat
+import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -60,7 +63,7 @@ class Trap:
     file operation of `kind` (any kind: an empty text); at an fsync, `tear` first cuts the file to half. `record`:
     nobody dies; the names of the file operations of each save go to this file. `signal`: nobody dies either; before
     `step`, rank `rank` gets this signal, `times` times. `largest_file`: nobody dies; to rank 0 the disk is full as soon
-    as a file has this many bytes.
+    as a file has this many bytes. `commands`: nobody dies; before a step, rank 0 runs a shell command.
     """
 
     step: int | None = None
@@ -73,6 +76,7 @@ class Trap:
     rank: int = 0
     times: int = 1
     largest_file: int | None = None
+    commands: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,16 +110,19 @@ def tiny_job(table: Path, run_dir: Path, *more: str) -> list[str]:
     return [f"data.path={table}", f"run.dir={run_dir.parent}", f"run.name={run_dir.name}", *TINY_JOB, *more]
 
 
-def run_job(arguments: list[str], ranks: int = 1, trap: Trap | None = None) -> Ended:
+def run_job(
+    arguments: list[str], ranks: int = 1, trap: Trap | None = None, environ: Mapping[str, str] | None = None
+) -> Ended:
     """Run a job to its end or to its trap."""
-    work = Path(arguments[1].removeprefix("run.dir=")) / ".job"
-    work.mkdir(parents=True, exist_ok=True)
-    store = work / "store"
-    store.unlink(missing_ok=True)
-    logs = [work / f"rank{rank}.log" for rank in range(ranks)]
+    with tempfile.TemporaryDirectory() as work:  # not on the disk of the run, which may be full or gone
+        return _run_job(arguments, ranks, trap, environ or {}, Path(work))
+
+
+def _run_job(arguments: list[str], ranks: int, trap: Trap | None, environ: Mapping[str, str], work: Path) -> Ended:
+    store, logs = str(work / "store"), [work / f"rank{rank}.log" for rank in range(ranks)]
     processes = [
-        _server().Process(target=_rank, args=(arguments, rank, ranks, str(store), str(logs[rank]), trap))
-        for rank in range(ranks)
+        _server().Process(target=_rank, args=(arguments, rank, ranks, store, str(log), trap, environ))
+        for rank, log in enumerate(logs)
     ]
     for process in processes:
         process.start()
@@ -160,13 +167,15 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _rank(arguments: list[str], rank: int, size: int, store: str, log: str, trap: Trap | None) -> None:
+def _rank(
+    arguments: list[str], rank: int, size: int, store: str, log: str, trap: Trap | None, environ: Mapping[str, str]
+) -> None:
     become(rank, log)
     rendezvous = f"file://{store}" if size > 1 else ""
     world = World(rank=rank, size=size, local_rank=rank, local_size=size, rendezvous=rendezvous)
     if trap and rank == trap.rank:
         lay(trap)
-    run_command(lambda: train(load_config(arguments), world, {}))
+    run_command(lambda: train(load_config(arguments), world, environ))
 
 
 def become(rank: int, log: str) -> None:
@@ -188,7 +197,7 @@ def lay(trap: Trap) -> None:
     if trap.largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (trap.largest_file, trap.largest_file))
         return
-    if trap.step is not None:
+    if trap.step is not None or trap.commands:
         take_step = EagerStep.__call__
 
         def step(self: EagerStep, batches: Any, number: int, *, wants_stop: bool) -> Any:
@@ -197,6 +206,8 @@ def lay(trap: Trap) -> None:
                     signal.raise_signal(trap.signal)
             elif number == trap.step:
                 die()
+            if number in trap.commands:
+                subprocess.run(trap.commands[number], shell=True, check=False, capture_output=True)
             return take_step(self, batches, number, wants_stop=wants_stop)
 
         EagerStep.__call__ = step  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ import torch
 
 from dist_train.checkpoint import checkpoints as checkpoints_module
 from dist_train.checkpoint.commit import MANIFEST, commit, read_verified
-from dist_train.checkpoint.run_folder import RunLock, this_process
+from dist_train.checkpoint.lock import RunLock, this_process
 from dist_train.checkpoint.state import read_parts, weights_sha256
 from dist_train.session import scored_weights
 from dist_train.tracking.journal import Journal
@@ -365,7 +365,7 @@ def test_a_damaged_best_checkpoint_is_found_at_the_start_and_not_at_the_end(
 
 def test_another_job_in_the_folder_is_refused(part: Path, go_on: Callable[..., Any]) -> None:
     before = _files(part)
-    with RunLock(part / "lock", this_process("99")):
+    with RunLock(part / "lock", this_process({"SLURM_JOB_ID": "99"})):
         done = go_on()
     assert done.code == 2
     assert (
