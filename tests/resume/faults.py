@@ -20,7 +20,8 @@ from dist_train.runtime.world import World
 from tests.ranks import _server
 from tests.resume.jobs import become
 
-Kind = Literal["raise", "sleep", "kill", "stop", "skip"]
+Kind = Literal["raise", "sleep", "kill", "stop", "skip", "ask"]
+"""`stop` is SIGSTOP; `skip`: a collective is not taken part in; `ask`: nothing is wrong, the rank gets SIGUSR1."""
 LONGEST_SECONDS = 60.0
 
 
@@ -117,6 +118,8 @@ def _go_wrong(fault: Fault) -> None:
         time.sleep(LONGEST_SECONDS)
     elif fault.kind == "skip":
         _skip_one()
+    elif fault.kind == "ask":
+        signal.raise_signal(signal.SIGUSR1)
     else:
         os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
 

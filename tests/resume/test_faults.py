@@ -1,0 +1,100 @@
+"""One rank goes wrong: all ranks end with a failure soon, and one report says which rank, where and why."""
+
+from __future__ import annotations
+
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from tests.resume.conftest import Whole
+from tests.resume.faults import Aftermath, Fault, Kind, run_with_fault
+from tests.resume.jobs import finish, folder_of, tiny_job
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="ranks look at each other by way of /proc"),
+    pytest.mark.timeout(300),
+]
+
+TIMEOUT_SECONDS = 4
+# Phase -> the collective in it at which a rank goes wrong: neither the first one nor that of the first step.
+PHASES = {"training": 40, "evaluation": 3, "encoder fitting": 5, "checkpointing": 2}
+KINDS = ("raise", "sleep", "kill", "stop", "skip")
+VERDICTS: dict[str, str] = {
+    "raise": "failed: ZeroDivisionError: injected",
+    "sleep": "has not come to the collective in which the others wait",
+    "kill": "is gone",
+    "stop": "is stopped (SIGSTOP)",
+    "skip": "it has skipped a collective",
+}
+
+
+def injected(kind: Kind, phase: str, ranks: int, table: Path, folder: Path) -> tuple[list[str], Aftermath]:
+    arguments = tiny_job(table, folder / kind / "run", f"runtime.timeout_seconds={TIMEOUT_SECONDS}")
+    return arguments, run_with_fault(arguments, ranks, Fault(kind, ranks - 1, phase, PHASES[phase]))
+
+
+def check(kind: str, phase: str, ranks: int, arguments: list[str], after: Aftermath) -> None:
+    said = f"{kind} in {phase} on {ranks} ranks: {after}"
+    assert all(code != 0 for code in after.codes), said
+    assert after.seconds_after_fault < TIMEOUT_SECONDS + 10, said
+    report = (folder_of(arguments) / "fault.txt").read_text()
+    verdict = report.splitlines()[1]
+    # A rank that skipped a checkpoint's collective is found in what comes next.
+    where = f"in {phase}" if kind != "skip" else "in "
+    assert verdict.startswith(f"rank {ranks - 1} (host "), said + report
+    assert where in verdict, said + report
+    assert VERDICTS[kind] in verdict, said + report
+    assert phase == "encoder fitting" or re.search(r", step \d+: ", verdict), said + report
+    for rank in range(ranks):
+        assert f"--- rank {rank} (host " in report, said + report
+    stacks = len(re.findall("most recent call first", report))
+    assert stacks >= ranks - (kind == "kill"), said + report
+    errors = [line for text in after.errors for line in text.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: {verdict}"], said
+    assert sum(text.count("ZeroDivisionError: injected") for text in after.errors) == (2 if kind == "raise" else 0)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_report_names_the_rank_to_blame(phase: str, ranks: int, table: Path, tmp_path: Path) -> None:
+    assert set(KINDS) | {"ask"} == set(get_args(Kind))
+    with ThreadPoolExecutor(3) as pool:  # they mostly wait
+        ended = pool.map(lambda kind: injected(kind, phase, ranks, table, tmp_path), KINDS)  # type: ignore[arg-type]
+        for kind, (arguments, after) in zip(KINDS, ended, strict=True):
+            check(kind, phase, ranks, arguments, after)
+
+
+@pytest.mark.parametrize(("kind", "phase"), [("kill", "training"), ("skip", "checkpointing"), ("raise", "evaluation")])
+def test_after_a_fault_the_same_command_continues(
+    kind: Kind, phase: str, table: Path, tmp_path: Path, uninterrupted: Whole
+) -> None:
+    arguments, after = injected(kind, phase, 2, table, tmp_path)
+    assert all(code != 0 for code in after.codes), after
+    assert finish(arguments, 2) == uninterrupted(2)[0]
+
+
+def test_alone_a_failure_is_a_traceback(table: Path, tmp_path: Path) -> None:
+    arguments, after = injected("raise", "training", 1, table, tmp_path)
+    assert after.codes == [1]
+    assert after.errors[0].count("Traceback") == 1
+    assert not (folder_of(arguments) / "fault.txt").exists()
+
+
+@pytest.mark.parametrize("phase", ["encoder fitting", "evaluation", "checkpointing", "shipping the model"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_request_to_stop_is_heard_everywhere(
+    phase: str, ranks: int, table: Path, tmp_path: Path, uninterrupted: Whole
+) -> None:
+    arguments = tiny_job(table, tmp_path / "run")
+    after = run_with_fault(arguments, ranks, Fault("ask", ranks - 1, phase, 1 if phase == "shipping the model" else 2))
+    assert after.codes == [0] * ranks, after
+    run_dir = folder_of(arguments)
+    assert '"cause": "SIGUSR1"' in (run_dir / "requeue").read_text()
+    assert not (run_dir / "summary.json").exists()
+    if phase == "encoder fitting":
+        assert [path.name for path in run_dir.iterdir()] == ["requeue"]
+    assert finish(arguments, ranks) == uninterrupted(ranks)[0]
