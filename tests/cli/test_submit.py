@@ -23,7 +23,6 @@ TRAINING = f"""\
 #SBATCH --gpus-per-node=8
 #SBATCH --time=4:00:00
 #SBATCH --reservation=friday
-#SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
@@ -40,7 +39,6 @@ SEEDS = f"""\
 #!/usr/bin/env bash
 #SBATCH --job-name=credit_risk
 #SBATCH --array=0-3
-#SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%A_%a.out
