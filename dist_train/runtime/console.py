@@ -13,7 +13,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from dist_train.errors import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingFault, UserError
-from dist_train.runtime.world import missing_from_torchrun
+from dist_train.runtime.torchrun import missing_from_torchrun
 
 log = logging.getLogger("dist_train")
 

@@ -21,8 +21,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dist_train.errors import TrainingFault, UserError
+from dist_train.runtime.torchrun import TORCHRUN_VARIABLES, missing_from_torchrun
 
-TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 
 TIMEOUT_GRACE_SECONDS = 10.0
@@ -61,13 +61,6 @@ def world_from_environment(environ: Mapping[str, str], *, device: str = "auto", 
 def device_here(trained_on: str) -> str:
     """`runtime.device` for work on a run that is there: this machine need not be its own, so only `cpu` is kept."""
     return "cpu" if trained_on == "cpu" else "auto"
-
-
-def missing_from_torchrun(environ: Mapping[str, str]) -> list[str]:
-    """Variables of torchrun that are missing where others of them are set; empty when all or none are there."""
-    missing = [name for name in TORCHRUN_VARIABLES if name not in environ]
-    by_srun = "RANK" not in environ and "SLURM_STEP_NUM_TASKS" in environ  # job scripts often export MASTER_ADDR
-    return [] if by_srun or len(missing) == len(TORCHRUN_VARIABLES) else missing
 
 
 @contextmanager

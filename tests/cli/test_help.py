@@ -11,7 +11,7 @@ import pytest
 from tests import commands
 from tests.cli.in_process import command, contents
 
-SCRIPTS = ["train", "evaluate", "predict"]
+SCRIPTS = ["train", "evaluate", "predict", "submit"]
 
 
 def examples(script: str) -> list[list[str]]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dist_train.errors import UserError
-from dist_train.runtime.world import TORCHRUN_VARIABLES, World, world_from_environment
+from dist_train.runtime.torchrun import TORCHRUN_VARIABLES
+from dist_train.runtime.world import World, world_from_environment
 
 TORCHRUN = {
     "RANK": "5",
