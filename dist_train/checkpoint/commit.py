@@ -87,6 +87,14 @@ def read_verified(folder: Path) -> dict[str, bytes]:
     return parts
 
 
+def _is_whole(folder: Path) -> bool:
+    try:
+        read_verified(folder)
+    except Damaged:
+        return False
+    return True
+
+
 def remove(folder: Path) -> None:
     """Let go of a committed folder: a process killed in the middle does not leave half of it under its name."""
     aside = _cleared(folder.with_name(_REMOVED + folder.name))
@@ -108,7 +116,7 @@ def sweep(parent: Path) -> None:
     (parent / f"{ASIDE}probe").touch()
     for former in parent.glob(f"{_FORMER}*"):
         folder = parent / former.name.removeprefix(_FORMER).partition(_ANOTHER)[0]
-        if not folder.exists():
+        if not folder.exists() and _is_whole(former):
             former.replace(folder)
     for aside in parent.glob(f"{ASIDE}*"):
         if aside.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -21,6 +21,7 @@ class Screen:
         self._num_epochs = num_epochs
         self._bar: Progress | None = None
         if console.is_terminal:
+            console.file = cast(IO[str], _Forgiving(console.file))
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
                 BarColumn(bar_width=None),
@@ -35,21 +36,16 @@ class Screen:
             self._bar.start()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Show a line of metrics; a terminal that has gone is no reason to stop training."""
-        try:
-            if record["split"] == "train":
-                self._show_training(record)
-            else:
-                self._show(self._evaluation_line(record))
-        except OSError as error:
-            self._bar = None
-            log.warning("the terminal cannot be written (%s): no more progress bar", error.strerror)
+        """Show a line of metrics."""
+        if record["split"] == "train":
+            self._show_training(record)
+        else:
+            self._show(self._evaluation_line(record))
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         if self._bar is not None:
-            with suppress(OSError):
-                self._bar.stop()
+            self._bar.stop()
 
     def _show_training(self, record: Mapping[str, Any]) -> None:
         rate = record["samples_per_second"]
@@ -74,6 +70,25 @@ class Screen:
             log.info("%s", line)
         else:
             self._console.print(line, soft_wrap=True)
+
+
+class _Forgiving:
+    """A stream whose terminal may go, as when a connection is lost: that is no reason to stop training."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _clock(seconds: float) -> str:

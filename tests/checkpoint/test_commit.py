@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import pytest
 
 from dist_train.checkpoint import commit as module
 from dist_train.checkpoint.commit import MANIFEST, Damaged, commit, read_verified, remove, sweep
+from dist_train.errors import TrainingFault
 from dist_train.runtime.files import write_atomically
 from tests.ranks import _server
 from tests.resume.jobs import Operations, Trap
@@ -140,6 +144,90 @@ def test_a_removed_folder_is_never_half_there(tmp_path: Path, monkeypatch: pytes
     monkeypatch.undo()
     sweep(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_may_not_write_any_more_changes_nothing(tmp_path: Path) -> None:
+    commit(tmp_path / "one", OLD)
+
+    def taken_over() -> None:
+        assert read_verified(tmp_path / ".partial-one") == NEW, "asked at the last moment"
+        raise TrainingFault("another job has it")
+
+    with pytest.raises(TrainingFault, match="another job"):
+        commit(tmp_path / "one", NEW, taken_over)
+    assert read_verified(tmp_path / "one") == OLD
+    assert [p.name for p in tmp_path.iterdir()] == ["one"]
+
+
+def test_the_parent_folder_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "gone" / "one")):
+        commit(tmp_path / "gone" / "one", NEW)
+
+    def gone() -> None:
+        raise TrainingFault("the folder is gone")
+
+    with pytest.raises(TrainingFault, match="is gone"):
+        commit(tmp_path / "gone" / "one", NEW, gone)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def open_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS does it: a file that somebody has open stays in its folder under a name of its own."""
+    rmtree = shutil.rmtree
+
+    def leaves_one(path: Path, *, ignore_errors: bool) -> None:
+        there = path.is_dir() and any(path.iterdir())
+        rmtree(path, ignore_errors=ignore_errors)
+        if there:
+            path.mkdir()
+            (path / ".nfs0001").touch()
+
+    monkeypatch.setattr(shutil, "rmtree", leaves_one)
+
+
+@pytest.mark.usefixtures("open_elsewhere")
+def test_files_that_nfs_keeps_are_in_nobodys_way(tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    for name in (".partial-one", ".partial-former-one", ".partial-removed-one"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.json").touch()
+    for parts in (OLD, NEW, OLD):
+        commit(one, parts)
+        assert read_verified(one) == parts
+        sweep(tmp_path)
+        assert read_verified(one) == parts
+    remove(one)
+    sweep(tmp_path)
+    assert not one.exists()
+    assert all(p.name.startswith(".partial-") for p in tmp_path.iterdir())
+
+
+def test_a_former_folder_under_another_name_is_put_back(tmp_path: Path) -> None:
+    commit(tmp_path / ".partial-former-one~1", OLD)
+    sweep(tmp_path)
+    assert read_verified(tmp_path / "one") == OLD
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.EIO, errno.ENOSPC])
+def test_a_file_system_that_cannot_sync_folders_is_good_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fsync = os.fsync
+
+    def only_files(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    if number in (errno.EIO, errno.ENOSPC):
+        with pytest.raises(OSError, match=f"{os.strerror(number)}: '{tmp_path / 'one'}'"):
+            commit(tmp_path / "one", NEW)
+    else:
+        commit(tmp_path / "one", NEW)
+        write_atomically(tmp_path / "two", b"two")
+        assert read_verified(tmp_path / "one") == NEW
 
 
 def _flip(path: Path, at: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,124 @@ def test_a_line_that_is_none_does_not_hide_the_last_step(tmp_path: Path, line: b
     journal = Journal(file)
     assert journal.last_step == 7
     journal.close()
+
+
+class _Disk:
+    """Stands for the calls that a disk can refuse; `room` is what it takes before it is full."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room: int | None = None
+        self.syncs = True
+        pwrite, fsync = os.pwrite, os.fsync
+
+        def write(handle: int, data: bytes, offset: int) -> int:
+            if self.room == 0:
+                raise OSError(28, "No space left on device")
+            written = pwrite(handle, data[: self.room], offset)
+            if self.room is not None:
+                self.room -= written
+            return written
+
+        def sync(handle: int) -> None:
+            if not self.syncs:
+                raise OSError(5, "Input/output error")
+            fsync(handle)
+
+        monkeypatch.setattr(os, "pwrite", write)
+        monkeypatch.setattr(os, "fsync", sync)
+
+
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("room", [0, 1, 7, 30])
+def test_lines_wait_for_room_in_order_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, room: int
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dist_train"), "propagate", True)
+    file, disk = tmp_path / "metrics.jsonl", _Disk(monkeypatch)
+    journal = _journal(file, 1, 2)
+    journal.state_dict()
+    journal.log({"step": 3})
+    disk.room = room
+    for step in (4, 5, 6):
+        journal.log({"step": step})
+    for _ in range(2):
+        with pytest.raises(OSError, match=f"No space left on device: '{file}'"):
+            journal.state_dict()
+    disk.room = None
+    journal.log({"step": 7})
+    assert _lines(file) == [1, 2, 3, 4, 5, 6, 7]
+    disk.room = 0
+    journal.log({"step": 8})
+    disk.room = None
+    assert journal.state_dict() == {"bytes": file.stat().st_size}
+    assert _lines(file) == [1, 2, 3, 4, 5, 6, 7, 8]
+    journal.close()
+    assert _warnings(caplog) == [f"{file} cannot be written (No space left on device): lines are kept until it can"]
+
+
+def test_what_a_failed_sync_may_have_lost_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a failed fsync nobody knows what is on disk, and the next fsync does not say."""
+    file, disk = tmp_path / "metrics.jsonl", _Disk(monkeypatch)
+    journal = _journal(file, 1)
+    on_disk = journal.state_dict()["bytes"]
+    journal.log({"step": 2})
+    journal.log({"step": 3})
+    disk.syncs = False
+    with pytest.raises(OSError, match=f"Input/output error: '{file}'"):
+        journal.state_dict()
+    with file.open("r+b") as lost:
+        lost.seek(on_disk)
+        lost.write(bytes(file.stat().st_size - on_disk))
+    disk.syncs = True
+    journal.state_dict()
+    journal.close()
+    assert _lines(file) == [1, 2, 3]
+
+
+def test_a_close_that_loses_lines_is_an_error_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = _Disk(monkeypatch)
+    journal = _journal(tmp_path / "metrics.jsonl", 1)
+    disk.room = 0
+    journal.log({"step": 2})
+    with pytest.raises(OSError, match="No space left"):
+        journal.close()
+    journal.close()
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced", "cut"])
+def test_a_file_that_is_not_the_one_that_was_written_has_no_state(tmp_path: Path, change: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    journal = _journal(file, 1, 2)
+    journal.state_dict()
+    if change == "cut":
+        os.truncate(file, 5)
+    else:
+        file.rename(tmp_path / "moved")
+    if change == "replaced":
+        shutil.copy(tmp_path / "moved", file)
+    left = file.read_bytes() if file.exists() else None
+    journal.log({"step": 3})
+    with pytest.raises(OSError, match=str(file)):
+        journal.state_dict()
+    with pytest.raises(OSError, match=str(file)):
+        journal.close()
+    assert (file.read_bytes() if file.exists() else None) == left, "nothing appears in somebody else's file"
+
+
+def test_a_former_attempt_cannot_write_into_the_file_of_the_next_one(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    former = _journal(file, 1)
+    state = former.state_dict()
+    former.log({"step": 2})
+    following = Journal(file)
+    following.load_state_dict(state)
+    following.log({"step": 2})
+    former.log({"step": 3})
+    with pytest.raises(OSError, match="replaced by another one"):
+        former.state_dict()
+    following.log({"step": 3})
+    following.close()
+    assert _lines(file) == [1, 2, 3]

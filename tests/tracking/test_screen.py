@@ -70,3 +70,25 @@ def test_the_time_left(
     screen = _screen(StringIO(), terminal=False)
     screen.log(_train(40, rate))
     assert caplog.records[0].getMessage().endswith(left)
+
+
+class _Terminal(StringIO):
+    connected = True
+
+    def write(self, text: str) -> int:
+        if not self.connected:
+            raise OSError(5, "Input/output error")
+        return super().write(text)
+
+    def flush(self) -> None:
+        self.write("")
+
+
+def test_a_terminal_that_has_gone_is_no_reason_to_stop() -> None:
+    out = _Terminal()
+    screen = _screen(out, terminal=True)
+    screen.log(_train(40))
+    out.connected = False
+    screen.log(_train(50))
+    screen.log(_valid())
+    screen.close()

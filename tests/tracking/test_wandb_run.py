@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -59,10 +60,8 @@ def _fake(monkeypatch: pytest.MonkeyPatch, fail: str = "") -> FakeWandb:
     return fake
 
 
-def _run(folder: Path, *, run_id: str | None = None, sent_step: int = 0, mode: Mode = "offline") -> WandbRun:
-    return WandbRun(
-        folder=folder, name="n", project="p", mode=mode, config={"a": 1}, run_id=run_id, sent_step=sent_step
-    )
+def _run(folder: Path, *, last_step: int = 0, mode: Mode = "offline") -> WandbRun:
+    return WandbRun(folder=folder, name="n", project="p", mode=mode, config={"a": 1}, last_step=last_step)
 
 
 def _record(step: int, split: str = "train") -> dict[str, Any]:
@@ -79,12 +78,12 @@ def test_a_run_is_opened_logged_and_finished(tmp_path: Path, monkeypatch: pytest
     assert fake.sent == [(1, {"train/loss": 0.5}), (1, {"valid/loss": 0.5})]
     assert fake.finished == [0]
     (opened,) = fake.inits
-    assert (opened["id"], opened["resume"], opened["mode"], opened["dir"]) == (run.run_id, "allow", "offline", tmp_path)
+    assert (opened["resume"], opened["mode"], opened["dir"]) == ("allow", "offline", tmp_path)
     assert opened["config"] == {"a": 1}
     settings = vars(opened["settings"])
     assert settings["console"] == "off"
     assert settings["x_disable_meta"]
-    assert run.state_dict() == {"run_id": run.run_id}
+    assert json.loads((tmp_path / "wandb" / "run.json").read_text()) == {"id": opened["id"], "sent_step": 0}
 
 
 def test_a_failed_run_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,21 +98,22 @@ def test_a_resumed_run_keeps_its_id_and_sends_no_step_twice(tmp_path: Path, monk
     for step in (10, 20, 30):
         first.log(_record(step))
     # Killed. The checkpoint is of step 10; metrics.jsonl went to step 30 before it was cut.
-    second = _run(tmp_path, run_id=first.run_id, sent_step=30)
+    second = _run(tmp_path, last_step=30)
     second.log(_record(20))
     # Killed again, before step 30; metrics.jsonl has lost what the tracker was sent.
-    third = _run(tmp_path, run_id=first.run_id, sent_step=20)
+    third = _run(tmp_path, last_step=20)
     for step in (20, 30, 40, 50):
         third.log(_record(step))
-    assert {opened["id"] for opened in fake.inits} == {first.run_id}
+    assert len({opened["id"] for opened in fake.inits}) == 1
     assert [step for step, _ in fake.sent] == [10, 20, 30, 40, 50]
 
 
 def test_a_new_run_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = _fake(monkeypatch)
-    first, second = _run(tmp_path), _run(tmp_path, sent_step=30)
-    second.log(_record(10))
-    assert first.run_id != second.run_id
+    _run(tmp_path)
+    (tmp_path / "new").mkdir()
+    _run(tmp_path / "new", last_step=30).log(_record(10))  # lines that no wandb run has been sent
+    assert len({opened["id"] for opened in fake.inits}) == 2
     assert [step for step, _ in fake.sent] == [10]
 
 
@@ -143,10 +143,9 @@ def test_disabled_does_not_even_import_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    run = _run(tmp_path, mode="disabled", run_id="kept", sent_step=9)
+    run = _run(tmp_path, mode="disabled", last_step=9)
     run.log(_record(1))
     run.close()
-    assert run.run_id == "kept"
     assert _warnings(heard) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -192,6 +191,7 @@ def test_only_rank_0_and_one_run_over_a_kill(tmp_path: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(tmp_path / "fake")
     table = write_table(tmp_path / "t.csv")
     arguments = tiny_job(table, tmp_path / "run", "train.max_steps=21", "wandb.mode=offline")
+    assert run_job(arguments, 2, Trap(step=4)).killed  # a line of step 3, no checkpoint
     assert run_job(arguments, 2, Trap(step=9)).killed  # lines up to step 9, checkpoint of step 7
     assert run_job(arguments, 2, Trap(step=8)).killed  # before a line is due
     finish(arguments, 2)
