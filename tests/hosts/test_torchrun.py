@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import Popen
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests.hosts.network import Hosts
 from tests.hosts.requirements import FOR_HOSTS, require
 from tests.pace import AS_IT_COMES, Pace
 from tests.resume.jobs import finish, outcome, tiny_job, write_table
-from tests.resume.processes import wait_until
+from tests.resume.processes import SECONDS, wait_until
 
 FIRST, SECOND = "first", "second"
 TIMEOUT_SECONDS = 6.0
@@ -38,6 +39,12 @@ def hosts() -> Iterator[Hosts]:
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_table(tmp_path_factory.mktemp("table") / "clients.csv")
+
+
+@pytest.fixture(scope="module")
+def whole(table: Path) -> dict[str, Any]:
+    """The outcome on two ranks of one host."""
+    return finish(tiny_job(table, table.parent / "whole", *SETTINGS), 2)
 
 
 class Job:
@@ -68,8 +75,15 @@ class Job:
 
     def wait(self) -> dict[str, int]:
         """Exit codes of the launchers, once nothing of the job is left on any host."""
-        wait_until(lambda: not any(map(self.hosts.processes, self._agents)), f"the hosts to be empty: {self.logs()}")
+        self.wait_until_gone(self.hosts.processes, SECONDS)
         return {host: agent.wait() for host, agent in self._agents.items()}
+
+    def wait_until_gone(self, processes: Callable[[str], list[int]], seconds: float) -> None:
+        """Wait until a host has none of these processes any more, and no other host has."""
+        deadline = time.monotonic() + seconds
+        while any(map(processes, self._agents)):
+            assert time.monotonic() < deadline, f"still there after {seconds} s: {self.logs()}"
+            time.sleep(0.2)
 
     def logs(self) -> str:
         """What was printed, host by host."""
@@ -87,35 +101,34 @@ def wait_for_step(run_dir: Path, step: int) -> None:
     wait_until(reached, f"step {step} in {metrics}")
 
 
-def test_two_hosts_train_to_the_bits_of_one(hosts: Hosts, table: Path, tmp_path: Path) -> None:
+def test_two_hosts_train_to_the_bits_of_one(hosts: Hosts, table: Path, tmp_path: Path, whole: dict[str, Any]) -> None:
     job = Job(hosts, tiny_job(table, tmp_path / "two", *SETTINGS), tmp_path, "bits", AS_IT_COMES)
-    one = finish(tiny_job(table, tmp_path / "one", *SETTINGS), 2)
     assert job.wait() == {FIRST: 0, SECOND: 0}, job.logs()
-    assert outcome(tmp_path / "two") == one
+    assert outcome(tmp_path / "two") == whole
 
 
 def test_a_cut_cable_ends_all_ranks_with_a_report_and_the_run_goes_on_elsewhere(
-    hosts: Hosts, table: Path, tmp_path: Path
+    hosts: Hosts, table: Path, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
     arguments = tiny_job(table, tmp_path / "run", *SETTINGS)
     job = Job(hosts, arguments, tmp_path, "cut", IN_THE_MIDDLE)
     wait_for_step(tmp_path / "run", 12)
     hosts.cut(SECOND)
     try:
-        deadline = time.monotonic() + TIMEOUT_SECONDS + SLACK_SECONDS
-        while any(map(job.ranks, hosts.addresses)):
-            assert time.monotonic() < deadline, job.logs()
-            time.sleep(0.1)
+        job.wait_until_gone(job.ranks, TIMEOUT_SECONDS + SLACK_SECONDS)
     finally:
         hosts.mend(SECOND)
     # torchrun itself, cut off, asks its store for a minute or for ever (torch 2.13); a cable or Slurm brings its end.
     assert all(job.wait().values()), job.logs()
     fault = (tmp_path / "run" / "fault.txt").read_text()
     assert SECOND in fault, fault
-    assert finish(arguments, 2) == finish(tiny_job(table, tmp_path / "whole", *SETTINGS), 2)
+    assert finish(arguments, 2) == whole
 
 
-def test_without_its_launcher_a_rank_ends_and_so_do_the_others(hosts: Hosts, table: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_without_its_launcher_a_rank_ends_and_so_do_the_others(
+    hosts: Hosts, table: Path, tmp_path: Path, whole: dict[str, Any]
+) -> None:
     arguments = tiny_job(table, tmp_path / "run", *SETTINGS)
     job = Job(hosts, arguments, tmp_path, "orphan", IN_THE_MIDDLE)
     wait_for_step(tmp_path / "run", 12)
@@ -123,4 +136,4 @@ def test_without_its_launcher_a_rank_ends_and_so_do_the_others(hosts: Hosts, tab
     codes = job.wait()
     assert all(codes.values()), job.logs()
     assert "saved" in job.logs()
-    assert finish(arguments, 2) == finish(tiny_job(table, tmp_path / "whole", *SETTINGS), 2)
+    assert finish(arguments, 2) == whole

@@ -28,6 +28,9 @@ NODE_LOST_SECONDS = 10
 SECONDS = 150.0
 """Longest wait for anything: several jobs share this machine's cores."""
 
+POLL_SECONDS = 0.7
+"""Between two looks at a job: many are waited for at once, and each look starts a program."""
+
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY")
 
 Job = dict[str, str]
@@ -126,7 +129,7 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while not condition(known := self.job(job)):
             assert time.monotonic() < deadline, f"waited {seconds} s for job {job} {what}: {known}{self.logs(job)}"
-            time.sleep(0.2)
+            time.sleep(POLL_SECONDS)
         return known
 
     def wait_for_end(self, job: str, seconds: float = SECONDS) -> Job:

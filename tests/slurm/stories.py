@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ class Stage:
     table: Path
     run_dir: Path
     whole: dict[str, Any]
+
+    def named(self, name: str) -> Stage:
+        """The same with a run folder of this name, for a story of several jobs."""
+        return replace(self, run_dir=self.run_dir / name)
 
 
 Story = Callable[[Stage], None]

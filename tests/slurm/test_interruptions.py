@@ -30,7 +30,7 @@ def test_a_warning_of_the_time_limit(stage: Stage) -> None:
 @side_by_side
 def test_preemption(stage: Stage) -> None:
     """A job of a higher partition takes the nodes: Slurm sends TERM."""
-    job = submit(stage, sbatch=["--nodes=2"], pace=SLOW)
+    job = submit(stage, pace=SLOW)
     job.wait_for_step()
     with stage.cluster.preempting():
         preempt(job)
