@@ -16,7 +16,7 @@ State = Literal["running", "stopped", "gone", "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Testimony:
+class Statement:
     """One rank at the end of a run, as it said itself (`answered`) or as others of its host found it.
 
     `reading` None: nobody could look. `error` is a traceback, `lost_connection`: of a collective that could not be
@@ -52,7 +52,7 @@ class Verdict:
     blamed: dict[int, str]
 
 
-def diagnose(ranks: Sequence[Testimony], *, timed_out: bool) -> Verdict:
+def diagnose(ranks: Sequence[Statement], *, timed_out: bool) -> Verdict:
     """Who is to blame. Causes come before effects: a rank that waits in vain, or loses a connection, is an effect.
 
     `timed_out`: the alarm was raised by a rank that had waited too long; otherwise ranks may be anywhere.
@@ -70,7 +70,7 @@ def diagnose(ranks: Sequence[Testimony], *, timed_out: bool) -> Verdict:
     return Verdict({})
 
 
-def headline(ranks: Sequence[Testimony], verdict: Verdict) -> str:
+def headline(ranks: Sequence[Statement], verdict: Verdict) -> str:
     """The verdict: a line for each thing that was done, with the ranks that did it."""
     known = {r.rank: r for r in ranks}
     alike: dict[str, list[int]] = {}
@@ -83,7 +83,7 @@ def headline(ranks: Sequence[Testimony], verdict: Verdict) -> str:
     return "\n".join(lines) or "no rank can be blamed: all wait in the same collective, the network may be at fault"
 
 
-def report(ranks: Sequence[Testimony], verdict: Verdict, title: str) -> str:
+def report(ranks: Sequence[Statement], verdict: Verdict, title: str) -> str:
     """The whole report as text: the verdict, then every rank with its last collectives and its stacks."""
     parts = [title, headline(ranks, verdict), ""]
     for r in ranks:
@@ -100,7 +100,7 @@ def report(ranks: Sequence[Testimony], verdict: Verdict, title: str) -> str:
     return "\n".join(parts)
 
 
-def _place(r: Testimony) -> str:
+def _place(r: Statement) -> str:
     name = f"rank {r.rank} (host {r.host}, process {r.process})"
     if r.reading is None:
         return name
@@ -108,7 +108,7 @@ def _place(r: Testimony) -> str:
     return f"{name} in {r.reading.phase}{step}"
 
 
-def _seconds(r: Testimony) -> str:
+def _seconds(r: Statement) -> str:
     return f"{r.reading.seconds:.1f} s" if r.reading else "?"
 
 
@@ -117,7 +117,7 @@ def _last_line(error: str | None) -> str:
     return lines[-1] if lines else "?"
 
 
-def _silence(r: Testimony) -> str:
+def _silence(r: Statement) -> str:
     return {
         "running": "does not answer: it hangs where the interpreter cannot run",
         "stopped": "is stopped (SIGSTOP)",
@@ -126,7 +126,7 @@ def _silence(r: Testimony) -> str:
     }[r.state]
 
 
-def _out_of_step(ranks: Sequence[Testimony]) -> dict[int, str]:
+def _out_of_step(ranks: Sequence[Statement]) -> dict[int, str]:
     """Ranks that wait in another collective than the others: those that are ahead have skipped one."""
     where = {r.rank: (r.reading.count, r.reading.collective) for r in ranks if r.reading and r.waits}
     groups = Counter(where.values()).most_common()
@@ -146,7 +146,7 @@ def _out_of_step(ranks: Sequence[Testimony]) -> dict[int, str]:
     }
 
 
-def _further(two: list[Testimony]) -> list[int]:
+def _further(two: list[Statement]) -> list[int]:
     """Of two ranks in different collectives, the one that is further in the program; both when it cannot be told."""
     a, b = (r.reading for r in two if r.reading)
     orders = (
@@ -166,7 +166,7 @@ def _strays(reading: Reading, other: Reading) -> int:
     *before, last = reading.trail
     for length in range(min(len(before), 12), 0, -1):
         context = before[-length:]
-        for trail in (before, list(other.trail)):
+        for trail in (before, list(other.trail[:-1])):
             follows = [trail[i + length] for i in range(len(trail) - length) if trail[i : i + length] == context]
             if follows:
                 return int(last not in follows)

@@ -29,7 +29,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from dist_train.errors import EXIT_FAULT, PeerFailed, Stopped, TrainingFault, UserError
 from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.diagnosis import State, Testimony, Verdict, diagnose, headline, report
+from dist_train.runtime.diagnosis import State, Statement, Verdict, diagnose, headline, report
 from dist_train.runtime.pulse import STACK_SIGNAL, Reading, read
 from dist_train.runtime.stopping import Launcher
 
@@ -164,7 +164,7 @@ class Watch:
         """Say what this rank was doing; the first to get here hears the others and reports."""
         self._pulse.dump_stacks()
         self._pulse.keep(_nccl_flight())
-        mine, fallen = self._own_testimony(error), self._fallen() if self._speaks_for_its_host() else []
+        mine, fallen = self._own_statement(error), self._fallen() if self._speaks_for_its_host() else []
         first = self._ask(lambda store: store.add("alarm", 1)) == 1
         self._ask(lambda store: store.set(f"rank{self._rank}", _packed([mine, *fallen])))
         if first or self._store is None:
@@ -175,7 +175,7 @@ class Watch:
             time.sleep(0.1)
         self._end_neighbours()
 
-    def _collect(self, mine: Testimony, fallen: list[Testimony], *, timed_out: bool) -> None:
+    def _collect(self, mine: Statement, fallen: list[Statement], *, timed_out: bool) -> None:
         heard = {mine.rank: mine}
         found = {other.rank: other for other in fallen}
         deadline = time.monotonic() + _COLLECT_SECONDS
@@ -188,7 +188,7 @@ class Watch:
                         found |= {other.rank: other for other in others}
             time.sleep(0.1)
         found = {other.rank: other for other in self._fallen(but=set(heard | found))} | found
-        unknown = {r: Testimony(rank=r, host=w.host, process=w.process) for r, w in enumerate(self._ranks)}
+        unknown = {r: Statement(rank=r, host=w.host, process=w.process) for r, w in enumerate(self._ranks)}
         # A rank that was stopped may have said something when it was woken for its stacks: too late.
         found = {rank: other for rank, other in found.items() if rank not in heard or other.state == "stopped"}
         ranks = list((unknown | heard | found).values())
@@ -202,7 +202,7 @@ class Watch:
         gone = {rank for rank, who in self._of_this_host().items() if _state(who) == "gone"}
         return len(heard | gone) == len(self._ranks)
 
-    def _publish(self, ranks: list[Testimony], verdict: Verdict) -> None:
+    def _publish(self, ranks: list[Statement], verdict: Verdict) -> None:
         whole = report(ranks, verdict, f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {self._title}".rstrip())
         said = headline(ranks, verdict)
         where = ""
@@ -217,10 +217,10 @@ class Watch:
         errors = [r.error for r in ranks if r.rank in verdict.blamed and r.error and not r.launcher_died]
         print("\n".join([f"error: {said}", *errors[:1], where or whole]), file=sys.stderr, flush=True)
 
-    def _own_testimony(self, error: Exception | None) -> Testimony:
+    def _own_statement(self, error: Exception | None) -> Statement:
         who = self._ranks[self._rank]
         died = self._launcher is not None and self._launcher.died
-        return Testimony(
+        return Statement(
             rank=self._rank, host=who.host, process=who.process, reading=self._pulse.read(), state="running",
             answered=True, error="".join(traceback.format_exception(error)) if error else None,
             lost_connection=error is not None and _is_of_communication(error), launcher_died=died,
@@ -230,7 +230,7 @@ class Watch:
         """Whether this is the one rank of the host that looks after the fallen: to look may wake them for a moment."""
         return all(rank > self._rank for rank, who in self._of_this_host().items() if _state(who) == "running")
 
-    def _fallen(self, but: set[int] | None = None) -> list[Testimony]:
+    def _fallen(self, but: set[int] | None = None) -> list[Statement]:
         """Ranks of this host that cannot speak for themselves: gone, or stopped; with `but`, all except those."""
         found = []
         for rank, who in self._of_this_host().items():
@@ -242,7 +242,7 @@ class Watch:
                 if state != "gone":
                     _ask_for_stacks(who.process)
                     reading = replace(reading, stack=read(memory).stack)
-                found.append(Testimony(rank=rank, host=who.host, process=who.process, reading=reading, state=state))
+                found.append(Statement(rank=rank, host=who.host, process=who.process, reading=reading, state=state))
         return found
 
     def _end_neighbours(self) -> None:
@@ -341,16 +341,16 @@ def _ask_for_stacks(process: int) -> None:
         os.kill(process, signal.SIGSTOP)  # it shall do no more; `_end_neighbours` ends what is stopped
 
 
-def _packed(testimonies: list[Testimony]) -> str:
-    return json.dumps([asdict(t) for t in testimonies])
+def _packed(statements: list[Statement]) -> str:
+    return json.dumps([asdict(t) for t in statements])
 
 
-def _unpacked(data: bytes) -> list[Testimony]:
+def _unpacked(data: bytes) -> list[Statement]:
     found = []
     for fields in json.loads(data):
-        testimony = Testimony(**(fields | {"reading": None}))
+        statement = Statement(**(fields | {"reading": None}))
         if fields["reading"]:
             reading = Reading(**(fields["reading"] | {"trail": tuple(fields["reading"]["trail"])}))
-            testimony = replace(testimony, reading=reading)
-        found.append(testimony)
+            statement = replace(statement, reading=reading)
+        found.append(statement)
     return found

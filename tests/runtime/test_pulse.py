@@ -1,0 +1,123 @@
+"""The record of a rank: what it says while things go well, after a failure, and to another process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from dist_train.runtime.pulse import STACK_SIGNAL, Pulse, read
+from tests.commands import REPOSITORY, environment
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="/proc and real-time signals")
+
+
+def test_phases_steps_and_collectives() -> None:
+    pulse = Pulse()
+    assert (pulse.read().phase, pulse.read().step, pulse.read().collective) == ("starting", None, None)
+    with pulse.phase("training"):
+        pulse.at_step(7)
+        with pulse.phase("evaluation"), pulse.waiting("all_gather"):
+            inside = pulse.read()
+        after = pulse.read()
+    place = f"all_gather in {__name__}.test_phases_steps_and_collectives, line "
+    assert (inside.phase, inside.step, inside.count) == ("evaluation", 7, 1)
+    assert inside.collective is not None
+    assert inside.collective.startswith(place)
+    assert (after.phase, after.step, after.collective, after.count) == ("training", 7, None, 1)
+    assert pulse.read().phase == "starting"
+
+
+def test_after_a_failure_it_says_where_it_was() -> None:
+    pulse = Pulse()
+    with pytest.raises(RuntimeError), pulse.phase("evaluation"), pulse.waiting("all_reduce"):
+        raise RuntimeError
+    assert pulse.read().phase == "evaluation"
+    assert pulse.read().collective is not None
+
+
+def test_the_trail_is_the_last_collectives_in_order() -> None:
+    pulse = Pulse()
+    for number in range(1000):
+        with pulse.waiting(f"c{number}"):
+            pass
+    trail = [name.split(" in ")[0] for name in pulse.read().trail]
+    assert trail == [f"c{number}" for number in range(1000 - len(trail), 1000)]
+    assert len(trail) >= 32
+
+
+def test_in_a_backward_pass_only_autograd_itself_waits() -> None:
+    pulse, seen = Pulse(), []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(_context: object, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(_context: object, gradient: torch.Tensor) -> torch.Tensor:
+            seen.append(pulse.read().collective)  # a Python function: it computes, or hangs, on its own account
+            return gradient
+
+    x = torch.ones((), requires_grad=True)
+    with pulse.backward("gradients"):
+        Probe.apply(x).backward()  # type: ignore[no-untyped-call]
+    assert seen == [None]
+    assert pulse.read().collective is None
+
+
+CHILD = """
+import os, sys, time
+from dist_train.runtime.pulse import Pulse
+pulse = Pulse()
+pulse.keep_stacks()
+pulse.enter("all_reduce")
+print(pulse.handle, flush=True)
+def stuck(): {body}
+stuck()
+"""
+
+
+@LINUX
+@pytest.mark.parametrize("body", ["time.sleep(60)", "os.abort()"])
+def test_another_process_reads_it_when_it_hangs_and_when_it_has_died(body: str) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD.replace("{body}", f"sys.stdin.read(1); {body}")],
+        cwd=REPOSITORY, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdin is not None
+    assert child.stdout is not None
+    with child:
+        memory = os.open(f"/proc/{child.pid}/fd/{int(child.stdout.readline())}", os.O_RDONLY)
+        child.stdin.write("x")
+        child.stdin.flush()
+        if "sleep" in body:
+            os.kill(child.pid, STACK_SIGNAL or 0)
+        deadline = time.monotonic() + 30
+        while "in stuck" not in read(memory).stack:
+            assert time.monotonic() < deadline, read(memory)
+            time.sleep(0.01)
+        child.kill()
+        child.wait()
+    found = read(memory)
+    os.close(memory)
+    assert (found.count, found.phase) == (1, "starting")
+    assert found.collective is not None
+    assert ("Fatal Python error: Aborted" in found.stack) == ("abort" in body)
+
+
+def test_its_own_stacks_are_those_of_all_threads() -> None:
+    pulse, end = Pulse(), threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    os.lseek(pulse.handle, 0, os.SEEK_END)
+    pulse.dump_stacks()
+    end.set()
+    thread.join()
+    assert pulse.read().stack.count("most recent call first") >= 2
+    assert "test_its_own_stacks" in pulse.read().stack
