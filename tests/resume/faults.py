@@ -22,7 +22,7 @@ from tests.resume.jobs import become
 
 Kind = Literal["raise", "sleep", "kill", "stop", "skip", "ask"]
 """`stop` is SIGSTOP; `skip`: a collective is not taken part in; `ask`: nothing is wrong, the rank gets SIGUSR1."""
-LONGEST_SECONDS = 60.0
+LONGEST_SECONDS = 120.0
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 
-TIMEOUT_SECONDS = 4
+TIMEOUT_SECONDS = 6
 # Phase -> the collective in it at which a rank goes wrong: neither the first one nor that of the first step.
 PHASES = {"training": 40, "evaluation": 3, "encoder fitting": 5, "checkpointing": 2}
 KINDS = ("raise", "sleep", "kill", "stop", "skip")
