@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 
 from dist_train.checkpoint.checkpoints import Checkpoints
 from dist_train.checkpoint.run_folder import RunFolder
 from dist_train.checkpoint.state import pack_json
 from dist_train.config.rules import given_class_weights
+from dist_train.config.run_folder import path_of_run
 from dist_train.config.schema import JobConfig
 from dist_train.errors import Stopped, guarded
 from dist_train.models.virtual_ranks import require_world_size
@@ -41,7 +41,7 @@ def train(
     if config.train.virtual_ranks:
         require_world_size(config.train.virtual_ranks, world.size)
         pin_arithmetic(world.device)
-    folder = RunFolder(Path(config.run.dir) / config.run.name)
+    folder = RunFolder(path_of_run(config))
     attempt = Attempt.from_environment(environ)
     limit, timeout = config.run.time_limit_minutes, config.runtime.timeout_seconds
     stop = StopRequest(
