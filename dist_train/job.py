@@ -153,7 +153,10 @@ class Job:
         def write() -> None:
             step = max(self.checkpoints.steps(), default=0)
             said = {"step": step, "job": str(attempt) if attempt else None, "cause": ", ".join(asked)}
-            self.folder.path.mkdir(parents=True, exist_ok=True)
+            if self.folder.held:
+                self.folder.confirm()  # a run folder that has gone does not come back with a marker in it
+            else:
+                self.folder.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder.requeue, pack_json(said))
             self.folder.stop.unlink(missing_ok=True)
             log.info("stopped at step %d (%s): saved; the same command continues", step, said["cause"])

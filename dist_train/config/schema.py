@@ -21,7 +21,7 @@ class RunConfig:
     seed: int = 0
     """Every random number of the run (split, initial weights, order of rows, dropout) is a function of this seed."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto`: continue from the newest checkpoint that verifies. `never`: start anew; an older run in the folder is moved aside to `<run.name>.old-N`."""
+    """`auto`: continue from the newest checkpoint that verifies. `never`: start anew, once for a Slurm job and not at each of its restarts; an older run in the folder is moved aside to `<run.name>.old-N`."""
     time_limit_minutes: float | None = None
     """Stop, save and leave the `requeue` marker after this many minutes, as if told by a signal; null: no limit."""
     force: bool = False

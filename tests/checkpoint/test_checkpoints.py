@@ -48,6 +48,12 @@ def test_nothing_goes_when_the_new_one_cannot_be_written(tmp_path: Path, monkeyp
     assert (found.step, skipped) == (20, [])
 
 
+def test_a_run_folder_that_has_gone_does_not_come_back(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="gone"):
+        Checkpoints(tmp_path / "gone" / "checkpoints", 1).write(10, _parts(10), None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_newest_that_verifies_wins_and_the_skipped_are_named(tmp_path: Path) -> None:
     checkpoints = _written(tmp_path, 10, 20, 30, keep=9)
     (tmp_path / "step_00000030" / MANIFEST).unlink()

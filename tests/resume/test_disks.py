@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dist_train.checkpoint.checkpoints import Checkpoints
-from tests.requirements import require_root
+from tests.hosts.requirements import require
 from tests.resume.conftest import Whole
 from tests.resume.jobs import Ended, Trap, finish, folder_of, outcome, run_job, tiny_job
 
@@ -22,7 +22,7 @@ STEP = 12  # between the checkpoint of step 10 and the one of step 14 or 15
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of two megabytes."""
-    require_root()
+    require(("mount", "umount"))
     folder = tmp_path / "disk"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=True)
