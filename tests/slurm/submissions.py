@@ -15,7 +15,7 @@ from tests.slurm.cluster import Cluster, Job
 from tests.slurm.stories import Stage
 
 SCRIPT = "slurm/train.sbatch"
-STEPS = 120
+STEPS = 60
 
 # The same bits on any number of ranks, so that every job has one answer, on whatever nodes it ended.
 SETTINGS = (
