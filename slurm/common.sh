@@ -40,8 +40,8 @@ on_signal() {
     ask_to_stop
 }
 
-# The signals are not handed on to torchrun: Slurm sends some of them twice, and a torchrun that is told twice leaves its
-# ranks in the middle of their last save.
+# The signals are not handed on to torchrun: Slurm sends some of them twice, and a torchrun that is told twice leaves
+# its ranks in the middle of their last save.
 trap 'on_signal TERM' TERM
 trap 'on_signal USR1' USR1
 trap 'on_signal USR2' USR2

@@ -19,8 +19,8 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
     cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
     export OMP_NUM_THREADS=$((cpus > ranks ? cpus / ranks : 1))
 fi
-# Some clusters signal every process of a job. Without this, USR1 and USR2 then kill the agent and leave its ranks behind.
-# It is a variable because an older torchrun refuses an option that it does not know.
+# Some clusters signal every process of a job. Without this, USR1 and USR2 then kill the agent and leave its ranks
+# behind. It is a variable because an older torchrun refuses an option that it does not know.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2
 
 # Static: node k of the job is node k of the run. Rank 0 is then beside the batch script, and sees its files at once.

@@ -25,8 +25,8 @@ submit() {
     echo "${answer%%;*}"
 }
 
-# Submits one command as a job of one task: after JOB NAME COMMAND... It starts when JOB has ended well, and is withdrawn
-# when it has not.
+# Submits one command as a job of one task: after JOB NAME COMMAND... It starts when JOB has ended well, and is
+# withdrawn when it has not.
 after() {
     local before=$1 name=$2
     shift 2

@@ -33,5 +33,5 @@ class Pace:
 
 
 AS_IT_COMES = Pace(attempts=0)
-SLOW = Pace(step_seconds=1.0)
-"""Minutes in the middle of training; another attempt then has a few seconds of work."""
+SLOW = Pace(step_seconds=2.0)
+"""More than a minute in the middle of training; another attempt then has a second of work."""

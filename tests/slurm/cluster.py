@@ -25,7 +25,7 @@ CPUS = 8
 GPUS = 4
 GRACE_SECONDS = 20
 NODE_LOST_SECONDS = 10
-SECONDS = 150.0
+SECONDS = 240.0
 """Longest wait for anything: several jobs share this machine's cores."""
 
 POLL_SECONDS = 0.7

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.timeout(400)
 
 @side_by_side
 def test_a_cancelled_job_has_saved_and_stays_cancelled(stage: Stage) -> None:
-    job = submit(stage, sbatch=["--nodes=2"], pace=SLOW)
+    job = submit(stage, pace=SLOW)
     job.wait_for_step()
     stage.cluster.command("scancel", job.id)
     job.ended("CANCELLED")

@@ -38,6 +38,7 @@ def test_preemption(stage: Stage) -> None:
     assert job.completed(restarts=1) == stage.whole
 
 
+@pytest.mark.slow
 @side_by_side
 def test_preemption_while_importing(stage: Stage) -> None:
     """TERM comes before Python has come to a line of ours."""

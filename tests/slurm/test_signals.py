@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -14,64 +15,61 @@ from tests.slurm.submissions import Training, submit, uninterrupted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-NEVER_REQUEUED = {"DIST_TRAIN_MAX_RESTARTS": "0"}
+# Word -> where it stands in the command line of a process.
+BATCH_SHELL = ("slurm_script", 1)
+SRUN = ("srun", 0)
+NODE_SHELL = ("slurm/node.sh", 1)
+AGENT = ("torch.distributed.run", 2)
+RANK = ("launch/train.py", 2)
 
 
-def _every_signal(stage: Stage, whom: str) -> None:
-    """A job for each signal, which goes to the first process of the job's host whose words contain `whom`."""
-    jobs = {
-        name: submit(stage.named(name.name), sbatch=["--nodes=1"], pace=SLOW, environ=NEVER_REQUEUED)
-        for name in STOP_SIGNALS
-    }
-    for name, job in jobs.items():
-        job.wait_for_step()
-        (host,) = job.cluster.nodes_of(job.id)
-        os.kill(job.cluster.hosts.processes(host, whom)[0], name)
-    for job in jobs.values():
-        assert job.ended("FAILED")["ExitCode"] == "75:0", job.output()  # saved, and left for somebody to go on
-        _is_saved(stage, job)
+def _tell(stage: Stage, whom: tuple[str, int], name: signal.Signals) -> Training:
+    """A job in the middle of training, one process of which was sent the signal. It is never requeued."""
+    never = {"DIST_TRAIN_MAX_RESTARTS": "0"}
+    job = submit(stage.named(name.name), sbatch=["--nodes=1"], pace=SLOW, environ=never)
+    job.wait_for_step()
+    (host,) = job.cluster.nodes_of(job.id)
+    word, place = whom
+    found = [p for p in job.cluster.hosts.processes(host) if _argument(p, place).endswith(word)]
+    os.kill(found[0], name)
+    return job
 
 
-def _is_saved(stage: Stage, job: Training) -> None:
-    assert job.checkpoints()[-1] > job.slow_from, job.output()
-    assert (job.run_dir / "requeue").exists(), job.output()
-    assert uninterrupted(stage.table, job.run_dir) == stage.whole
+def _argument(process: int, place: int) -> str:
+    arguments = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+    return arguments[place] if place < len(arguments) else ""
+
+
+def _every_signal(stage: Stage, whom: tuple[str, int]) -> None:
+    """Each signal in turn: the run saves, and somebody can go on with it."""
+    for name in STOP_SIGNALS:
+        job = _tell(stage, whom, name)
+        assert job.ended("FAILED")["ExitCode"] == "75:0", job.output()
+        assert job.checkpoints()[-1] > job.slow_from, job.output()
+        assert (job.run_dir / "requeue").exists(), job.output()
+        assert uninterrupted(stage.table, job.run_dir) == stage.whole
 
 
 @side_by_side
 def test_to_the_batch_shell(stage: Stage) -> None:
-    _every_signal(stage, "slurm_script")
+    _every_signal(stage, BATCH_SHELL)
 
 
 @side_by_side
 def test_to_the_shell_of_a_node(stage: Stage) -> None:
-    _every_signal(stage, "\0slurm/node.sh\0")
+    _every_signal(stage, NODE_SHELL)
 
 
 @side_by_side
 def test_to_the_agent(stage: Stage) -> None:
-    _every_signal(stage, "\0torch.distributed.run\0")
+    _every_signal(stage, AGENT)
 
 
 @side_by_side
 def test_to_a_rank(stage: Stage) -> None:
-    _every_signal(stage, "\0TORCHELASTIC_RUN_ID=")
+    _every_signal(stage, RANK)
 
 
 @side_by_side
 def test_to_srun(stage: Stage) -> None:
-    """srun hands signals on; a single INT it keeps for itself and reports, so there the job trains on."""
-    jobs = {
-        name: submit(stage.named(name.name), sbatch=["--nodes=1"], pace=SLOW, environ=NEVER_REQUEUED)
-        for name in STOP_SIGNALS
-    }
-    for name, job in jobs.items():
-        job.wait_for_step()
-        (host,) = job.cluster.nodes_of(job.id)
-        os.kill(job.cluster.hosts.processes(host, "srun\0")[0], name)
-    interrupted = jobs.pop(signal.SIGINT)
-    for job in jobs.values():
-        job.ended("FAILED")
-        _is_saved(stage, job)
-    assert interrupted.cluster.job(interrupted.id)["JobState"] == "RUNNING"
-    interrupted.cluster.command("scancel", interrupted.id)
+    _every_signal(stage, SRUN)

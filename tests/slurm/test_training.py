@@ -14,6 +14,14 @@ pytestmark = pytest.mark.timeout(400)
 
 @side_by_side
 def test_two_nodes_train_as_one_process(stage: Stage) -> None:
+    job = submit(stage, sbatch=["--nodes=2"])
+    assert job.completed(restarts=0) == stage.whole
+    assert job.summary()["world_size"] == 2
+
+
+@pytest.mark.slow
+@side_by_side
+def test_there_is_a_rank_for_each_gpu(stage: Stage) -> None:
     job = submit(stage, sbatch=["--nodes=2", "--gpus-per-node=2"])
     assert job.completed(restarts=0) == stage.whole
     assert job.summary()["world_size"] == 4
