@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 NPROC ?= 2
+WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -13,7 +14,7 @@ train: $(INSTALLED)
 
 # Everything that proves the promises, in minutes
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
 
 # The long versions: random kills by the dozen
 soak: $(INSTALLED)
