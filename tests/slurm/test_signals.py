@@ -40,9 +40,9 @@ def _argument(process: int, place: int) -> str:
     return arguments[place] if place < len(arguments) else ""
 
 
-def _every_signal(stage: Stage, whom: tuple[str, int]) -> None:
+def _saves(stage: Stage, whom: tuple[str, int], names: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
     """Each signal in turn: the run saves, and somebody can go on with it."""
-    for name in STOP_SIGNALS:
+    for name in names:
         job = _tell(stage, whom, name)
         assert job.ended("FAILED")["ExitCode"] == "75:0", job.output()
         assert job.checkpoints()[-1] > job.slow_from, job.output()
@@ -52,24 +52,38 @@ def _every_signal(stage: Stage, whom: tuple[str, int]) -> None:
 
 @side_by_side
 def test_to_the_batch_shell(stage: Stage) -> None:
-    _every_signal(stage, BATCH_SHELL)
+    _saves(stage, BATCH_SHELL)
 
 
 @side_by_side
 def test_to_the_shell_of_a_node(stage: Stage) -> None:
-    _every_signal(stage, NODE_SHELL)
+    _saves(stage, NODE_SHELL)
 
 
 @side_by_side
 def test_to_the_agent(stage: Stage) -> None:
-    _every_signal(stage, AGENT)
+    _saves(stage, AGENT)
 
 
 @side_by_side
 def test_to_a_rank(stage: Stage) -> None:
-    _every_signal(stage, RANK)
+    _saves(stage, RANK)
 
 
 @side_by_side
 def test_to_srun(stage: Stage) -> None:
-    _every_signal(stage, SRUN)
+    """srun hands on what a user may mean by USR1 and USR2. The others it takes for itself (Slurm 22.05)."""
+    _saves(stage, SRUN, (signal.SIGUSR1, signal.SIGUSR2))
+
+    # One INT is a question: srun prints how its tasks are, and they train on.
+    asked = _tell(stage, SRUN, signal.SIGINT)
+    asked.wait_for_output("one more within 1 sec to abort")
+    step = asked.step()
+    asked.cluster.wait_for(asked.id, lambda _: asked.step() > step, "to train on")
+    asked.cluster.command("scancel", asked.id)
+
+    # TERM: srun has its tasks killed at once. Nobody below hears of it, so what is left is the last checkpoint.
+    killed = _tell(stage, SRUN, signal.SIGTERM)
+    assert killed.ended("FAILED")["ExitCode"] == "137:0", killed.output()
+    assert not (killed.run_dir / "requeue").exists()
+    assert uninterrupted(stage.table, killed.run_dir) == stage.whole
