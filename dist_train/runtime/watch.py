@@ -167,7 +167,7 @@ class Watch:
         mine, fallen = self._own_statement(error), self._fallen() if self._speaks_for_its_host() else []
         first = self._ask(lambda store: store.add("alarm", 1)) == 1
         self._ask(lambda store: store.set(f"rank{self._rank}", _packed([mine, *fallen])))
-        if first or self._store is None:
+        if first or (self._store is None and self._speaks_for_its_host()):
             self._collect(mine, fallen, timed_out=timed_out)
             return
         deadline = time.monotonic() + _COLLECT_SECONDS + _ASK_SECONDS
@@ -231,7 +231,10 @@ class Watch:
         return all(rank > self._rank for rank, who in self._of_this_host().items() if _state(who) == "running")
 
     def _fallen(self, but: set[int] | None = None) -> list[Statement]:
-        """Ranks of this host that cannot speak for themselves: gone, or stopped; with `but`, all except those."""
+        """Ranks of this host that cannot speak for themselves: gone, or stopped; with `but`, all except those.
+
+        Where the store is lost nobody could answer: what a running rank has in its memory is taken for its answer.
+        """
         found = []
         for rank, who in self._of_this_host().items():
             state = _state(who)
@@ -239,10 +242,15 @@ class Watch:
             memory = self._neighbours.get(rank)
             if silent and memory is not None:
                 reading = read(memory)
-                if state != "gone":
+                unasked = state == "running" and self._store is None
+                if state != "gone" and not unasked:
                     _ask_for_stacks(who.process)
                     reading = replace(reading, stack=read(memory).stack)
-                found.append(Statement(rank=rank, host=who.host, process=who.process, reading=reading, state=state))
+                found.append(
+                    Statement(
+                        rank=rank, host=who.host, process=who.process, reading=reading, state=state, answered=unasked
+                    )
+                )
         return found
 
     def _end_neighbours(self) -> None:
