@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,7 +43,7 @@ class Hosts:
         world = json.dumps({"addresses": self.addresses, "cgroups": self._cgroups})
         init = [sys.executable, "-I", str(INIT), world]
         self._owner = subprocess.Popen(
-            ["unshare", *NAMESPACES, "--fork", "--mount-proc", "--kill-child", "--", *init],
+            ["unshare", *NAMESPACES, "--fork", "--mount-proc", "--", *init],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PATH": SEARCH_PATH},
         )  # fmt: skip
         try:
@@ -70,6 +71,8 @@ class Hosts:
         try:
             self._owner.wait(SECONDS)
         finally:
+            if self._owner.poll() is None and self._init:  # it hangs: without its PID 1 the kernel ends the rest
+                os.kill(self._init, signal.SIGKILL)
             self._owner.kill()
             self._owner.wait()
             self._owner.stdout.close()
