@@ -10,6 +10,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 
 from dist_train.config.load import load_config
@@ -128,9 +129,12 @@ def _skip_one() -> None:
     """The next collective of this rank, whichever it is, is not taken part in."""
     originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "all_gather_object")}
 
-    def skipped(*_arguments: Any, **_named: Any) -> None:
+    def skipped(received: Any, *_arguments: Any, **_named: Any) -> None:
         for name, function in originals.items():
             setattr(dist, name, function)
+        for tensor in received if isinstance(received, list) else []:
+            if isinstance(tensor, torch.Tensor):
+                tensor.zero_()  # and not whatever the memory held, which may end the run by itself
 
     for name in originals:
         setattr(dist, name, skipped)

@@ -58,8 +58,15 @@ def check(kind: str, phase: str, ranks: int, arguments: list[str], after: Afterm
     assert sum(text.count("ZeroDivisionError: injected") for text in after.errors) == (2 if kind == "raise" else 0)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("phase", "ranks"),
+    [
+        ("training", 2),
+        ("encoder fitting", 2),
+        *(pytest.param(phase, 2, marks=pytest.mark.slow) for phase in ("evaluation", "checkpointing")),
+        *(pytest.param(phase, 4, marks=pytest.mark.slow) for phase in PHASES),
+    ],
+)
 def test_the_report_names_the_rank_to_blame(phase: str, ranks: int, table: Path, tmp_path: Path) -> None:
     assert set(KINDS) | {"ask"} == set(get_args(Kind))
     with ThreadPoolExecutor(3) as pool:  # they mostly wait
@@ -85,7 +92,7 @@ def test_alone_a_failure_is_a_traceback(table: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("phase", ["encoder fitting", "evaluation", "checkpointing", "shipping the model"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_request_to_stop_is_heard_everywhere(
     phase: str, ranks: int, table: Path, tmp_path: Path, uninterrupted: Whole
 ) -> None:

@@ -95,3 +95,26 @@ def test_under_torchrun_any_end_is_mended_by_the_same_command(
         assert last.wait() == 0, last.log()
     assert outcome(folder_of(arguments)) == uninterrupted(2)[0]
     assert not requeue.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+@pytest.mark.parametrize("to", ["launcher", "rank 0", "rank 1"])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_under_torchrun_every_signal_to_anyone_saves(
+    table: Path, tmp_path: Path, uninterrupted: Whole, number: signal.Signals, to: str
+) -> None:
+    arguments = tiny_job(table, tmp_path / "run")
+    with job(arguments, 2, tmp_path / "log", pause=PAUSE_SECONDS) as asked:
+        asked.wait_for_step(3)
+        os.kill(asked.launcher if to == "launcher" else asked.ranks[int(to[-1])], number)
+        code = asked.wait()
+        assert "saved; the same command continues" in asked.log()
+    if to != "launcher":
+        assert code == 0
+    elif number in (signal.SIGUSR1, signal.SIGUSR2):  # torchrun does not handle them: they kill it
+        assert code == -number
+    else:
+        assert code == 1
+    assert json.loads((folder_of(arguments) / "requeue").read_text())["step"] >= 3
+    assert finish(arguments, 2) == uninterrupted(2)[0]
