@@ -21,6 +21,7 @@ from dist_train.data.sampler import PositionSampler
 from dist_train.errors import UserError
 from dist_train.models.batch_norm import still_cancelled_biases, sync_batch_norm
 from dist_train.models.dropout import convert_dropout
+from dist_train.models.fused import fuse_sequences
 from dist_train.models.registry import build_model
 from dist_train.models.virtual_ranks import check_row_wise, convert_virtual_ranks
 from dist_train.runtime.collectives import Collectives
@@ -31,11 +32,11 @@ from dist_train.training.evaluation import evaluate
 from dist_train.training.loop import Loop, Rhythm
 from dist_train.training.meter import Meter
 from dist_train.training.objective import CrossEntropy, balanced_weights
-from dist_train.training.optimizer import NamedOptimizerState, average_of, build_adamw
+from dist_train.training.optimizer import AdamW, average_of
 from dist_train.training.parts import Batch, Save, Stateful, Track
 from dist_train.training.plan import Plan
 from dist_train.training.progress import Progress
-from dist_train.training.reduction import AveragedInBackward, FoldedSlices
+from dist_train.training.reduction import AveragedInBackward, FoldedSlices, Reduction
 from dist_train.training.schedule import learning_rate
 from dist_train.training.step import EagerStep
 
@@ -66,9 +67,8 @@ class Session:
         self.average = average_of(plain, train.ema_decay) if train.ema_decay else None
         slices = Slices(random)
         self.model = self._synchronised(convert_dropout(plain, random), slices, collectives)
-        self.optimizer = build_adamw(
+        self.optimizer = AdamW(
             self.model,
-            lr=config.optim.lr,
             weight_decay=config.optim.weight_decay,
             betas=(config.optim.betas[0], config.optim.betas[1]),
             eps=config.optim.eps,
@@ -86,8 +86,7 @@ class Session:
         self.total_steps = min(train.epochs * self.feed.steps_per_epoch, train.max_steps or 2**63)
         self.meter = Meter(collectives.device)
         self.progress = Progress()
-        trained = self._replicated(collectives)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        trained, reduction = self._reduced(slices, collectives)
 
         def begin(batch: Batch) -> None:
             slices.begin(batch.slices, batch.epoch, batch.first_row)
@@ -98,16 +97,14 @@ class Session:
             self.optimizer,
             self.learning_rate,
             begin,
-            FoldedSlices(slices, parameters, collectives)
-            if train.virtual_ranks
-            else AveragedInBackward(trained, parameters, collectives),
+            reduction,
             collectives,
             max_grad_norm=config.optim.max_grad_norm,
             autocast_dtype=torch.bfloat16 if train.precision == "bf16" else None,
         )
         self._tensors: dict[str, Stateful] = {
             "model.pth": self.model,
-            "optimizer.pth": NamedOptimizerState(self.optimizer, self.model),
+            "optimizer.pth": self.optimizer,
             "meter.pth": self.meter,
         }
         if self.average:
@@ -200,21 +197,25 @@ class Session:
         if virtual_ranks is None:
             model = sync_batch_norm(plain, collectives)
         else:
-            share = virtual_ranks // collectives.size
-            model = convert_virtual_ranks(plain, slices, collectives, slices_of_a_rank=share)
+            model = convert_virtual_ranks(plain, slices, collectives)
             check_row_wise(model, self.dataset.splits["train"].slice(0, 4), self.config.model.name)
+        if collectives.device.type == "cpu" and self.config.train.precision != "bf16":
+            fuse_sequences(model, slices)
         return still_cancelled_biases(model)
 
-    def _replicated(self, collectives: Collectives) -> nn.Module:
-        if collectives.size == 1 or self.config.train.virtual_ranks:
-            return self.model
+    def _reduced(self, slices: Slices, collectives: Collectives) -> tuple[nn.Module, Reduction]:
+        """The model to call in training, and what sums its gradients over ranks."""
+        virtual_ranks, parameters = self.config.train.virtual_ranks, self.optimizer.parameters
+        if collectives.size == 1 or virtual_ranks:
+            slices.keep_gradients(parameters, (virtual_ranks or 1) // collectives.size)
+            return self.model, FoldedSlices(slices, parameters, collectives)
         # Buffers need no broadcast: synchronised BatchNorm leaves the same statistics on every rank.
         # The argument's name changed between torch 2.11 and 2.13.
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         replicated = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **{buffers: False})  # type: ignore[arg-type]
         self._settle_buckets(replicated)
-        return replicated
+        return replicated, AveragedInBackward(replicated, parameters, collectives)
 
     def _settle_buckets(self, replicated: nn.Module) -> None:
         """Have the gradients laid out as they will stay, before the first step.

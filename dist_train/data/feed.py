@@ -16,18 +16,38 @@ from dist_train.runtime.position import Position
 class Batch:
     """This rank's rows of one forward-backward pass, on the device.
 
-    `inputs` are the arguments of the model, each (n, ...); `targets` class indices, (n,); `rows` the rows' numbers in
-    the table; `slices` the lengths of the slices that they consist of; `first_row` and `epoch` say where in the
-    training order they stand; `global_rows` counts all ranks' rows.
+    `inputs` are the arguments of the model, each (n, ...); `targets` class indices, (n,).
     """
 
     inputs: tuple[Tensor, ...]
     targets: Tensor
-    rows: Tensor
-    slices: tuple[int, ...]
-    epoch: int
-    first_row: int
-    global_rows: int
+    share: Share
+    row_numbers: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows' numbers in the table, (n,)."""
+        return self.row_numbers[self.share.rows]
+
+    @property
+    def slices(self) -> tuple[int, ...]:
+        """Lengths of the slices that the rows consist of."""
+        return self.share.slices
+
+    @property
+    def epoch(self) -> int:
+        """Epoch that the rows are trained in, counted from 0."""
+        return self.share.epoch
+
+    @property
+    def first_row(self) -> int:
+        """Place of the first row in the epoch's order."""
+        return self.share.first_row
+
+    @property
+    def global_rows(self) -> int:
+        """Rows of all ranks."""
+        return self.share.global_rows
 
 
 class ResidentRows:
@@ -51,11 +71,8 @@ class ResidentRows:
         return Batch(
             inputs=tuple(x.index_select(0, index) for x in self.inputs),
             targets=self.targets.index_select(0, index),
-            rows=self.row_numbers[share.rows],
-            slices=share.slices,
-            epoch=share.epoch,
-            first_row=share.first_row,
-            global_rows=share.global_rows,
+            share=share,
+            row_numbers=self.row_numbers,
         )
 
 

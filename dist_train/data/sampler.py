@@ -66,6 +66,7 @@ class PositionSampler(DistributedSampler[int]):
         self.global_batch_size = global_batch_size
         self.accumulation_steps = accumulation_steps
         self.slices_of_a_rank = (num_slices or world_size) // world_size
+        self._own = range(rank * self.slices_of_a_rank, (rank + 1) * self.slices_of_a_rank)
         self.position = position
         self._order: tuple[int, Tensor] | None = None
 
@@ -89,16 +90,17 @@ class PositionSampler(DistributedSampler[int]):
 
     def shares(self, position: Position) -> list[Share]:
         """This rank's part of the optimizer step that starts at `position`, one share for each pass."""
-        stop = self.step_end(position).rows or self.num_rows
+        stop = position.rows + self.global_batch_size
+        if stop + 1 >= self.num_rows:
+            stop = self.num_rows
         # A pass needs two rows for its batch statistics: a small last batch takes fewer passes.
         passes = max(1, min(self.accumulation_steps, (stop - position.rows) // 2))
         order = self.order(position.epoch)
         shares = []
         for first, last in cut(position.rows, stop, passes):
-            slices = cut(first, last, self.num_replicas * self.slices_of_a_rank)
-            own = slices[self.rank * self.slices_of_a_rank : (self.rank + 1) * self.slices_of_a_rank]
+            own = cut(first, last, self.num_replicas * self.slices_of_a_rank, self._own)
             begin, end = own[0][0], own[-1][1]
-            lengths = tuple(stop - start for start, stop in own)
+            lengths = tuple([stop - start for start, stop in own])
             shares.append(Share(order[begin:end], lengths, position.epoch, begin, last - first))
         return shares
 

@@ -96,66 +96,53 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
             raise ValueError(f"expected (rows, {self.num_features}), got a tensor of {input.ndim} dimensions")
         # Half-precision rows are normalised in the precision of the parameters, as torch does.
         rows = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-        output, count, mean, var = _Normalise.apply(
-            rows, self.weight, self.bias, self.eps, self.collectives, self.slices
-        )
-        if self.track_running_stats:
-            self._update_running(float(count), mean, var)
-        normalised: Tensor = output.to(input.dtype)
-        return normalised
+        normalised: Tensor = _Normalise.apply(rows, self.weight, self.bias, self)
+        return normalised.to(input.dtype)
 
-    @torch.no_grad()
-    def _update_running(self, count: float, mean: Tensor, var: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-        for running, now in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
-            running.copy_(torch.lerp(running.double(), now, share))
+    def require_rows(self, count: float) -> float:
+        """The rows over all ranks, which must be enough to have a variance."""
+        if count < 2:
+            raise ValueError("BatchNorm needs at least two rows over all ranks in training")
+        return float(count)
+
+    def follow(self, mean: Tensor, var: Tensor, count: float) -> None:
+        """Let the running statistics follow those of a batch of `count` rows over all ranks, float64."""
+        running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        if running_mean is None or running_var is None or batches is None:
+            return
+        batches.add_(1)
+        share = self.momentum if self.momentum is not None else 1 / float(batches)
+        running_mean.lerp_(mean.to(running_mean.dtype), share)
+        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), share)
 
 
 class _Normalise(torch.autograd.Function):
     """Two communications: (count, mean, variance) of each slice forwards, two sums over its rows backwards.
 
-    Means and squared deviations of the slices are merged as Chan, Golub and LeVeque (1983, "Algorithms for computing
-    the sample variance") do. The forward pass is float64 up to one rounding at its end: features may be far from zero,
+    The forward pass is float64 up to one rounding at its end: features may be far from zero,
     and the cut of a batch into slices shows only in the rare number whose rounding 1e-16 tips over. Fewer differences
     matter: one that turns a ReLU on or off for one row sets two trainings apart for good.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        collectives: Collectives,
-        slices: Slices,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide = [part.double() for part in slices.split(x)]
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: GatheredBatchNorm1d) -> Tensor:
+        wide = [part.double() for part in norm.slices.split(x)]
         own = torch.stack([_statistics(part) for part in wide])
-        counts, means, variances = collectives.stack(own).flatten(0, 1).unbind(1)
-        total = counts.sum(0)
-        count = total[0]
-        if count < 2:
-            raise ValueError("BatchNorm needs at least two rows over all ranks in training")
-        mean = (means * counts).sum(0) / total
-        var = (counts * (variances + (means - mean) ** 2)).sum(0) / total
-        inverse_std = torch.rsqrt(var + eps)
+        counts, mean, var = merged(norm.collectives.slices(own))
+        count = norm.require_rows(counts[0].item())
+        norm.follow(mean, var, count)
+        inverse_std = torch.rsqrt(var + norm.eps)
         shift = -mean * inverse_std
         normals = [torch.addcmul(shift, part, inverse_std).to(x.dtype) for part in wide]
-        ctx.collectives, ctx.slices, ctx.normals = collectives, slices, normals
+        ctx.collectives, ctx.slices, ctx.normals = norm.collectives, norm.slices, normals
         ctx.weight, ctx.bias, ctx.inverse_std, ctx.count = weight, bias, inverse_std, count
-        ctx.mark_non_differentiable(count, mean, var)
         outputs = normals
         if weight is not None and bias is not None:
             outputs = [torch.addcmul(bias, normal, weight) for normal in normals]
-        return torch.cat(outputs), count, mean, var
+        return torch.cat(outputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pairs = list(zip(ctx.slices.split(grad), ctx.normals, strict=True))
         own = torch.stack([torch.stack([g.sum(0), (g * normal).sum(0)]) for g, normal in pairs])
         sums = ctx.collectives.fold(own)
@@ -168,9 +155,10 @@ class _Normalise(torch.autograd.Function):
             if ctx.slices.gradients is None:
                 grad_bias, grad_weight = own.sum(0)
             else:
-                ctx.slices.gradients[ctx.weight] += own[:, 1]
-                ctx.slices.gradients[ctx.bias] += own[:, 0]
-        return grad_input, grad_weight, grad_bias, None, None, None
+                for of_slice, sums_of_slice in zip(ctx.slices.gradients, own, strict=True):
+                    of_slice[ctx.bias] += sums_of_slice[0]
+                    of_slice[ctx.weight] += sums_of_slice[1]
+        return grad_input, grad_weight, grad_bias, None
 
 
 def _statistics(rows: Tensor) -> Tensor:
@@ -181,3 +169,17 @@ def _statistics(rows: Tensor) -> Tensor:
         statistics[0] = len(rows)
         statistics[1], statistics[2] = torch.batch_norm_update_stats(rows, None, None, 0.0)
     return statistics
+
+
+def merged(parts: Any) -> tuple[Any, Any, Any]:
+    """Count, mean and variance of all rows from those of their parts, in order: (parts, 3, C) -> three times (C,).
+
+    Chan, Golub and LeVeque (1983, "Algorithms for computing the sample variance"); of tensors or of numpy's arrays.
+    """
+    counts, means, variances = parts[:, 0], parts[:, 1], parts[:, 2]
+    if len(parts) == 1:
+        return counts[0], means[0], variances[0]
+    total = counts.sum(0)
+    divisor = total + (total == 0)  # parts without rows, all of them: zeros, and not NaN
+    mean = (means * counts).sum(0) / divisor
+    return total, mean, (counts * (variances + (means - mean) ** 2)).sum(0) / divisor

@@ -30,10 +30,10 @@ class UnknownModuleError(UserError):
     """A module of which it is not known that it can be computed slice by slice."""
 
 
-def convert_virtual_ranks(
-    model: nn.Module, slices: Slices, collectives: Collectives, *, slices_of_a_rank: int
-) -> nn.Module:
+def convert_virtual_ranks(model: nn.Module, slices: Slices, collectives: Collectives) -> nn.Module:
     """Make a model compute slice by slice, in place; state_dict keys do not change.
+
+    Gradients go to `slices.gradients`, which must be there by the first backward pass (`Slices.keep_gradients`).
 
     Knows Linear, BatchNorm1d, Embedding, LayerNorm, KeyedDropout (see `convert_dropout`), common activations, and
     modules made of them. UnknownModuleError names any other module, and any module with parameters or buffers of its
@@ -43,9 +43,7 @@ def convert_virtual_ranks(
     and subtracting `x.mean(0)` does not: it sees all rows of a rank at once, and nobody can convert it.
     `check_row_wise` finds what shows on a few rows.
     """
-    model = _convert(model, "the model", slices, collectives)
-    slices.keep_gradients([p for p in model.parameters() if p.requires_grad], slices_of_a_rank)
-    return model
+    return _convert(model, "the model", slices, collectives)
 
 
 @torch.no_grad()
@@ -141,7 +139,7 @@ class _Sliced(torch.autograd.Function):
             wanted = [*ctx.parameters, part] if wants_input else ctx.parameters
             found = torch.autograd.grad(output, wanted, own)
             for parameter, gradient in zip(ctx.parameters, found, strict=False):
-                ctx.slices.gradients[parameter][index] += gradient
+                ctx.slices.gradients[index][parameter] += gradient
             if wants_input:
                 pieces.append(found[-1])
         return torch.cat(pieces) if wants_input else None, None, None, *(None for _ in ctx.parameters)

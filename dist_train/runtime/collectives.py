@@ -61,9 +61,15 @@ class Collectives:
     def fold(self, partials: Tensor) -> Tensor:
         """Sum of the partials of all slices of all ranks in one fixed order: (slices, ...) -> (...).
 
-        The same bits for every world size, as long as the slices of all ranks together are the same.
+        The same bits for every world size, as long as the slices of all ranks together are the same. A sum of one
+        partial is that partial itself, not a copy.
         """
-        return self.stack(partials).flatten(0, 1).sum(0)
+        stacked = self.slices(partials)
+        return stacked[0] if len(stacked) == 1 else stacked.sum(0)
+
+    def slices(self, own: Tensor) -> Tensor:
+        """What the slices of all ranks have, in order: (slices of this rank, ...) -> (slices of all ranks, ...)."""
+        return own if self.size == 1 else self.stack(own).flatten(0, 1)
 
     def concatenate(self, tensor: Tensor) -> Tensor:
         """Tensors of all ranks joined along their first dimension in rank order; lengths may differ or be 0."""

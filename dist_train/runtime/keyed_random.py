@@ -14,6 +14,10 @@ from torch import Tensor
 
 Key = int | str
 
+# Bits are made for so many rows at a time where fewer are asked for, unless more than all but a few of them go unused.
+_ROWS_AHEAD = 512
+_SPARSE = 4
+
 # SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): increment, multipliers.
 _INCREMENT = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -54,6 +58,22 @@ def uniform_keys(num_rows: int, *key: Key) -> Tensor:
     return mix(_counters(num_rows) + derive("rows", *key))
 
 
+class _Ahead:
+    """Bits of rows of an epoch from place `start` on; `asked_at` is the place that was last asked for."""
+
+    __slots__ = ("asked_at", "bits", "epoch", "start")
+
+    def __init__(self, epoch: int, start: int, bits: Tensor) -> None:
+        self.epoch = epoch
+        self.start = start
+        self.bits = bits
+        self.asked_at = start
+
+    def has(self, epoch: int, first_row: int, num_rows: int) -> bool:
+        """Whether these rows are among them."""
+        return epoch == self.epoch and 0 <= first_row - self.start <= len(self.bits) - num_rows
+
+
 class RowRandom:
     """Random bits for the rows of a batch, keyed by seed, purpose, epoch and the row's place in the epoch.
 
@@ -66,6 +86,7 @@ class RowRandom:
         self._epoch = 0
         self._first_row = 0
         self._counters: dict[torch.device, Tensor] = {}
+        self._ahead: dict[tuple[str, int, torch.device], _Ahead] = {}
 
     def begin(self, epoch: int, first_row: int) -> None:
         """The rows that follow start at place `first_row` of the epoch's order."""
@@ -73,7 +94,23 @@ class RowRandom:
         self._first_row = first_row
 
     def bits16(self, purpose: str, num_rows: int, width: int, device: torch.device) -> Tensor:
-        """Uniform int16 numbers of shape (num_rows, width)."""
+        """Uniform int16 numbers of shape (num_rows, width).
+
+        When rows are asked for in small portions, one after the other, more are made than were asked for, and kept.
+        """
+        key = (purpose, width, device)
+        ahead = self._ahead.get(key)
+        if ahead is None or not ahead.has(self._epoch, self._first_row, num_rows):
+            # A rank that takes a small part of each batch would make many rows that are not its own.
+            follows = ahead is not None and ahead.epoch == self._epoch and ahead.start < self._first_row
+            dense = follows and ahead is not None and self._first_row - ahead.asked_at <= _SPARSE * num_rows
+            bits = self._make(purpose, max(num_rows, _ROWS_AHEAD) if dense else num_rows, width, device)
+            ahead = self._ahead[key] = _Ahead(self._epoch, self._first_row, bits)
+        ahead.asked_at = self._first_row
+        start = self._first_row - ahead.start
+        return ahead.bits[start : start + num_rows]
+
+    def _make(self, purpose: str, num_rows: int, width: int, device: torch.device) -> Tensor:
         words = -(-width // 4)
         counters = self._first_counters(num_rows * words, device)
         start = derive(purpose, self._seed, self._epoch) + self._first_row * words * _INCREMENT

@@ -13,7 +13,10 @@ class Position:
     rows: int = 0
 
 
-def cut(start: int, stop: int, pieces: int) -> list[tuple[int, int]]:
-    """Cut [start, stop) into contiguous pieces whose lengths differ by one at most; some may be empty."""
+def cut(start: int, stop: int, pieces: int, which: range | None = None) -> list[tuple[int, int]]:
+    """Cut [start, stop) into contiguous pieces whose lengths differ by one at most; some may be empty.
+
+    `which` of them are wanted; None: all.
+    """
     length = stop - start
-    return [(start + length * i // pieces, start + length * (i + 1) // pieces) for i in range(pieces)]
+    return [(start + length * i // pieces, start + length * (i + 1) // pieces) for i in which or range(pieces)]

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from dist_train.runtime.flat import FlatParameters
 from dist_train.runtime.keyed_random import RowRandom
 
 
 class Slices:
     """How the rows on the table are cut; shared by the modules that compute slice by slice.
 
-    In the exact mode `gradients` holds, for each parameter, the gradient of each slice of this rank, (slices, *shape),
-    all of them views of `flat`: modules add to it in their backward pass instead of handing sums to autograd. In the
-    fast mode a rank has one slice, all its rows, and `gradients` is None.
+    Where `gradients` is set, it holds for each slice of this rank the gradient of each parameter, all of them views of
+    `flat`, (slices, size): modules add to it in their backward pass instead of handing sums to autograd. In the fast
+    mode a rank has one slice, all its rows; on several ranks `gradients` is None there, since DistributedDataParallel
+    reduces what autograd gets.
     """
 
     def __init__(self, random: RowRandom | None = None) -> None:
         self.lengths: tuple[int, ...] = ()
-        self.gradients: dict[nn.Parameter, Tensor] | None = None
+        self.gradients: list[dict[nn.Parameter, Tensor]] | None = None
         self.flat = torch.empty(0)
         self._random = random or RowRandom(0)
         self._place = (0, 0)
@@ -31,12 +33,10 @@ class Slices:
         self._place = (epoch, first_row)
         self._random.begin(epoch, first_row)
 
-    def keep_gradients(self, parameters: Sequence[nn.Parameter], num_slices: int) -> None:
-        """Exact mode: keep the gradients of each slice apart."""
-        sizes = [p.numel() for p in parameters]
-        self.flat = torch.zeros((num_slices, sum(sizes)), dtype=parameters[0].dtype, device=parameters[0].device)
-        views = self.flat.split(sizes, 1)
-        self.gradients = {p: view.unflatten(1, p.shape) for p, view in zip(parameters, views, strict=True)}
+    def keep_gradients(self, parameters: FlatParameters, num_slices: int) -> None:
+        """Keep the gradients of each slice apart."""
+        self.flat = parameters.zeros(num_slices)
+        self.gradients = [{p: parameters.view(own, p) for p in parameters.parameters} for own in self.flat]
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Each slice's rows as a tensor of its own.
@@ -50,8 +50,13 @@ class Slices:
 
     def each(self, rows: Tensor) -> Iterator[Tensor]:
         """Each slice's rows in turn, with the row-keyed randomness set to them."""
-        epoch, first_row = self._place
+        place = 0
         for part in self.split(rows):
-            self._random.begin(epoch, first_row)
+            self.go_to(place)
             yield part
-            first_row += len(part)
+            place += len(part)
+
+    def go_to(self, place: int) -> None:
+        """The row-keyed randomness that is drawn next is that of the rows from `place` on, counted within the batch."""
+        epoch, first_row = self._place
+        self._random.begin(epoch, first_row + place)

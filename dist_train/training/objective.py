@@ -33,20 +33,29 @@ class CrossEntropy:
     def __init__(self, class_weights: Tensor | None = None, label_smoothing: float = 0.0) -> None:
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
+        self._counted: tuple[tuple[int, ...], Tensor] | None = None  # rows of the slices of the batch before
 
     def __call__(self, model: nn.Module, batch: Batch) -> LossSum:
         """Sums over the rows of each slice; a slice without rows has loss 0 and weight 0."""
         logits = model(*batch.inputs)
         logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-        # Copies: a kernel may round differently where a slice begins at another place in memory.
-        pairs = [
-            (a.clone(), t) for a, t in zip(logits.split(batch.slices), batch.targets.split(batch.slices), strict=True)
-        ]
-        losses = torch.stack([self._sum(own, targets) for own, targets in pairs])
-        if self.class_weights is None:
-            return LossSum(losses, losses.new_tensor(batch.slices))
+        lengths, targets = batch.slices, batch.targets
+        if len(lengths) == 1:
+            parts = [(logits, targets)]
+        else:
+            # Copies: a kernel may round differently where a slice begins at another place in memory.
+            parts = [(a.clone(), t) for a, t in zip(logits.split(lengths), targets.split(lengths), strict=True)]
+        losses = [self._sum(own, targets) for own, targets in parts]
+        loss = losses[0].unsqueeze(0) if len(losses) == 1 else torch.stack(losses)
+        return LossSum(loss, self._weights(batch, [targets for _, targets in parts], loss))
+
+    def _weights(self, batch: Batch, targets: list[Tensor], like: Tensor) -> Tensor:
         weights = self.class_weights
-        return LossSum(losses, torch.stack([weights[targets].sum() for _, targets in pairs]))
+        if weights is not None:
+            return torch.stack([weights[of_slice].sum() for of_slice in targets])
+        if self._counted is None or self._counted[0] != batch.slices:
+            self._counted = batch.slices, like.new_tensor(batch.slices)
+        return self._counted[1]
 
     def _sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(

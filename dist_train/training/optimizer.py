@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups, its state by parameter name, and the moving average of weights."""
+"""AdamW on flat parameters, its state by parameter name, and the moving average of weights."""
 
 from __future__ import annotations
 
@@ -8,47 +8,64 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-
-def build_adamw(
-    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
-) -> torch.optim.AdamW:
-    """Fused AdamW; vectors (biases, normalisation) are not decayed."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+from dist_train.runtime.flat import FlatParameters
 
 
-class NamedOptimizerState:
-    """The state of an optimizer, by the names of the parameters, whatever groups they are in."""
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019, "Decoupled weight decay regularization") on all parameters of a model at once.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        self._optimizer = optimizer
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    The kernel is that of torch.optim.AdamW(fused=True), called on two tensors: the weight matrices, and the vectors
+    (biases, normalisation), which are not decayed. torch's optimizer around it takes longer than the kernel does on a
+    small network.
+    """
+
+    def __init__(self, model: nn.Module, *, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = [p for p in named.values() if p.ndim >= 2]
+        vectors = [p for p in named.values() if p.ndim < 2]
+        self.parameters = FlatParameters([*matrices, *vectors])
+        self._names = {p: name for name, p in named.items()}
+        border = self.parameters.start_of(vectors[0]) if vectors else self.parameters.size
+        self._moments = self.parameters.zeros(2)
+        self._parts = [
+            (part, decay, self.parameters.values[part], *self._moments[:, part])
+            for part, decay in ((slice(border), weight_decay), (slice(border, None), 0.0))
+            if len(self.parameters.values[part])
+        ]
+        self._betas = betas
+        self._eps = eps
+        self._steps = torch.zeros((), dtype=torch.float32, device=self._moments.device)
+
+    def step(self, gradients: Tensor, lr: float | Tensor, finite: Tensor) -> None:
+        """Update the parameters by flat gradients; where `finite`, (), is false, nothing changes.
+
+        The decision stays on the device: nobody waits for it.
+        """
+        self._steps += finite
+        skip = (~finite).float()
+        beta1, beta2 = self._betas
+        for part, decay, values, mean, square in self._parts:
+            torch._fused_adamw_(
+                [values], [gradients[part]], [mean], [square], [], [self._steps],
+                lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=self._eps,
+                amsgrad=False, maximize=False, grad_scale=None, found_inf=skip,
+            )  # fmt: skip
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`<parameter>/<quantity>` -> tensor."""
-        return {
-            f"{name}/{quantity}": value
-            for name, parameter in self._parameters.items()
-            for quantity, value in self._optimizer.state[parameter].items()
-        }
+        """`<parameter>/<quantity>` -> tensor; the quantities are exp_avg, exp_avg_sq and step."""
+        state: dict[str, Tensor] = {}
+        for parameter, name in self._names.items():
+            first, second = self.parameters.view(self._moments, parameter)
+            state |= {f"{name}/exp_avg": first, f"{name}/exp_avg_sq": second, f"{name}/step": self._steps}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave, beside the parameters; KeyError names a parameter without state."""
-        known = {key.rpartition("/")[0] for key in state}
-        for name in self._parameters:
-            if known and name not in known:  # before the first step nothing has a state
-                raise KeyError(name)
-        for key, value in state.items():
-            name, _, quantity = key.rpartition("/")
-            parameter = self._parameters[name]
-            # The step counter stays where the fused kernel wants it, beside the parameter; other state has its dtype.
-            dtype = value.dtype if quantity == "step" else parameter.dtype
-            self._optimizer.state[parameter][quantity] = value.to(parameter.device, dtype, copy=True)
+        """Take over what `state_dict` gave; KeyError names what is missing."""
+        for parameter, name in self._names.items():
+            first, second = self.parameters.view(self._moments, parameter)
+            first.copy_(state[f"{name}/exp_avg"])
+            second.copy_(state[f"{name}/exp_avg_sq"])
+            self._steps.copy_(state[f"{name}/step"])
 
 
 def average_of(model: nn.Module, decay: float) -> AveragedModel:

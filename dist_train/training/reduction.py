@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.flat import FlatParameters
 from dist_train.runtime.slices import Slices
 
 
 class Reduction(Protocol):
-    """Leaves in every parameter's `.grad` the sum over ranks, divided by `divisor`."""
+    """Gradients summed over ranks, divided by `divisor`."""
 
     divisor: int
 
@@ -23,52 +25,57 @@ class Reduction(Protocol):
     def backward_of(self, *, last: bool) -> AbstractContextManager[Any]:
         """Surrounds the forward and backward pass of a batch, the `last` one of the step or not."""
 
-    def backward(self, loss: Tensor) -> None:
-        """The backward pass itself."""
+    def backward(self, loss: Tensor, factor: float) -> None:
+        """The backward pass itself, of the sum over slices of `loss`, (slices,), times `factor`."""
 
-    def finish(self) -> None:
-        """All backward passes are done: the gradients are wanted now."""
+    def finish(self) -> Tensor:
+        """All backward passes are done: the flat gradients, which the caller may change."""
 
 
 class AveragedInBackward:
-    """The fast mode: DistributedDataParallel averages in the last backward pass; a world of one has nothing to do."""
+    """The fast mode on several ranks: DistributedDataParallel averages in the last backward pass."""
 
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], collectives: Collectives) -> None:
+    def __init__(self, model: DistributedDataParallel, parameters: FlatParameters, collectives: Collectives) -> None:
         self.divisor = collectives.size
-        self._no_sync = getattr(model, "no_sync", nullcontext)
+        self._model = model
         self._parameters = parameters
+        self._flat = parameters.zeros()
         self._collectives = collectives
 
     def begin(self) -> None:
         """Forget the gradients of the step before."""
-        for parameter in self._parameters:
+        for parameter in self._parameters.parameters:
             parameter.grad = None
 
     def backward_of(self, *, last: bool) -> AbstractContextManager[Any]:
         """Communicate in the last backward pass alone."""
-        return nullcontext() if last else self._no_sync()
+        return nullcontext() if last else self._model.no_sync()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, factor: float) -> None:
         """Gradients are averaged in here: a rank that waits for the others waits in here."""
-        if self.divisor == 1:
-            loss.backward()
-            return
         with self._collectives.pulse.backward("all_reduce of gradients in the backward pass"):
-            loss.backward()
+            loss.backward(torch.full_like(loss, factor))
 
-    def finish(self) -> None:
-        """Nothing is left to do."""
+    def finish(self) -> Tensor:
+        """Out of DistributedDataParallel's buckets."""
+        return self._parameters.gather([p.grad for p in self._parameters.parameters if p.grad is not None], self._flat)
 
 
 class FoldedSlices:
-    """The exact mode: the modules keep the gradient of each slice apart; all slices of all ranks are added in order."""
+    """The modules keep the gradient of each slice; all slices of all ranks are added up in order.
+
+    So it is in the exact mode, and in a world of one. There, in the fast mode, one slice is all there is, nothing is
+    added up, and modules that do not know of slices may leave their gradients to autograd.
+    """
 
     divisor = 1
 
-    def __init__(self, slices: Slices, parameters: Sequence[nn.Parameter], collectives: Collectives) -> None:
+    def __init__(self, slices: Slices, parameters: FlatParameters, collectives: Collectives) -> None:
         self._slices = slices
-        self._parameters = parameters
         self._collectives = collectives
+        if len(slices.flat) == 1:
+            for parameter in parameters.parameters:
+                parameter.grad = parameters.view(slices.flat[0], parameter)
 
     def begin(self) -> None:
         """Forget the gradients of the step before."""
@@ -78,13 +85,10 @@ class FoldedSlices:
         """Nothing is communicated in a backward pass but BatchNorm's sums."""
         return nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, factor: float) -> None:
         """The modules leave the gradients of their slices."""
-        loss.backward()
+        loss.backward(torch.full_like(loss, factor))
 
-    def finish(self) -> None:
+    def finish(self) -> Tensor:
         """Gather every slice's gradient and add them up, the same bits on every rank and for every world size."""
-        sums = self._collectives.fold(self._slices.flat)
-        sizes = [p.numel() for p in self._parameters]
-        for parameter, part in zip(self._parameters, sums.split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
+        return self._collectives.fold(self._slices.flat)

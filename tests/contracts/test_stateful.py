@@ -21,7 +21,7 @@ from dist_train.runtime.world import World
 from dist_train.session import Session
 from dist_train.tracking.journal import Journal
 from dist_train.training.meter import Meter
-from dist_train.training.optimizer import NamedOptimizerState, average_of, build_adamw
+from dist_train.training.optimizer import AdamW, average_of
 from dist_train.training.parts import Stateful
 from dist_train.training.progress import Progress
 from dist_train.training.step import Outcome
@@ -53,13 +53,13 @@ class TheOptimizer:
     def __init__(self) -> None:
         with seeded("a model"):
             self.model: nn.Module = nn.Linear(3, 2)
-        self.optimizer = build_adamw(self.model, lr=0.1, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
-        self.stateful = NamedOptimizerState(self.optimizer, self.model)
+        self.stateful = AdamW(self.model, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
 
     def act(self) -> None:
-        self.optimizer.zero_grad()
-        self.model(torch.ones(5, 3)).square().sum().backward()
-        self.optimizer.step()
+        parameters = self.stateful.parameters
+        loss = self.model(torch.ones(5, 3)).square().sum()
+        gradients = torch.autograd.grad(loss, parameters.parameters)
+        self.stateful.step(parameters.gather(gradients, parameters.zeros()), 0.1, torch.tensor(True))
         with seeded("a model"):  # the weights are another part's business: a step starts from the same ones
             self.model.reset_parameters()  # type: ignore[operator]
 

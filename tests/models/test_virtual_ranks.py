@@ -20,6 +20,7 @@ from dist_train.models.virtual_ranks import (
     require_world_size,
 )
 from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.flat import FlatParameters
 from dist_train.runtime.keyed_random import RowRandom, seeded
 from dist_train.runtime.slices import Slices
 from dist_train.runtime.world import World
@@ -51,7 +52,10 @@ def converted(model: nn.Module) -> tuple[nn.Module, Slices]:
     random = RowRandom(0)
     slices = Slices(random)
     model = convert_dropout(model, random)
-    model = convert_virtual_ranks(model, slices, Collectives(World()), slices_of_a_rank=len(LENGTHS))
+    model = convert_virtual_ranks(model, slices, Collectives(World()))
+    parameters = list(model.parameters())
+    if parameters:
+        slices.keep_gradients(FlatParameters(parameters), len(LENGTHS))
     slices.begin(LENGTHS, 0, 0)
     return model, slices
 
@@ -73,7 +77,7 @@ def test_outputs_gradients_and_buffers_are_the_plain_models(make) -> None:  # ty
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(own[0].grad, theirs[0].grad, rtol=1e-11, atol=1e-12)
     assert slices.gradients is not None
-    sums = {name: slices.gradients[p].sum(0) for name, p in exact.named_parameters()}
+    sums = {name: sum(of_slice[p] for of_slice in slices.gradients) for name, p in exact.named_parameters()}
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(sums[name], parameter.grad, rtol=1e-11, atol=1e-12, msg=name)
     torch.testing.assert_close(dict(exact.named_buffers()), dict(plain.named_buffers()), rtol=1e-12, atol=1e-12)
@@ -85,12 +89,13 @@ def test_a_second_pass_adds_to_the_gradients_of_its_slices() -> None:
     inputs = inputs_of(model)
     model(*inputs).sum().backward()
     assert slices.gradients is not None
-    once = {p: g.clone() for p, g in slices.gradients.items()}
+    once = [{p: g.clone() for p, g in of_slice.items()} for of_slice in slices.gradients]
     model(*inputs).sum().backward()
-    for parameter, gradient in slices.gradients.items():
-        assert torch.equal(gradient, once[parameter] * 2)
-        assert parameter.grad is None
-        assert not gradient[1].any()  # the empty slice
+    for of_slice, before in zip(slices.gradients, once, strict=True):
+        for parameter, gradient in of_slice.items():
+            assert torch.equal(gradient, before[parameter] * 2)
+            assert parameter.grad is None
+    assert not any(gradient.any() for gradient in slices.gradients[1].values())  # the empty slice
 
 
 class OwnParameter(nn.Module):
