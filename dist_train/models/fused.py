@@ -171,8 +171,9 @@ class _Norm:
         norm, of_blocks = self._norm, self._of_blocks
         for block, (_, block_mean, block_var) in zip(self._blocks, of_blocks, strict=True):
             if block.num_rows:
-                # torch's own kernel for the statistics of a BatchNorm: var_mean takes ten times as long.
-                found = torch.batch_norm_update_stats(block.sums[self._index], None, None, 0.0)
+                # torch's own kernel for the statistics of a BatchNorm: var_mean takes ten times as long. In float64, so
+                # that world sizes, whose blocks differ, round to the same scale and shift: see models/batch_norm.py.
+                found = torch.batch_norm_update_stats(block.sums[self._index].double(), None, None, 0.0)
                 block_mean[:], block_var[:] = found[0].numpy(), found[1].numpy()
         if self._of_slices is not of_blocks:
             for index, of_slice in enumerate(self._of_slices):

@@ -18,6 +18,7 @@ class Gathered(Collectives):
 
     def __init__(self, partials: list[torch.Tensor]) -> None:
         super().__init__(World())
+        self.size = len(partials)
         self._partials = partials
 
     def stack(self, tensor: torch.Tensor) -> torch.Tensor:
