@@ -29,6 +29,7 @@ from dist_train.runtime.keyed_random import RowRandom
 from dist_train.runtime.slices import Slices
 from dist_train.runtime.world import World
 from dist_train.training.evaluation import evaluate
+from dist_train.training.graph import CudaRecorder, GraphStep
 from dist_train.training.loop import Loop, Rhythm
 from dist_train.training.meter import Meter
 from dist_train.training.objective import CrossEntropy, balanced_weights
@@ -38,7 +39,10 @@ from dist_train.training.plan import Plan
 from dist_train.training.progress import Progress
 from dist_train.training.reduction import AveragedInBackward, FoldedSlices, Reduction
 from dist_train.training.schedule import learning_rate
-from dist_train.training.step import EagerStep
+from dist_train.training.step import EagerStep, Step
+
+# Steps that may be on their way to a GPU: enough to keep it busy while the host looks after a line or a signal.
+STEPS_AHEAD = 8
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -56,7 +60,7 @@ class Session:
         train, encoder = config.train, dataset.encoder
         self.config = config
         self.dataset = dataset
-        random = RowRandom(config.run.seed)
+        self.random = random = RowRandom(config.run.seed)
         plain = build_model(
             config.model,
             input_dim=encoder.input_dim,
@@ -91,7 +95,7 @@ class Session:
         def begin(batch: Batch) -> None:
             slices.begin(batch.slices, batch.epoch, batch.first_row)
 
-        self.step = EagerStep(
+        eager = EagerStep(
             trained,
             CrossEntropy(self._class_weights(collectives), train.label_smoothing),
             self.optimizer,
@@ -102,6 +106,7 @@ class Session:
             max_grad_norm=config.optim.max_grad_norm,
             autocast_dtype=torch.bfloat16 if train.precision == "bf16" else None,
         )
+        self.step: Step = GraphStep(eager, random, CudaRecorder()) if self._recordable(collectives) else eager
         self._tensors: dict[str, Stateful] = {
             "model.pth": self.model,
             "optimizer.pth": self.optimizer,
@@ -191,6 +196,12 @@ class Session:
         gathered = virtual_ranks if world.size > 1 else 0  # alone, its own are all
         return virtual_ranks // world.size + gathered
 
+    def _recordable(self, collectives: Collectives) -> bool:
+        """Whether a step can be one CUDA graph: all of it runs on the GPU, and the host is asked for nothing."""
+        train = self.config.train
+        on_gpu = self.dataset.splits["train"].targets.device.type == "cuda" and collectives.runs_on_device
+        return on_gpu and train.virtual_ranks is None and train.accumulation_steps == 1
+
     def _synchronised(self, plain: nn.Module, slices: Slices, collectives: Collectives) -> nn.Module:
         """The model, computing over the rows of all ranks: exactly where virtual ranks are set."""
         virtual_ranks = self.config.train.virtual_ranks
@@ -275,6 +286,7 @@ def build_loop(
             save_steps=config.checkpoint.every_steps,
             evaluate_steps=config.evaluation.every_steps,
             patience=config.train.early_stopping_patience,
+            steps_ahead=STEPS_AHEAD if collectives.device.type == "cuda" else 0,
         ),
         collectives,
         evaluate=lambda: session.score("valid", collectives),

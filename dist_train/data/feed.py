@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from copy import copy
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,42 +14,56 @@ from dist_train.data.sampler import PositionSampler, Share
 from dist_train.runtime.position import Position
 
 
-@dataclass(frozen=True)
-class Batch:
-    """This rank's rows of one forward-backward pass, on the device.
+class Source(Protocol):
+    """Rows that batches can be read from; `row_numbers` are their numbers in the table."""
 
-    `inputs` are the arguments of the model, each (n, ...); `targets` class indices, (n,).
+    @property
+    def row_numbers(self) -> Tensor: ...
+    def gather(self, share: Share) -> Batch: ...
+    def read(self, index: Tensor) -> tuple[Tensor, ...]: ...
+
+
+class Batch:
+    """This rank's rows of one forward-backward pass, gathered when they are looked at.
+
+    `index` are the places of the rows in the split, (n,), on the host or on the device. `slices` are the lengths of the
+    slices that they consist of; `first_row` and `epoch` say where in the training order they stand; `global_rows`
+    counts all ranks' rows.
     """
 
-    inputs: tuple[Tensor, ...]
-    targets: Tensor
-    share: Share
-    row_numbers: Tensor
+    def __init__(self, source: Source, share: Share, index: Tensor) -> None:
+        self._source = source
+        self.index = index
+        self.slices = share.slices
+        self.epoch = share.epoch
+        self.first_row = share.first_row
+        self.global_rows = share.global_rows
+
+    @cached_property
+    def _gathered(self) -> tuple[Tensor, ...]:
+        return self._source.read(self.index)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Arguments of the model, each (n, ...), on the device."""
+        return self._gathered[:-1]
+
+    @property
+    def targets(self) -> Tensor:
+        """Class indices, (n,), on the device."""
+        return self._gathered[-1]
 
     @property
     def rows(self) -> Tensor:
         """The rows' numbers in the table, (n,)."""
-        return self.row_numbers[self.share.rows]
+        return self._source.row_numbers[self.index.to(self._source.row_numbers.device)]
 
-    @property
-    def slices(self) -> tuple[int, ...]:
-        """Lengths of the slices that the rows consist of."""
-        return self.share.slices
-
-    @property
-    def epoch(self) -> int:
-        """Epoch that the rows are trained in, counted from 0."""
-        return self.share.epoch
-
-    @property
-    def first_row(self) -> int:
-        """Place of the first row in the epoch's order."""
-        return self.share.first_row
-
-    @property
-    def global_rows(self) -> int:
-        """Rows of all ranks."""
-        return self.share.global_rows
+    def by_index(self, index: Tensor) -> Batch:
+        """A batch of the same lengths, whose rows are those that `index` holds when they are gathered."""
+        twin = copy(self)
+        twin.__dict__.pop("_gathered", None)
+        twin.index = index
+        return twin
 
 
 class ResidentRows:
@@ -67,19 +83,18 @@ class ResidentRows:
 
     def gather(self, share: Share) -> Batch:
         """The batch of a share."""
-        index = share.rows.to(self.targets.device, non_blocking=True)
-        return Batch(
-            inputs=tuple(x.index_select(0, index) for x in self.inputs),
-            targets=self.targets.index_select(0, index),
-            share=share,
-            row_numbers=self.row_numbers,
-        )
+        return Batch(self, share, share.rows)
+
+    def read(self, index: Tensor) -> tuple[Tensor, ...]:
+        """Inputs and targets of the rows at the places `index`, (n,)."""
+        index = index.to(self.targets.device, non_blocking=True)
+        return (*(x.index_select(0, index) for x in self.inputs), self.targets.index_select(0, index))
 
 
 class Feed:
     """Yields what one optimizer step trains on, and the position after it, without end."""
 
-    def __init__(self, rows: ResidentRows, sampler: PositionSampler) -> None:
+    def __init__(self, rows: Source, sampler: PositionSampler) -> None:
         self.rows = rows
         self.sampler = sampler
 

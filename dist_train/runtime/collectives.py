@@ -27,6 +27,8 @@ class Collectives:
         self.rank = world.rank
         self.size = world.size
         self.device = world.device
+        # Whether a collective is a kernel on the GPU among others, so that nobody waits for it on the host.
+        self.runs_on_device = world.device.type == "cuda" and (world.size == 1 or world.backend == "nccl")
         self.pulse = Pulse()
         self._wants_stop = wants_stop
 
@@ -120,12 +122,26 @@ class Collectives:
         self.agree(lambda: mine.append(act()))
         return mine[0]
 
-    def fetch(self, tensor: Tensor) -> float:
-        """The value of a tensor of one number; on a GPU this is where a rank waits for what it has sent off."""
-        if self.size == 1:
-            return tensor.item()
-        with self.pulse.waiting("fetch"):
-            return tensor.item()
+    def later(self, *tensors: Tensor) -> Callable[[], list[float]]:
+        """Ask for the numbers in some tensors, as they are once all work so far is done; the call gives them.
+
+        On a GPU nothing is waited for until then, so that more work can be sent off meanwhile.
+        """
+        if self.device.type != "cuda":
+            numbers = [number for tensor in tensors for number in tensor.flatten().tolist()]
+            return lambda: numbers
+        joined = torch.cat([tensor.flatten().double() for tensor in tensors])
+        arrived = torch.cuda.Event()
+        host = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True).copy_(joined, non_blocking=True)
+        arrived.record()
+
+        def wait() -> list[float]:
+            # Where a rank hangs in a kernel that waits for the others, it is here that it is seen to hang.
+            with self.pulse.waiting("fetch"):
+                arrived.synchronize()
+            return cast(list[float], host.tolist())
+
+        return wait
 
     def may_stop(self) -> None:
         """A place where all ranks can stop together: raises Stopped on every rank when one of them was asked to."""

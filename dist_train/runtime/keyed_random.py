@@ -6,7 +6,7 @@ Nothing has to be stored in a checkpoint or replayed on resume, and any rank can
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -87,34 +87,59 @@ class RowRandom:
         self._first_row = 0
         self._counters: dict[torch.device, Tensor] = {}
         self._ahead: dict[tuple[str, int, torch.device], _Ahead] = {}
+        self._held: dict[tuple[str, int], Tensor] | None = None
 
     def begin(self, epoch: int, first_row: int) -> None:
         """The rows that follow start at place `first_row` of the epoch's order."""
         self._epoch = epoch
         self._first_row = first_row
 
+    def hold(self, keys: Sequence[tuple[str, int]], starts: Tensor) -> None:
+        """From now on the bits of each of `keys`, (purpose, width), follow from a number in `starts`, (keys,) int64.
+
+        Whoever fills `starts` with what `starts_of` says then decides for which rows the bits are, also when kernels
+        that were recorded before are run again.
+        """
+        self._held = dict(zip(keys, starts.unbind(), strict=True))
+
+    def let_go(self) -> None:
+        """Bits follow from `begin` again."""
+        self._held = None
+
+    def keys_asked_for(self) -> list[tuple[str, int]]:
+        """Purpose and width of all bits that were asked for so far."""
+        return [(purpose, width) for purpose, width, _ in self._ahead]
+
+    def starts_of(self, keys: Sequence[tuple[str, int]]) -> list[int]:
+        """What the bits of `keys` for the rows on the table follow from."""
+        return [self._start(purpose, -(-width // 4)) for purpose, width in keys]
+
     def bits16(self, purpose: str, num_rows: int, width: int, device: torch.device) -> Tensor:
         """Uniform int16 numbers of shape (num_rows, width).
 
         When rows are asked for in small portions, one after the other, more are made than were asked for, and kept.
         """
+        if self._held is not None:
+            return self._make(self._held[purpose, width], num_rows, width, device)
         key = (purpose, width, device)
         ahead = self._ahead.get(key)
         if ahead is None or not ahead.has(self._epoch, self._first_row, num_rows):
             # A rank that takes a small part of each batch would make many rows that are not its own.
             follows = ahead is not None and ahead.epoch == self._epoch and ahead.start < self._first_row
             dense = follows and ahead is not None and self._first_row - ahead.asked_at <= _SPARSE * num_rows
-            bits = self._make(purpose, max(num_rows, _ROWS_AHEAD) if dense else num_rows, width, device)
+            num_made = max(num_rows, _ROWS_AHEAD) if dense else num_rows
+            bits = self._make(self._start(purpose, -(-width // 4)), num_made, width, device)
             ahead = self._ahead[key] = _Ahead(self._epoch, self._first_row, bits)
         ahead.asked_at = self._first_row
         start = self._first_row - ahead.start
         return ahead.bits[start : start + num_rows]
 
-    def _make(self, purpose: str, num_rows: int, width: int, device: torch.device) -> Tensor:
+    def _start(self, purpose: str, words: int) -> int:
+        return _signed(derive(purpose, self._seed, self._epoch) + self._first_row * words * _INCREMENT)
+
+    def _make(self, start: int | Tensor, num_rows: int, width: int, device: torch.device) -> Tensor:
         words = -(-width // 4)
-        counters = self._first_counters(num_rows * words, device)
-        start = derive(purpose, self._seed, self._epoch) + self._first_row * words * _INCREMENT
-        bits = mix(counters + _signed(start)).view(torch.int16)
+        bits = mix(self._first_counters(num_rows * words, device) + start).view(torch.int16)
         return bits.view(num_rows, words * 4)[:, :width]
 
     def _first_counters(self, count: int, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -28,13 +29,29 @@ class Ending(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Rhythm:
-    """When what happens, in optimizer steps. `evaluate_steps` None: at the end of each epoch."""
+    """When what happens, in optimizer steps. `evaluate_steps` None: at the end of each epoch.
+
+    `steps_ahead` may be sent off to a GPU before it is known how the one before them has ended, so that it never waits
+    for the host. A line, an evaluation and a checkpoint wait for all.
+    """
 
     total_steps: int
     log_steps: int
     save_steps: int
     evaluate_steps: int | None
     patience: int | None
+    steps_ahead: int = 0
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A step that has been sent off; `numbers` gives its totals, gradient norm and whether all were finite."""
+
+    number: int
+    epoch: int
+    batches: list[Batch]
+    rows: int
+    numbers: Callable[[], list[float]]
 
 
 class Loop:
@@ -70,13 +87,14 @@ class Loop:
         self.track = track
         self.after_update = after_update
         self.wants_stop = wants_stop
+        self._sent: deque[_Sent] = deque()
         self._clock = time.perf_counter()
         self._samples_at_line = self.progress.samples(self.feed.num_rows)
         self._seconds_at_line = self.progress.train_seconds
 
     def run(self) -> Ending:
         """Train to the end, or to an agreed stop; a checkpoint of the last step is written in either case."""
-        progress, fetch = self.progress, self.collectives.fetch
+        progress = self.progress
         self._clock = time.perf_counter()
         if progress.evaluation_due and self._settle(stop=False):
             return Ending.STOPPED
@@ -85,18 +103,43 @@ class Loop:
                 break
             self.collectives.pulse.at_step(progress.step + 1)
             outcome = self.step(batches, progress.step, wants_stop=self.wants_stop())
-            if not fetch(outcome.finite):
-                raise TrainingFault(self._blame(outcome, batches))
+            numbers = self.collectives.later(outcome.totals, outcome.grad_norm, outcome.finite)
             progress.step += 1
+            self._sent.append(_Sent(progress.step, progress.position.epoch, batches, outcome.rows, numbers))
             progress.position = position
             self.meter.add(outcome)
             self.after_update()
-            if self._finished() or progress.step % self.rhythm.log_steps == 0:
-                self._log(outcome)
             progress.evaluation_due = self._evaluation_due()
-            if self._settle(stop=fetch(outcome.totals[2]) > 0):
+            stop = self._read(0 if self._is_landmark() else self.rhythm.steps_ahead)
+            if self._line_due():
+                self._log(outcome)
+            if self._settle(stop=stop):
                 return Ending.STOPPED
         return Ending.FINISHED if self._finished() else Ending.EARLY_STOP
+
+    def _read(self, left: int) -> bool:
+        """Find out how steps have ended, of all but the `left` last ones; true when a rank has voted to stop.
+
+        TrainingFault where a loss or gradient was not finite. On a vote all steps are waited for.
+        """
+        stop = False
+        while len(self._sent) > left:
+            sent = self._sent.popleft()
+            loss, weight, votes, norm, finite = sent.numbers()
+            if not finite:
+                raise TrainingFault(self._blame(sent, loss / weight, norm))
+            if votes > 0:
+                stop, left = True, 0
+        return stop
+
+    def _is_landmark(self) -> bool:
+        return self._line_due() or self.progress.evaluation_due or self._save_due()
+
+    def _line_due(self) -> bool:
+        return self._finished() or self.progress.step % self.rhythm.log_steps == 0
+
+    def _save_due(self) -> bool:
+        return self.progress.step % self.rhythm.save_steps == 0
 
     def _settle(self, *, stop: bool) -> bool:
         """What is due after a step: an evaluation, a checkpoint. True when the run is to stop here."""
@@ -108,8 +151,7 @@ class Loop:
             except Stopped:
                 stop = True
         done = self._finished() and not progress.evaluation_due
-        on_time = progress.step % self.rhythm.save_steps == 0
-        if self._finished() or stop or improved or on_time or self._out_of_patience():
+        if self._finished() or stop or improved or self._save_due() or self._out_of_patience():
             with self.collectives.pulse.phase("checkpointing"):
                 self._aside(lambda: self.save(progress.step))
         return stop and not done
@@ -169,14 +211,13 @@ class Loop:
         self._clock = time.perf_counter()
         return result
 
-    def _blame(self, outcome: Outcome, batches: list[Batch]) -> str:
-        rows = [row for part in self.collectives.agree(lambda: _some_rows(batches)) for row in part]
+    def _blame(self, sent: _Sent, loss: float, norm: float) -> str:
+        rows = [row for part in self.collectives.agree(lambda: _some_rows(sent.batches)) for row in part]
         listed = ", ".join(str(row + 1) for row in rows)
-        loss = (outcome.totals[0] / outcome.totals[1]).item()
         return (
-            f"step {self.progress.step + 1} (epoch {self.progress.position.epoch + 1}): the loss is {loss}, the "
-            f"gradient norm {outcome.grad_norm.item()}; no rank has updated its weights. The step trains on "
-            f"{outcome.rows} rows, data rows {listed}{' and more' if outcome.rows > len(rows) else ''}. "
+            f"step {sent.number} (epoch {sent.epoch + 1}): the loss is {loss}, the gradient norm {norm}; no rank has "
+            f"updated its weights by it. The step trains on {sent.rows} rows, data rows {listed}"
+            f"{' and more' if sent.rows > len(rows) else ''}. "
             "Lower optim.lr, set optim.max_grad_norm, or look at these rows"
         )
 

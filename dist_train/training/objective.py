@@ -33,7 +33,7 @@ class CrossEntropy:
     def __init__(self, class_weights: Tensor | None = None, label_smoothing: float = 0.0) -> None:
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
-        self._counted: tuple[tuple[int, ...], Tensor] | None = None  # rows of the slices of the batch before
+        self._counted: dict[tuple[int, ...], Tensor] = {}  # rows of slices: a batch has one of a few shapes
 
     def __call__(self, model: nn.Module, batch: Batch) -> LossSum:
         """Sums over the rows of each slice; a slice without rows has loss 0 and weight 0."""
@@ -53,9 +53,9 @@ class CrossEntropy:
         weights = self.class_weights
         if weights is not None:
             return torch.stack([weights[of_slice].sum() for of_slice in targets])
-        if self._counted is None or self._counted[0] != batch.slices:
-            self._counted = batch.slices, like.new_tensor(batch.slices)
-        return self._counted[1]
+        if batch.slices not in self._counted:
+            self._counted[batch.slices] = like.new_tensor(batch.slices)
+        return self._counted[batch.slices]
 
     def _sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(

@@ -11,12 +11,17 @@ from dist_train.runtime.position import Position
 
 
 class Batch(Protocol):
-    """This rank's rows of one forward-backward pass. Only the objective looks inside `inputs` and `targets`."""
+    """This rank's rows of one forward-backward pass. Only the objective looks inside `inputs` and `targets`.
+
+    They are read by `index`, the places of the rows in memory; `by_index` gives a twin that reads by another tensor.
+    """
 
     @property
     def inputs(self) -> tuple[Tensor, ...]: ...
     @property
     def targets(self) -> Tensor: ...
+    @property
+    def index(self) -> Tensor: ...
     @property
     def rows(self) -> Tensor: ...
     @property
@@ -27,6 +32,7 @@ class Batch(Protocol):
     def first_row(self) -> int: ...
     @property
     def global_rows(self) -> int: ...
+    def by_index(self, index: Tensor) -> Batch: ...
 
 
 class Feed(Protocol):

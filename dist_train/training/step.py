@@ -69,12 +69,21 @@ class EagerStep:
     def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> Outcome:
         """Train on the batches unless the loss or the gradient is not finite on some rank."""
         lr = self.learning_rate(step)
+        # On a GPU the rate is a number of its memory, as it is when the step is recorded: the kernel is another one.
+        device = self.collectives.device
+        rate = lr if device.type == "cpu" else torch.full((), lr, device=device)
+        totals, norm, finite = self.compute(batches, rate, float(wants_stop))
+        return Outcome(totals, norm, finite, lr, sum(batch.global_rows for batch in batches))
+
+    def compute(
+        self, batches: Sequence[Batch], lr: float | Tensor, vote: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The step itself: totals, gradient norm, and whether both were finite. Nothing in it waits for a GPU."""
         rows = sum(batch.global_rows for batch in batches)
         # Of each slice: loss, weight, and the vote to stop.
         sums = torch.zeros((len(batches[0].slices), 3), dtype=torch.float64, device=self.collectives.device)
         losses, weights, votes = sums.unbind(1)
-        if wants_stop:
-            votes.fill_(1)
+        votes += vote
         self.reduction.begin()
         for index, batch in enumerate(batches):
             self.begin(batch)
@@ -90,7 +99,7 @@ class EagerStep:
         norm = self._scale_and_clip(gradients, rows / totals[1])
         finite = (totals[0] + norm).isfinite()
         self.optimizer.step(gradients, lr, finite)
-        return Outcome(totals, norm, finite, lr, rows)
+        return totals, norm, finite
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.autocast_dtype is None:

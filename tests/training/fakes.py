@@ -25,6 +25,22 @@ class FakeBatch:
     global_rows: int = 0
 
     @property
+    def index(self) -> Tensor:
+        """Places of the rows: a fake has its rows in hand."""
+        return torch.arange(len(self.targets))
+
+    def by_index(self, index: Tensor) -> FakeBatch:
+        """The rows at these places, each time they are looked at."""
+        return FakeBatch(
+            tuple(x[index] for x in self.inputs),
+            self.targets[index],
+            self.rows[index],
+            self.epoch,
+            self.first_row,
+            self.global_rows,
+        )
+
+    @property
     def slices(self) -> tuple[int, ...]:
         """One slice, as in the fast mode."""
         return (len(self.targets),)

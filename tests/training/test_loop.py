@@ -152,9 +152,53 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(loss: float) -> None:
     rig = Rig(losses=[1, 1, 1, 1, 1, loss])
     with pytest.raises(TrainingFault, match=r"step 6 \(epoch 2\): the loss is (nan|inf).* rows 11, 12, .*and more"):
         rig.run(total_steps=8, save_steps=4)
-    assert rig.progress.step == 5
-    assert rig.updates == 5
     assert rig.saved == [4]
+
+
+class Patient(Collectives):
+    """Numbers arrive when they are asked for, and not before, as from a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__(World())
+        self.unread = self.most_unread = 0
+
+    def later(self, *tensors: torch.Tensor) -> Callable[[], list[float]]:
+        self.unread += 1
+        self.most_unread = max(self.most_unread, self.unread)
+        now = super().later(*tensors)
+
+        def read() -> list[float]:
+            self.unread -= 1
+            return now()
+
+        return read
+
+
+def test_steps_sent_ahead_change_nothing_that_is_recorded() -> None:
+    rhythm = {"total_steps": 23, "log_steps": 5, "save_steps": 9, "evaluate_steps": 7}
+    seen = []
+    for ahead in (0, 3):
+        patient = Patient()
+        rig = Rig(validation=[3.0, 2.0, 2.5, 1.0], collectives=patient)
+        assert rig.run(**rhythm, steps_ahead=ahead) is Ending.FINISHED
+        assert (patient.unread, patient.most_unread) == (0, ahead + 1)
+        lines = [{k: v for k, v in line.items() if k != "samples_per_second"} for line in rig.lines]
+        seen.append((lines, rig.saved))
+    assert seen[0] == seen[1]
+
+
+def test_a_bad_step_is_named_although_others_were_sent_after_it() -> None:
+    rig = Rig(losses=[1, 1, 1, 1, 1, math.nan, 1, 1, 1, 1, 1, 1], collectives=Patient())
+    with pytest.raises(TrainingFault, match=r"step 6 \(epoch 2\): the loss is nan.* rows 11, 12, .*and more"):
+        rig.run(total_steps=40, steps_ahead=4)
+    assert (len(rig.step.taken), rig.saved) == (10, [])
+
+
+def test_a_vote_is_heard_a_few_steps_later_and_all_steps_before_the_save_are_waited_for() -> None:
+    patient = Patient()
+    rig = Rig(stop_at=3, collectives=patient)
+    assert rig.run(total_steps=40, steps_ahead=4) is Ending.STOPPED
+    assert (rig.saved, patient.unread) == ([8], 0)
 
 
 class VotingStep(FakeStep):

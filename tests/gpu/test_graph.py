@@ -1,0 +1,58 @@
+"""The step as a CUDA graph: what the eager step computes, to the bit. Skipped, with the reason, where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.world import World
+from dist_train.training.graph import GraphStep
+from tests.dist.sessions import BUILTIN, build
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda sees no GPU on this machine"),
+]
+
+
+def trained(*more: str, recorded: bool, steps: int = 90) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
+    """Numbers of each step and weights after 90: 71 are an epoch, the last of them ragged."""
+    session = build(Collectives(World(device=torch.device("cuda"))), [*BUILTIN, *more])
+    step = session.step
+    assert isinstance(step, GraphStep)
+    taken = step if recorded else step._eager
+    seen = []
+    for batches, _ in session.feed.steps(session.progress.position):
+        outcome = taken(batches, len(seen), wants_stop=len(seen) == 50)
+        session.after_update()
+        seen.append([*outcome.totals.tolist(), outcome.grad_norm.item(), outcome.finite.item(), outcome.learning_rate])
+        if len(seen) == steps:
+            break
+    if recorded:
+        assert step._recorded is not None
+    return seen, dict(session.scored.state_dict())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("train.precision=bf16",),
+        ("train.class_weights=balanced", "train.label_smoothing=0.1", "model.embedding_dim=4", "train.ema_decay=0.9"),
+    ],
+)
+def test_a_recorded_step_is_the_eager_step_to_the_bit(more: tuple[str, ...]) -> None:
+    ours, weights = trained(*more, recorded=True)
+    theirs, expected = trained(*more, recorded=False)
+    assert ours == theirs
+    assert ours[50][2] == 1.0
+    for name, value in expected.items():
+        assert torch.equal(weights[name], value), name
+
+
+def test_steps_of_the_exact_mode_and_of_several_passes_are_not_recorded() -> None:
+    for more in ("train.virtual_ranks=4", "train.accumulation_steps=2"):
+        session = build(Collectives(World(device=torch.device("cuda"))), [*BUILTIN, more])
+        assert not isinstance(session.step, GraphStep)
