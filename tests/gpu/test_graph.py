@@ -1,4 +1,4 @@
-"""The step as a CUDA graph: what the eager step computes, to the bit. Skipped, with the reason, where there is no GPU."""
+"""The step as a CUDA graph: what the eager step computes, to the bit. Skipped, with a reason, without a GPU."""
 
 from __future__ import annotations
 
