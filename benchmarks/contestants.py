@@ -116,7 +116,7 @@ def accelerate(features: Tensor, targets: Tensor, batch_size: int, device: torch
 
 def lightning(features: Tensor, targets: Tensor, batch_size: int, device: torch.device) -> Contestant:
     """A LightningModule and a Trainer without logger, checkpoints and progress bar."""
-    import lightning as L  # noqa: N812  (as its documentation does)
+    import lightning as L
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
@@ -198,9 +198,7 @@ class Ours:
             done = progress.step + 1 - first_step >= fewest_steps and time.perf_counter() - start >= seconds
             return self.collectives.is_first and done
 
-        build_loop(
-            session.config, session, self.collectives, save=lambda _: None, track=_forget, wants_stop=over
-        ).run()
+        build_loop(session.config, session, self.collectives, save=lambda _: None, track=_forget, wants_stop=over).run()
         wait_for(self.collectives.device)
         took = time.perf_counter() - start
         return progress.samples(num_rows) - rows, took, progress.step - first_step

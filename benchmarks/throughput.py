@@ -1,0 +1,82 @@
+"""Rows per second of all contestants at every batch size, beside the limit that the matrix products set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from benchmarks import contestants, limits, workload
+from benchmarks.report import Report, cell, measured, table, take_turns
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.world import World
+from dist_train.session import Session
+
+OURS, LIMIT = "dist_train", "products alone"
+
+
+def compare(report: Report, device: torch.device, batch_sizes: Sequence[int], rounds: int, seconds: float) -> None:
+    """A section for the device: contestants taking turns at each batch size, one thread."""
+    data = workload.dataset(workload.NUM_ROWS, device)
+    shown: Table | None = None
+    results = []
+    for batch_size in batch_sizes:
+        racers = _racers(device, batch_size, data, seconds)
+        for racer in racers.values():
+            racer()  # allocations, threads, first calls
+        rates = {name: measured(values) for name, values in take_turns(racers, rounds).items()}
+        result = _result(batch_size, rates)
+        results.append(result)
+        if shown is None:
+            shown = table(f"rows per second, {device.type}, one process", "batch", *rates, *result["ratio"], "share")
+        ratios = [f"{ratio:.2f}x" for ratio in result["ratio"].values()]
+        cells = [cell(rate, "{:,.0f}") for rate in rates.values()]
+        shown.add_row(f"{batch_size}", *cells, *ratios, f"{result['share_of_products']:.0%}")
+        report.say(f"  batch {batch_size}: " + "  ".join(cells))
+    assert shown is not None
+    report.add(f"throughput_{device.type}", results, shown)
+
+
+def measure_limits(report: Report, device: torch.device, rounds: int, seconds: float) -> None:
+    """A section for the device's best, one thread."""
+    racers = {
+        "float32 operations/s": partial(limits.square_products(device), seconds),
+        "bytes/s": partial(limits.triad(device), seconds),
+    }
+    found = {name: measured(values) for name, values in take_turns(racers, rounds).items()}
+    shown = table(f"limits, {device.type}, one thread", "what", "best that was measured")
+    products, traffic = found.values()
+    shown.add_row(f"square product of {limits.SQUARE}", cell(_scaled(products, 1e9), "{:.1f} GFLOP/s"))
+    shown.add_row("triad beyond the caches", cell(_scaled(traffic, 1e9), "{:.1f} GB/s"))
+    report.add(f"limits_{device.type}", found, shown)
+
+
+def _racers(device: torch.device, batch_size: int, data: Any, seconds: float) -> dict[str, Callable[[], float]]:
+    features, targets = (t.cpu() for t in (data.splits["train"].inputs[0], data.splits["train"].targets))
+    collectives = Collectives(World(device=device))
+    session = Session(workload.configuration(batch_size), data, collectives)
+    peers = {
+        "tutorial": contestants.tutorial, "Lightning": contestants.lightning, "Accelerate": contestants.accelerate,
+    }  # fmt: skip
+    racers = {name: partial(make(features, targets, batch_size, device), seconds) for name, make in peers.items()}
+    racers[OURS] = partial(contestants.Ours(session, collectives), seconds)
+    racers[LIMIT] = partial(limits.network_products(batch_size, device), seconds / 4)
+    return racers
+
+
+def _result(batch_size: int, rates: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    ours, limit = rates[OURS]["median"], rates[LIMIT]["median"]
+    return {
+        "batch_size": batch_size,
+        "rows_per_second": rates,
+        "ratio": {f"/ {n}": ours / rate["median"] for n, rate in rates.items() if n not in (OURS, LIMIT)},
+        "flops_per_row": workload.flops_per_row(),
+        "share_of_products": ours / limit,
+    }
+
+
+def _scaled(result: dict[str, Any], unit: float) -> dict[str, Any]:
+    return result | {"median": result["median"] / unit}
