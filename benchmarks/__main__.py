@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import exact_mode, throughput, two_ranks, workload
+from benchmarks import exact_mode, scaling_check, throughput, timings, two_ranks, workload
 from benchmarks.report import RESULTS, Report
 
 CPU = torch.device("cpu")
@@ -30,6 +30,9 @@ def main() -> None:
         "throughput": lambda: throughput.compare(report, CPU, batches, rounds, seconds),
         "two_ranks": lambda: two_ranks.compare(report, rounds, seconds),
         "exact_mode": lambda: exact_mode.compare(report, rounds, seconds / 2),
+        "timings": lambda: timings.measure(report, rounds),
+        "dry_run": lambda: timings.foretell(report),
+        "scaling": lambda: scaling_check.compare(report, rounds, seconds / 3),
         "gpu": lambda: _gpu(report, batches, rounds, seconds),
     }
     unknown = [name for name in arguments.only if name not in parts]

@@ -16,6 +16,7 @@ from rich.table import Table
 from dist_train.runtime.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "bench.json"
+_WIDTH = 140  # of a log, which has no width of its own
 _VERSIONS = ("torch", "lightning", "accelerate", "numpy", "polars")
 
 
@@ -41,7 +42,8 @@ class Report:
     def __init__(self) -> None:
         self.sections: dict[str, Any] = {}
         self._tables: list[Table] = []
-        self._console = Console()
+        terminal = Console()
+        self._console = terminal if terminal.is_terminal else Console(width=_WIDTH)
 
     def say(self, text: str) -> None:
         """A line about what is going on."""
@@ -90,4 +92,4 @@ def table(title: str, *columns: str) -> Table:
 
 def cell(result: Mapping[str, Any], number: str) -> str:
     """A median with its spread."""
-    return f"{number.format(result['median'])} ±{result['spread']:.2f}x"
+    return f"{number.format(result['median'])} ±{result['spread']:.2f}"

@@ -31,10 +31,13 @@ def compare(report: Report, device: torch.device, batch_sizes: Sequence[int], ro
         result = _result(batch_size, rates)
         results.append(result)
         if shown is None:
-            shown = table(f"rows per second, {device.type}, one process", "batch", *rates, *result["ratio"], "share")
-        ratios = [f"{ratio:.2f}x" for ratio in result["ratio"].values()]
+            shown = table(
+                f"rows per second, {device.type}, one process (± highest over lowest)", "batch", *rates,
+                f"{OURS} / " + " / ".join(result["ratio"]), f"of {LIMIT}",
+            )  # fmt: skip
+        ratios = " / ".join(f"{ratio:.2f}" for ratio in result["ratio"].values())
         cells = [cell(rate, "{:,.0f}") for rate in rates.values()]
-        shown.add_row(f"{batch_size}", *cells, *ratios, f"{result['share_of_products']:.0%}")
+        shown.add_row(f"{batch_size}", *cells, ratios, f"{result['share_of_products']:.0%}")
         report.say(f"  batch {batch_size}: " + "  ".join(cells))
     assert shown is not None
     report.add(f"throughput_{device.type}", results, shown)
@@ -72,7 +75,7 @@ def _result(batch_size: int, rates: dict[str, dict[str, Any]]) -> dict[str, Any]
     return {
         "batch_size": batch_size,
         "rows_per_second": rates,
-        "ratio": {f"/ {n}": ours / rate["median"] for n, rate in rates.items() if n not in (OURS, LIMIT)},
+        "ratio": {n: ours / rate["median"] for n, rate in rates.items() if n not in (OURS, LIMIT)},
         "flops_per_row": workload.flops_per_row(),
         "share_of_products": ours / limit,
     }
