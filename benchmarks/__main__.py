@@ -32,7 +32,8 @@ def main() -> None:
         "exact_mode": lambda: exact_mode.compare(report, rounds, seconds / 2),
         "timings": lambda: timings.measure(report, rounds),
         "dry_run": lambda: timings.foretell(report),
-        "scaling": lambda: scaling_check.compare(report, rounds, seconds / 3),
+        "scaling": lambda: scaling_check.compare(report, min(rounds, 3), seconds / 5),
+        "on_paper": lambda: scaling_check.show_paper(report),
         "gpu": lambda: _gpu(report, batches, rounds, seconds),
     }
     unknown = [name for name in arguments.only if name not in parts]

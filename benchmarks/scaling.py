@@ -28,8 +28,9 @@ class Link:
 class Cluster:
     """Nodes of `ranks_per_node` ranks. `start` is the seconds that each collective takes besides its messages.
 
-    `trees`: whether the library has tree algorithms beside rings (NCCL has, for all-reduce). `cores` is how many cores
-    the ranks of a node share, None when each rank has a processor of its own.
+    `trees`: whether the library has tree algorithms beside rings (NCCL has, for all-reduce). `own_batch_norm`: whether
+    the fast mode's BatchNorm is torch's, which sums in its backward pass where this project's gathers. `cores` is how
+    many cores the ranks of a node share, None when each rank has a processor of its own.
     """
 
     inner: Link
@@ -37,6 +38,7 @@ class Cluster:
     ranks_per_node: int
     start: float = 0.0
     trees: bool = True
+    own_batch_norm: bool = True
     cores: int | None = None
 
     def sharing(self, ranks: int) -> float:
@@ -137,15 +139,20 @@ def predict(
         raise ValueError(f"{ranks} ranks do not divide V = {virtual_ranks}")
     rows = batch_size / ranks
     own_slices = 1 if virtual_ranks is None else virtual_ranks // ranks
-    small = [sent.batch_norm_forward, sent.batch_norm_backward, sent.votes]
+    gathered = [sent.batch_norm_forward, sent.batch_norm_backward, sent.votes]
+    summed = []
     if virtual_ranks is None:
         alone, busy = compute.fast(batch_size), compute.fast(rows)
-        collectives = cluster.all_reduce(sent.gradients, ranks)
+        summed.append(sent.gradients)
+        if cluster.own_batch_norm:
+            gathered.remove(sent.batch_norm_backward)
+            summed.append(sent.batch_norm_backward)
     else:
         alone = compute.exact(batch_size, virtual_ranks, virtual_ranks)
         busy = compute.exact(rows, own_slices, virtual_ranks)
-        collectives = cluster.all_gather(own_slices * sent.gradients, ranks)
-    collectives += sum(cluster.all_gather(own_slices * size, ranks) for size in small)
+        gathered.append(sent.gradients)
+    collectives = sum(cluster.all_gather(own_slices * size, ranks) for size in gathered)
+    collectives += sum(cluster.all_reduce(size, ranks) for size in summed)
     busy *= cluster.sharing(ranks)
     return Prediction(
         ranks=ranks, compute=busy, collectives=collectives, efficiency=alone / (ranks * (busy + collectives))

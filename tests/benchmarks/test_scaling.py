@@ -8,7 +8,7 @@ from benchmarks.scaling import Cluster, Compute, Link, Messages, fitted_link, pr
 
 LINK = Link(latency=1e-3, bandwidth=1e6)
 SLOW = Link(latency=10e-3, bandwidth=1e5)
-FLAT = Cluster(inner=LINK, outer=LINK, ranks_per_node=8, trees=False)
+FLAT = Cluster(inner=LINK, outer=LINK, ranks_per_node=8, trees=False, own_batch_norm=False)
 SENT = Messages(gradients=4000, batch_norm_forward=600, batch_norm_backward=200, votes=24)
 COMPUTE = Compute(points=((10, 1.0), (110, 2.0)), exact_fixed=0.5, per_slice=0.1, fold_slice=0.01)
 
@@ -38,7 +38,7 @@ def test_between_nodes_goes_one_part_for_each_rank_of_a_node() -> None:
 
 
 def test_ranks_that_share_cores_take_turns() -> None:
-    shared = Cluster(inner=LINK, outer=LINK, ranks_per_node=8, trees=False, cores=2)
+    shared = Cluster(inner=LINK, outer=LINK, ranks_per_node=8, trees=False, own_batch_norm=False, cores=2)
     assert [shared.sharing(ranks) for ranks in (1, 2, 4, 8, 16)] == [1, 1, 2, 4, 4]
     said = predict(COMPUTE, shared, SENT, ranks=8, batch_size=880, virtual_ranks=None)
     assert said.compute == pytest.approx(2.0 * 4)
@@ -56,6 +56,15 @@ def test_a_step_of_the_fast_mode() -> None:
     gradients = 2 * (1e-3 + 2000e-6)
     assert said.collectives == pytest.approx(gradients + (1e-3 + 600e-6) + (1e-3 + 200e-6) + (1e-3 + 24e-6))
     assert said.efficiency == pytest.approx(COMPUTE.fast(120) / (2 * said.seconds))
+
+
+def test_torchs_own_batch_norm_sums_in_its_backward_pass() -> None:
+    own = Cluster(inner=LINK, outer=LINK, ranks_per_node=8, trees=False)
+    gathers = predict(COMPUTE, FLAT, SENT, ranks=4, batch_size=120, virtual_ranks=None).collectives
+    sums = predict(COMPUTE, own, SENT, ranks=4, batch_size=120, virtual_ranks=None).collectives
+    assert sums - gathers == pytest.approx(6 * (1e-3 + 50e-6) - 3 * (1e-3 + 200e-6))
+    exact = [predict(COMPUTE, c, SENT, ranks=4, batch_size=120, virtual_ranks=8) for c in (own, FLAT)]
+    assert exact[0] == exact[1]
 
 
 def test_a_step_of_the_exact_mode_gathers_every_slice() -> None:
