@@ -62,9 +62,10 @@ class Report:
 
     def close(self, file: Path | None) -> None:
         """Show all tables together and write the file, if one is wanted."""
-        self._console.rule("all results")
-        for table in self._tables:
-            self._console.print(table)
+        if len(self._tables) > 1:
+            self._console.rule("all results")
+            for shown in self._tables:
+                self._console.print(shown)
         if file:
             file.parent.mkdir(exist_ok=True)
             head = {"machine": describe_machine(torch.device("cpu")), "versions": _versions()}
