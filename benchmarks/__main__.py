@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ def main() -> None:
     report.close(arguments.output or (RESULTS if whole else None))
 
 
-def _gpu(report: Report, batches: list[int], rounds: int, seconds: float) -> None:
+def _gpu(report: Report, batches: Sequence[int], rounds: int, seconds: float) -> None:
     if not torch.cuda.is_available():
         report.skip("gpu", "torch sees no GPU here")
         return
@@ -63,7 +63,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], help="a part; may be given several times")
     parser.add_argument("--batch", action="append", type=int, default=[], help="a batch size of the comparison")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant (default: 5)")
-    parser.add_argument("--seconds", type=float, default=1.5, help="length of a turn (default: 1.5)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn (default: 1)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser.parse_args()
 

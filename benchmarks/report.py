@@ -16,7 +16,7 @@ from rich.table import Table
 from dist_train.runtime.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "bench.json"
-_WIDTH = 140  # of a log, which has no width of its own
+_WIDTH = 170  # of a log, which has no width of its own
 _VERSIONS = ("torch", "lightning", "accelerate", "numpy", "polars")
 
 

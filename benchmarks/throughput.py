@@ -33,11 +33,12 @@ def compare(report: Report, device: torch.device, batch_sizes: Sequence[int], ro
         if shown is None:
             shown = table(
                 f"rows per second, {device.type}, one process (± highest over lowest)", "batch", *rates,
-                f"{OURS} / " + " / ".join(result["ratio"]), f"of {LIMIT}",
+                f"{OURS} against " + ", ".join(result["ratio"]), f"of {LIMIT}", f"{OURS} GFLOP/s",
             )  # fmt: skip
-        ratios = " / ".join(f"{ratio:.2f}" for ratio in result["ratio"].values())
+        ratios = ", ".join(f"{ratio:.2f}" for ratio in result["ratio"].values())
         cells = [cell(rate, "{:,.0f}") for rate in rates.values()]
-        shown.add_row(f"{batch_size}", *cells, ratios, f"{result['share_of_products']:.0%}")
+        shares = f"{result['share_of_products']:.0%}", f"{result['flops_per_second'] / 1e9:.1f}"
+        shown.add_row(f"{batch_size}", *cells, ratios, *shares)
         report.say(f"  batch {batch_size}: " + "  ".join(cells))
     assert shown is not None
     report.add(f"throughput_{device.type}", results, shown)
@@ -50,7 +51,7 @@ def measure_limits(report: Report, device: torch.device, rounds: int, seconds: f
         "bytes/s": partial(limits.triad(device), seconds),
     }
     found = {name: measured(values) for name, values in take_turns(racers, rounds).items()}
-    shown = table(f"limits, {device.type}, one thread", "what", "best that was measured")
+    shown = table(f"limits, {device.type}, one thread", "what", "median")
     products, traffic = found.values()
     shown.add_row(f"square product of {limits.SQUARE}", cell(_scaled(products, 1e9), "{:.1f} GFLOP/s"))
     shown.add_row("triad beyond the caches", cell(_scaled(traffic, 1e9), "{:.1f} GB/s"))
@@ -64,9 +65,11 @@ def _racers(device: torch.device, batch_size: int, data: Any, seconds: float) ->
     peers = {
         "tutorial": contestants.tutorial, "Lightning": contestants.lightning, "Accelerate": contestants.accelerate,
     }  # fmt: skip
-    racers = {name: partial(make(features, targets, batch_size, device), seconds) for name, make in peers.items()}
+    racers: dict[str, Callable[[], float]] = {
+        name: partial(make(features, targets, batch_size, device), seconds) for name, make in peers.items()
+    }
     racers[OURS] = partial(contestants.Ours(session, collectives), seconds)
-    racers[LIMIT] = partial(limits.network_products(batch_size, device), seconds / 4)
+    racers[LIMIT] = partial(limits.network_products(batch_size, device), seconds / 2)
     return racers
 
 
@@ -77,6 +80,7 @@ def _result(batch_size: int, rates: dict[str, dict[str, Any]]) -> dict[str, Any]
         "rows_per_second": rates,
         "ratio": {n: ours / rate["median"] for n, rate in rates.items() if n not in (OURS, LIMIT)},
         "flops_per_row": workload.flops_per_row(),
+        "flops_per_second": workload.flops_per_row() * ours,
         "share_of_products": ours / limit,
     }
 

@@ -44,14 +44,14 @@ def measure(report: Report, rounds: int) -> None:
         predictor = Predictor(folder / "run", collectives)
         labelled = load_labelled(config.data, seed=0)
         train_rows = labelled.frame[labelled.split["train"].numpy()]
-        kinds = ColumnKinds(numeric=[f"x{i}" for i in range(workload.NUM_FEATURES)], categorical=[])
+        kinds = ColumnKinds(numeric=tuple(f"x{i}" for i in range(workload.NUM_FEATURES)), categorical=())
 
         def save() -> None:
             checkpoints.write(1, checkpoint_parts(config, session, {}, world, environ), None)
 
         def fit() -> None:
-            options = {"max_categories": 256, "one_hot": True, "source": "table"}
-            fit_encoder(train_rows, kinds, labelled.class_names, collectives, **options)
+            names = labelled.class_names
+            fit_encoder(train_rows, kinds, names, collectives, max_categories=256, one_hot=True, source="table")
 
         save()
         num_rows = {"encoder fit": workload.NUM_ROWS, "evaluation": workload.NUM_ROWS // 4}
