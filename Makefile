@@ -36,10 +36,10 @@ pictures: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python docs/pictures.py
 
-# Rows per second beside the tutorial loop; what the exact mode costs
+# Everything that is measured, beside the tutorial loop, Lightning and Accelerate; a part of it: make bench ARGS="--only cpu"
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.throughput
-	$(BIN)/python -m benchmarks.exact_mode
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

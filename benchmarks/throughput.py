@@ -1,121 +1,89 @@
-"""Rows per second of this project and of the loop that tutorials teach, side by side in one run: `make bench`.
-
-Same data (the built-in set, encoded), same network, loss, clipping, AdamW and batch size; one process, one thread.
-The two take turns; medians of several rounds, with the spread (highest over lowest) beside them, and their ratio.
-"""
+"""Rows per second of all contestants at every batch size, beside the limit that the matrix products set."""
 
 from __future__ import annotations
 
-import json
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader, TensorDataset
 
-from dist_train.config.load import load_config
-from dist_train.data.dataset import Dataset, load_dataset
-from dist_train.models.financial_classifier import FinancialClassifier
+from benchmarks import contestants, limits, workload
+from benchmarks.report import Report, cell, measured, table, take_turns
 from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.machine import describe_machine
 from dist_train.runtime.world import World
 from dist_train.session import Session
 
-BATCH_SIZES = (32, 256, 1024, 8192)
-ROUNDS = 5
-SECONDS = 2.0
-RESULTS = Path(__file__).parent / "results" / "throughput.json"
+OURS, LIMIT = "dist_train", "products alone"
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    table = Table("batch", "tutorial loop rows/s", "spread", "dist_train rows/s", "spread", "ratio")
+def compare(report: Report, device: torch.device, batch_sizes: Sequence[int], rounds: int, seconds: float) -> None:
+    """A section for the device: contestants taking turns at each batch size, one thread."""
+    data = workload.dataset(workload.NUM_ROWS, device)
+    shown: Table | None = None
     results = []
-    for batch_size in BATCH_SIZES:
-        config = load_config(["configs/credit_risk.yaml", f"train.global_batch_size={batch_size}"])
-        collectives = Collectives(World())
-        dataset = load_dataset(config.data, collectives, seed=0, one_hot=True, dtype=torch.float32)
-        session = Session(config, dataset, collectives)
-        rates: dict[str, list[float]] = {"tutorial": [], "dist_train": []}
-        for _ in range(ROUNDS):
-            rates["tutorial"].append(rate(tutorial_loop(dataset, batch_size)))
-            rates["dist_train"].append(rate(our_loop(session)))
-        results.append(add_row(table, str(batch_size), rates, "{:,.0f}"))
-    Console().print(table)
-    keep(results, RESULTS)
+    for batch_size in batch_sizes:
+        racers = _racers(device, batch_size, data, seconds)
+        for racer in racers.values():
+            racer()  # allocations, threads, first calls
+        rates = {name: measured(values) for name, values in take_turns(racers, rounds).items()}
+        result = _result(batch_size, rates)
+        results.append(result)
+        if shown is None:
+            shown = table(
+                f"rows per second, {device.type}, one process (± highest over lowest)", "batch", *rates,
+                f"{OURS} against " + ", ".join(result["ratio"]), f"of {LIMIT}", f"{OURS} GFLOP/s",
+            )  # fmt: skip
+        ratios = ", ".join(f"{ratio:.2f}" for ratio in result["ratio"].values())
+        cells = [cell(rate, "{:,.0f}") for rate in rates.values()]
+        shares = f"{result['share_of_products']:.0%}", f"{result['flops_per_second'] / 1e9:.1f}"
+        shown.add_row(f"{batch_size}", *cells, ratios, *shares)
+        report.say(f"  batch {batch_size}: " + "  ".join(cells))
+    assert shown is not None
+    report.add(f"throughput_{device.type}", results, shown)
 
 
-def add_row(table: Table, label: str, values: dict[str, list[float]], number: str) -> dict[str, object]:
-    """Median and spread of each contestant, and the ratio of the second median to the first."""
-    medians = {name: statistics.median(of) for name, of in values.items()}
-    spreads = {name: max(of) / min(of) for name, of in values.items()}
-    first, second = medians.values()
-    cells = [text for name in values for text in (number.format(medians[name]), f"{spreads[name]:.2f}")]
-    table.add_row(label, *cells, f"{second / first:.2f}")
-    return {"case": label, "median": medians, "spread": spreads, "ratio": second / first}
+def measure_limits(report: Report, device: torch.device, rounds: int, seconds: float) -> None:
+    """A section for the device's best, one thread."""
+    racers = {
+        "float32 operations/s": partial(limits.square_products(device), seconds),
+        "bytes/s": partial(limits.triad(device), seconds),
+    }
+    found = {name: measured(values) for name, values in take_turns(racers, rounds).items()}
+    shown = table(f"limits, {device.type}, one thread", "what", "median")
+    products, traffic = found.values()
+    shown.add_row(f"square product of {limits.SQUARE}", cell(_scaled(products, 1e9), "{:.1f} GFLOP/s"))
+    shown.add_row("triad beyond the caches", cell(_scaled(traffic, 1e9), "{:.1f} GB/s"))
+    report.add(f"limits_{device.type}", found, shown)
 
 
-def keep(results: list[dict[str, object]], file: Path) -> None:
-    """Write results beside what they depend on."""
-    file.parent.mkdir(exist_ok=True)
-    machine = describe_machine(torch.device("cpu"))
-    file.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+def _racers(device: torch.device, batch_size: int, data: Any, seconds: float) -> dict[str, Callable[[], float]]:
+    features, targets = (t.cpu() for t in (data.splits["train"].inputs[0], data.splits["train"].targets))
+    collectives = Collectives(World(device=device))
+    session = Session(workload.configuration(batch_size), data, collectives)
+    peers = {
+        "tutorial": contestants.tutorial, "Lightning": contestants.lightning, "Accelerate": contestants.accelerate,
+    }  # fmt: skip
+    racers: dict[str, Callable[[], float]] = {
+        name: partial(make(features, targets, batch_size, device), seconds) for name, make in peers.items()
+    }
+    racers[OURS] = partial(contestants.Ours(session, collectives), seconds)
+    racers[LIMIT] = partial(limits.network_products(batch_size, device), seconds / 2)
+    return racers
 
 
-def rate(step: Callable[[], int]) -> float:
-    """Rows per second of a step that returns its rows, after a warm-up."""
-    for _ in range(3):
-        step()
-    rows, start = 0, time.perf_counter()
-    while time.perf_counter() - start < SECONDS:
-        rows += step()
-    return rows / (time.perf_counter() - start)
+def _result(batch_size: int, rates: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    ours, limit = rates[OURS]["median"], rates[LIMIT]["median"]
+    return {
+        "batch_size": batch_size,
+        "rows_per_second": rates,
+        "ratio": {n: ours / rate["median"] for n, rate in rates.items() if n not in (OURS, LIMIT)},
+        "flops_per_row": workload.flops_per_row(),
+        "flops_per_second": workload.flops_per_row() * ours,
+        "share_of_products": ours / limit,
+    }
 
 
-def tutorial_loop(dataset: Dataset, batch_size: int) -> Callable[[], int]:
-    """DataLoader over a TensorDataset, default AdamW, a loss read with .item() at every step."""
-    rows, encoder = dataset.splits["train"], dataset.encoder
-    model = FinancialClassifier(encoder.input_dim, 256, len(encoder.class_names)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    loader = DataLoader(TensorDataset(rows.inputs[0], rows.targets), batch_size=batch_size, shuffle=True)
-    batches = iter(loader)
-
-    def step() -> int:
-        nonlocal batches
-        try:
-            features, targets = next(batches)
-        except StopIteration:
-            batches = iter(loader)
-            features, targets = next(batches)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(features), targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        loss.item()
-        return len(targets)
-
-    return step
-
-
-def our_loop(session: Session) -> Callable[[], int]:
-    """What training/loop.py does at a step without a line of metrics."""
-    steps = session.feed.steps(session.progress.position)
-
-    def step() -> int:
-        batches, _ = next(steps)
-        outcome = session.step(batches, 0, wants_stop=False)
-        assert outcome.finite.item()
-        session.meter.add(outcome)
-        return outcome.rows
-
-    return step
-
-
-if __name__ == "__main__":
-    main()
+def _scaled(result: dict[str, Any], unit: float) -> dict[str, Any]:
+    return result | {"median": result["median"] / unit}

@@ -27,6 +27,8 @@ from dist_train.shipping import checkpoint_parts, ship
 from dist_train.tracking.books import Books
 from dist_train.training.loop import Ending
 from dist_train.training.parts import Record
+from dist_train.training.plan import Plan
+from dist_train.trial import Trial, try_out
 
 
 def train(
@@ -37,7 +39,7 @@ def train(
     launcher: Launcher | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Train a run to its end, to an agreed stop, or (`dry_run`) print its plan and write nothing."""
+    """Train a run to its end, to an agreed stop, or (`dry_run`) print its plan, try it, and write nothing."""
     if config.train.virtual_ranks:
         require_world_size(config.train.virtual_ranks, world.size)
         pin_arithmetic(world.device)
@@ -101,7 +103,9 @@ class Job:
         given_class_weights(config.train, dataset.encoder.class_names)
         session = Session(config, dataset, collectives)  # what it refuses is refused before anything is written
         if dry_run:
-            _announce(session, world)
+            _announce(session.plan(world))
+            with pulse.phase("trial"):
+                _announce(try_out(session, collectives, self._stop.wanted))
             return
         with pulse.phase("opening the run folder"):
             found = open_run(folder, config, checkpoints, self._stack, self.variables, collectives)
@@ -115,7 +119,7 @@ class Job:
         collectives.from_first(
             lambda: take_over(folder, config, checkpoints, step, trains_on=trains_on, changes=changes)
         )
-        _announce(session, world)
+        _announce(session.plan(world))
         books: list[Books] = []  # one on rank 0, none elsewhere
 
         def open_books() -> None:
@@ -170,6 +174,6 @@ class Job:
         return self._stop.cause
 
 
-def _announce(session: Session, world: World) -> None:
-    for line in session.plan(world).lines():
+def _announce(foretold: Plan | Trial) -> None:
+    for line in foretold.lines():
         log.info("%s", line)

@@ -20,7 +20,7 @@ from dist_train.runtime.attempt import Attempt
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import log
 from dist_train.runtime.files import write_atomically
-from dist_train.runtime.machine import describe_machine
+from dist_train.runtime.machine import describe_machine, peak_memory_bytes
 from dist_train.runtime.world import World
 from dist_train.session import Session, scored_weights
 
@@ -60,7 +60,8 @@ def ship(
         session.scored.load_state_dict(scored_weights(parts))
     scores = {split: session.score(split, collectives) for split in ("valid", "test")}
     weights = dict(session.scored.state_dict())
-    summary = _summary(config, session, world, weights) | scores
+    peak = max(collectives.agree(lambda: peak_memory_bytes(world.device)))
+    summary = _summary(config, session, world, weights) | {"peak_memory_bytes": peak} | scores
     model = {
         "model.pth": weights,
         "encoder.pth": dict(session.dataset.encoder.state_dict()),

@@ -9,7 +9,7 @@ two ranks on a laptop's CPU:
 one process, for debugging (CPU or one GPU, seconds):
     python launch/train.py configs/credit_risk.yaml configs/debug.yaml
 
-the plan only; trains nothing, writes nothing:
+the plan, tried for some seconds: memory, rows per second, time to the end; leaves nothing:
     python launch/train.py configs/credit_risk.yaml --dry-run
 
 Arguments that end in .yaml are merged from left to right, then key=value. Every key: README.md.
@@ -34,7 +34,9 @@ def main() -> None:
         prog="launch/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", nargs="*", help="configuration files (.yaml) and key=value")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan, try it for some seconds, and leave nothing"
+    )
     arguments = parser.parse_intermixed_args()  # --dry-run may stand anywhere
     launcher = Launcher() if "TORCHELASTIC_RUN_ID" in os.environ else None
     config = load_config(arguments.config)

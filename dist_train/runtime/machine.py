@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +19,21 @@ def describe_machine(device: torch.device) -> dict[str, str]:
         instructions, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
         compute = {"device": "cpu", "instructions": instructions, "threads": str(threads)}
     return {"torch": torch.__version__, "processor": _processor()} | compute
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held so far: resident memory, or of the GPU what torch has allocated.
+
+    On Linux not getrusage's maximum, which a process takes over from the one that started it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
 def pin_arithmetic(device: torch.device) -> None:

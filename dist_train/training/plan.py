@@ -12,7 +12,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Figures of a run; memory in bytes per rank."""
+    """Figures of a run; memory in bytes per rank, of its tensors alone. What a process takes is measured by a trial."""
 
     world: World
     virtual_ranks: int | None
@@ -47,8 +47,8 @@ class Plan:
         yield f"rate       {self._curve()}"
         total = self.data_bytes + self.state_bytes + self.activation_bytes
         yield (
-            f"memory     about {_mebibytes(total)} a rank: data {_mebibytes(self.data_bytes)}, weights and optimizer "
-            f"{_mebibytes(self.state_bytes)}, activations {_mebibytes(self.activation_bytes)}"
+            f"memory     tensors of about {_mebibytes(total)} a rank: data {_mebibytes(self.data_bytes)}, "
+            f"weights and optimizer {_mebibytes(self.state_bytes)}, activations {_mebibytes(self.activation_bytes)}"
         )
 
     def _curve(self, width: int = 30) -> str:
