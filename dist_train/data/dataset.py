@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +10,21 @@ import torch
 from torch import Tensor
 
 from dist_train.config.schema import DataConfig
+from dist_train.data.classes import (
+    check_training_rows,
+    check_whole,
+    class_indices,
+    first_rows,
+    ordered_names,
+    target_text,
+)
 from dist_train.data.encoder import Encoder
 from dist_train.data.feed import ResidentRows, resident
-from dist_train.data.fitting import fit_encoder
+from dist_train.data.fitting import fit_encoder, pieces_of
 from dist_train.data.split import SPLITS, Split, split_by_column, split_by_fraction
 from dist_train.data.table import (
     ColumnKinds,
     feature_kinds,
-    labels,
     locate,
     numbers,
     read_table,
@@ -28,8 +34,6 @@ from dist_train.data.table import (
 from dist_train.errors import UserError
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.position import cut
-
-MAX_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ def load_labelled(data: DataConfig, seed: int) -> LabelledTable:
             targets, validation_fraction=data.validation_fraction, test_fraction=data.test_fraction, seed=seed
         )
     )
-    _check_training_rows(targets[split["train"]], class_names, source)
+    counts = torch.bincount(targets[split["train"]], minlength=len(class_names))
+    check_training_rows(counts, class_names, source)
     return LabelledTable(frame, targets, class_names, split, source, sha256_of(file))
 
 
@@ -117,7 +122,7 @@ def read_for_evaluation(
         rows = split_by_column(frame[data.split_column], str(file))[split]
     if len(rows) == 0:
         raise UserError(f"{file}: no rows to evaluate on")
-    text = _target_text(frame[data.target], str(file))
+    text = _whole_target(frame[data.target], str(file))
     unknown = ~text.is_in(class_names)
     if unknown.any():
         row = int(unknown.arg_max() or 0)
@@ -125,7 +130,7 @@ def read_for_evaluation(
             f"{file}: column {data.target!r}, data row {row + 1}: {text[row]!r} is not a class; "
             f"the model knows {', '.join(class_names)}"
         )
-    return frame, _indices(text, class_names), rows
+    return frame, class_indices(text, class_names), rows
 
 
 def encode(frame: pl.DataFrame, encoder: Encoder, source: str) -> tuple[Tensor, ...]:
@@ -148,7 +153,7 @@ def _fit(table: LabelledTable, data: DataConfig, collectives: Collectives, one_h
     rows = table.split["train"]
     begin, end = cut(0, len(rows), collectives.size)[collectives.rank]
     return fit_encoder(
-        frame[rows[begin:end].numpy()],
+        pieces_of(frame[rows[begin:end].numpy()]),
         kinds,
         table.class_names,
         collectives,
@@ -168,47 +173,12 @@ def _features(
 
 
 def _targets(column: pl.Series, source: str) -> tuple[Tensor, list[str]]:
-    text = _target_text(column, source)
-    names = text.unique().to_list()
-    if len(names) < 2:
-        raise UserError(
-            f"{source}: the target {column.name!r} has only one class, {names[0]!r}: there is nothing to learn"
-        )
-    if len(names) > MAX_CLASSES:
-        raise UserError(f"{source}: the target {column.name!r} has {len(names)} distinct values: is it a class?")
-    whole = all(re.fullmatch("-?[0-9]{1,18}", name) for name in names)
-    names = sorted(names, key=(lambda n: (int(n), n)) if whole else None)
-    return _indices(text, names), names
+    text = _whole_target(column, source)
+    names = ordered_names(text.unique().to_list(), column.name, source)
+    return class_indices(text, names), names
 
 
-def _target_text(column: pl.Series, source: str) -> pl.Series:
-    text = labels(column, source)
-    if text.null_count():
-        row = int(text.is_null().arg_max() or 0)
-        raise UserError(
-            f"{source}: the target {column.name!r} is missing in {text.null_count()} rows, "
-            f"the first is data row {row + 1}"
-        )
-    # Numbers throughout, and not all of them whole: a quantity. The same column of a CSV file comes as text.
-    fraction = ~text.str.contains("^[+-]?[0-9]+$")
-    if fraction.any() and text.str.strip_chars().cast(pl.Float64, strict=False).is_not_null().all():
-        row = int(fraction.arg_max() or 0)
-        raise UserError(
-            f"{source}: the target {column.name!r} holds fractions ({text[row]} in data row {row + 1}): "
-            "a class is text or a whole number"
-        )
+def _whole_target(column: pl.Series, source: str) -> pl.Series:
+    text = target_text(column, source)
+    check_whole({name: (source, row) for name, row in first_rows(text).items()}, column.name)
     return text
-
-
-def _indices(text: pl.Series, class_names: list[str]) -> Tensor:
-    order = {name: index for index, name in enumerate(class_names)}
-    return torch.from_numpy(text.replace_strict(order, return_dtype=pl.Int64).to_numpy(writable=True))
-
-
-def _check_training_rows(targets: Tensor, class_names: list[str], source: str) -> None:
-    if len(targets) < 2:
-        raise UserError(f"{source}: {len(targets)} training rows are left after the split: at least 2 are needed")
-    counts = torch.bincount(targets, minlength=len(class_names))
-    if (counts == 0).any():
-        name = class_names[int(counts.argmin())]
-        raise UserError(f"{source}: class {name!r} has no training rows")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -113,6 +113,19 @@ class Collectives:
         mine: list[T] = []
         self.agree(lambda: mine.append(act()))
         return mine[0]
+
+    def in_rounds(self, work: Iterator[int], show: Callable[[int], None] = lambda _done: None) -> None:
+        """Go through `work` on every rank, one item a round, until all ranks are through with theirs.
+
+        No rank waits for another for longer than an item takes, and between two rounds all can stop together. An item
+        is a count of what was done; `show` is told the sum over ranks of each round. It fails as `agree` does.
+        """
+        while True:
+            self.may_stop()
+            done = self.agree(lambda: next(work, None))
+            if all(count is None for count in done):
+                return
+            show(sum(count or 0 for count in done))
 
     def fetch(self, tensor: Tensor) -> float:
         """The value of a tensor of one number; on a GPU this is where a rank waits for what it has sent off."""
