@@ -183,7 +183,7 @@ class Session:
             steps_per_epoch=self.feed.steps_per_epoch,
             total_steps=self.total_steps,
             learning_rate=self.learning_rate,
-            data_bytes=sum(_bytes([*rows.inputs, rows.targets]) for rows in self.dataset.splits.values()),
+            data_bytes=sum(rows.resident_bytes for rows in self.dataset.splits.values()),
             state_bytes=(parameters * copies + trainable * self._slice_gradients(world)) * item,
             activation_bytes=share * item * _activations_of_a_row(model, self.dataset) * 2,  # and their gradients
         )
@@ -290,10 +290,6 @@ def scored_weights(parts: Parts) -> dict[str, Tensor]:
         return dict(parts["model.pth"])
     prefix = "module."
     return {n.removeprefix(prefix): t for n, t in parts["average.pth"].items() if n.startswith(prefix)}
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _activations_of_a_row(model: nn.Module, dataset: Dataset) -> int:

@@ -21,8 +21,7 @@ def target_text(column: pl.Series, source: str, first_row: int = 0) -> pl.Series
     if text.null_count():
         row = first_row + int(text.is_null().arg_max() or 0)
         raise UserError(
-            f"{source}: the target {column.name!r} is missing in {text.null_count()} rows, "
-            f"the first is data row {row + 1}"
+            f"{source}: the target {column.name!r} is missing in data row {row + 1}: mend the cell or leave the row out"
         )
     return text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from dist_train.data.classes import (
 from dist_train.data.encoder import Encoder
 from dist_train.data.feed import ResidentRows, resident
 from dist_train.data.fitting import fit_encoder, pieces_of
+from dist_train.data.mapped import MappedRows
 from dist_train.data.split import SPLITS, Split, split_by_column, split_by_fraction
+from dist_train.data.store import Settings, Store, is_store, same_encoder
 from dist_train.data.table import (
     ColumnKinds,
     feature_kinds,
@@ -32,7 +35,9 @@ from dist_train.data.table import (
     sha256_of,
 )
 from dist_train.errors import UserError
+from dist_train.runtime.bar import progress_bar
 from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.console import log
 from dist_train.runtime.position import cut
 
 
@@ -50,9 +55,9 @@ class LabelledTable:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Encoded rows on the device by split, and the encoder that made them."""
+    """Encoded rows by split, on the device or in a store, and the encoder that made them."""
 
-    splits: dict[str, ResidentRows]
+    splits: dict[str, ResidentRows | MappedRows]
     encoder: Encoder
     sha256: str
 
@@ -71,6 +76,9 @@ def load_dataset(
     Raises Stopped when the ranks have agreed to stop.
     """
     pulse = collectives.pulse
+    if is_store(data.path):
+        with pulse.phase("opening the store"):
+            return _load_store(data, collectives, seed=seed, one_hot=one_hot, dtype=dtype, encoder=encoder)
     with pulse.phase("reading the data"):
         table = collectives.together(lambda: load_labelled(data, seed))
     collectives.may_stop()
@@ -82,8 +90,59 @@ def load_dataset(
         inputs = collectives.together(lambda: encode(table.frame, fitted, table.source))
     collectives.may_stop()
     targets = remap_targets(table, fitted.class_names)
-    splits = {n: resident(inputs, targets, table.split[n], collectives.device, dtype) for n in SPLITS}
+    splits: dict[str, ResidentRows | MappedRows] = {
+        n: resident(inputs, targets, table.split[n], collectives.device, dtype) for n in SPLITS
+    }
     return Dataset(splits, fitted, table.sha256)
+
+
+def open_store(
+    path: str,
+    collectives: Collectives,
+    splits: Sequence[str],
+    *,
+    encoder: Encoder | None,
+    settings: Settings | None = None,
+) -> Store:
+    """Open a prepared table and check the blocks of some splits; UserError when it is damaged or another one is meant.
+
+    `settings` and `encoder` are what its rows must have been prepared by. Raises Stopped when the ranks have agreed to
+    stop.
+    """
+
+    def opened() -> Store:
+        store = Store(Path(path))
+        if settings:
+            store.require(settings)
+        if encoder and not same_encoder(encoder, store.encoder):
+            raise UserError(
+                f"{path}: was encoded by another encoder than that of the model: give the files that it was made of"
+            )
+        return store
+
+    store = collectives.together(opened)
+    with progress_bar("verifying the store", store.bytes_of(splits), "bytes", shown=collectives.is_first) as show:
+        store.verify(splits, collectives, show)
+    return store
+
+
+def _load_store(
+    data: DataConfig,
+    collectives: Collectives,
+    *,
+    seed: int,
+    one_hot: bool,
+    dtype: torch.dtype,
+    encoder: Encoder | None,
+) -> Dataset:
+    settings = Settings.of(data, seed=seed, one_hot=one_hot)
+    store = open_store(data.path, collectives, SPLITS, encoder=encoder, settings=settings)
+    if seed != store.settings.seed and data.split_column is None and collectives.is_first:
+        log.warning("the split is that of the store, made with run.seed=%d", store.settings.seed)
+    splits: dict[str, ResidentRows | MappedRows] = {
+        name: MappedRows(store.tensors(name), collectives.device, dtype) for name in SPLITS
+    }
+    return Dataset(splits, store.encoder, store.sha256)
 
 
 def load_labelled(data: DataConfig, seed: int) -> LabelledTable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +42,11 @@ class ResidentRows:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that the rows take on the device."""
+        return sum(t.numel() * t.element_size() for t in (*self.inputs, self.targets))
+
     def slice(self, start: int, stop: int) -> tuple[Tensor, ...]:
         """Model inputs of the rows from `start` to `stop`, in the order of the table."""
         return tuple(x[start:stop] for x in self.inputs)
@@ -59,10 +65,16 @@ class ResidentRows:
         )
 
 
+class Source(Protocol):
+    """Rows that batches can be gathered from."""
+
+    def gather(self, share: Share) -> Batch: ...
+
+
 class Feed:
     """Yields what one optimizer step trains on, and the position after it, without end."""
 
-    def __init__(self, rows: ResidentRows, sampler: PositionSampler) -> None:
+    def __init__(self, rows: Source, sampler: PositionSampler) -> None:
         self.rows = rows
         self.sampler = sampler
 
