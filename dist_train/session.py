@@ -81,6 +81,7 @@ class Session:
             global_batch_size=train.global_batch_size,
             accumulation_steps=train.accumulation_steps,
             num_slices=train.virtual_ranks,
+            shuffle_block_rows=config.data.shuffle_block_rows,
         )
         self.feed = Feed(dataset.splits["train"], sampler)
         self.total_steps = min(train.epochs * self.feed.steps_per_epoch, train.max_steps or 2**63)

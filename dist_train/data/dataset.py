@@ -76,6 +76,12 @@ def load_dataset(
     Raises Stopped when the ranks have agreed to stop.
     """
     pulse = collectives.pulse
+    if data.shuffle_block_rows and collectives.is_first:
+        log.warning(
+            "data.shuffle_block_rows=%d: neighbouring rows of the table meet in the same batches more often than by "
+            "chance; docs/large-tables.md says what that costs",
+            data.shuffle_block_rows,
+        )
     if is_store(data.path):
         with pulse.phase("opening the store"):
             return _load_store(data, collectives, seed=seed, one_hot=one_hot, dtype=dtype, encoder=encoder)
