@@ -75,6 +75,9 @@ def prepare(
         with watched(collectives, store, timeout_seconds=timeout, report_file=None, launcher=launcher):
             try:
                 preparation.run(this_process(environ))
+            except UserError:
+                collectives.from_first(preparation.clear_if_empty)
+                raise
             except Stopped:
                 log.info("stopped: what was done is kept in %s; the same command continues", preparation.folder)
 
@@ -119,6 +122,11 @@ class Preparation:
         with pulse.phase("encoding the data"):
             done = self._encode(spool, fitted)
         collectives.from_first(lambda: guarded(lambda: self._commit(fitted, done, units, lock), str(self.output)))
+
+    def clear_if_empty(self) -> None:
+        """Leave nothing behind, unless something in it saves the next command work."""
+        if self.folder.is_dir() and not any(self._spool.glob("*.json")):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def _spool(self) -> Path:
@@ -222,9 +230,16 @@ class Preparation:
 
         packed = collectives.from_first(former)
         if packed is None:
-            log.info("fitting the encoder to the training rows of %s rows", f"{spool.num_rows:,}")
-            settings = self.settings
-            fitted = fit(spool, data, class_names, collectives, seed=settings.seed, one_hot=settings.one_hot)
+            with progress_bar("fitting, in several passes", None, "rows", shown=collectives.is_first) as show:
+                fitted = fit(
+                    spool,
+                    data,
+                    class_names,
+                    collectives,
+                    seed=self.settings.seed,
+                    one_hot=self.settings.one_hot,
+                    show=show,
+                )
             packed = fitted.pack()
             content = json.dumps(packed).encode()
             collectives.from_first(lambda: guarded(lambda: write_atomically(self._fit_file, content), str(self.folder)))

@@ -70,15 +70,31 @@ def _split_codes(spool: Spool, chunk: Chunk, targets: Tensor, split: FractionSpl
 
 
 def fit(
-    spool: Spool, data: DataConfig, class_names: list[str], collectives: Collectives, *, seed: int, one_hot: bool
+    spool: Spool,
+    data: DataConfig,
+    class_names: list[str],
+    collectives: Collectives,
+    *,
+    seed: int,
+    one_hot: bool,
+    show: Callable[[int], None],
 ) -> Fitted:
-    """Split the table and fit the encoder to its training rows. Raises Stopped when the ranks have agreed to stop."""
+    """Split the table and fit the encoder to its training rows.
+
+    `show` is told of the rows that this rank has gone through, each of them several times. Raises Stopped when the
+    ranks have agreed to stop.
+    """
     begin, end = cut(0, len(spool.chunks), collectives.size)[collectives.rank]
-    own = spool.chunks[begin:end]
+
+    def own() -> Iterator[Chunk]:
+        for chunk in spool.chunks[begin:end]:
+            yield chunk
+            show(chunk.num_rows)
+
     split = None
     if data.split_column is None:
         split = FractionSplit.fit(
-            lambda: ((chunk.first_row, spool.targets(chunk)) for chunk in own),
+            lambda: ((chunk.first_row, spool.targets(chunk)) for chunk in own()),
             len(class_names),
             collectives,
             validation_fraction=data.validation_fraction,
@@ -89,7 +105,7 @@ def fit(
     of_classes = torch.zeros(len(class_names), dtype=torch.int64)
 
     def count() -> Iterator[int]:
-        for index, chunk in enumerate(own, begin):
+        for index, chunk in enumerate(own(), begin):
             targets = spool.targets(chunk)
             codes = _split_codes(spool, chunk, targets, split)
             of_chunks[index] = torch.bincount(codes, minlength=len(SPLITS))
@@ -102,7 +118,7 @@ def fit(
     before = torch.cat([torch.zeros_like(ends[:1]), ends])
 
     def pieces(names: Sequence[str]) -> Iterator[pl.DataFrame]:
-        for chunk in own:
+        for chunk in own():
             codes = _split_codes(spool, chunk, spool.targets(chunk), split)
             yield spool.frame(chunk, names).filter(pl.Series((codes == _TRAIN).numpy()))
 

@@ -37,10 +37,10 @@ def steps_of_epoch(num_rows: int, batch_size: int) -> int:
 class PositionSampler(DistributedSampler[int]):
     """A DistributedSampler whose state is a position, so that it needs no `set_epoch` and resumes anywhere at once.
 
-    The order of an epoch is a function of (seed, epoch): FullOrder, or with `shuffle_block_rows` BlockOrder. Each
-    global batch is the next `global_batch_size` rows of that order, cut into `accumulation_steps` passes, each of them cut into `num_slices` contiguous slices, of which
-    each rank owns a contiguous run. Nothing is padded and nothing dropped: slices differ by one row at most and may be
-    empty.
+    The order of an epoch is a function of (seed, epoch): FullOrder, or BlockOrder where `shuffle_block_rows` is set.
+    Each global batch is the next `global_batch_size` rows of that order, cut into `accumulation_steps` passes, each of
+    them cut into `num_slices` contiguous slices, of which each rank owns a contiguous run. Nothing is padded and
+    nothing dropped: slices differ by one row at most and may be empty.
 
     As an iterable (for a torch DataLoader) it yields this rank's row numbers from `position` to the end of the epoch,
     and the next iteration is the next epoch.
