@@ -66,12 +66,12 @@ def _fit_numeric(encoder: Encoder, start: int, pieces: Pieces, collectives: Coll
     names = encoder.description.numeric[start : start + _COLUMNS_AT_ONCE]
     num_rows = 0
 
-    def columns() -> Iterator[Tensor]:
+    def columns() -> Iterator[list[Tensor]]:
         nonlocal num_rows
         num_rows = 0
         for frame in pieces(names):
             num_rows += frame.height
-            yield torch.stack([numbers(frame[name], source) for name in names], 1)
+            yield [_values(frame[name], source) for name in names]
 
     quantiles, present = exact_quantiles(columns, len(names), (0.0, 0.25, 0.5, 0.75, 1.0), collectives)
     missing = collectives.sum(torch.tensor(num_rows)) - present
@@ -90,6 +90,12 @@ def _fit_numeric(encoder: Encoder, start: int, pieces: Pieces, collectives: Coll
         encoder.median[index] = median
         encoder.scale[index] = 0.0 if constant else 1 / spread
     encoder.flagged[start : start + len(names)] = missing > 0
+
+
+def _values(column: pl.Series, source: str) -> Tensor:
+    if column.dtype == pl.Float64 and not column.null_count():  # parsed and checked before
+        return torch.from_numpy(column.to_numpy(writable=True))
+    return numbers(column, source)
 
 
 def _count_categories(

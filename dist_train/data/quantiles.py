@@ -21,43 +21,57 @@ _DIGITS = 1 << _BITS
 _SHIFTS = [max(0, 64 - _BITS * n) for n in range(1, -(-64 // _BITS) + 1)]
 _SIGN_BIT = torch.iinfo(torch.int64).min
 
-Keys = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""This rank's piece, in parts, as often as it is asked for: keys (n,) int64, ordered as unsigned, and their groups."""
+Keys = Callable[[], Iterable[Sequence[tuple[Tensor, "Tensor | int"]]]]
+"""This rank's piece, in parts, as often as it is asked for. A part holds keys, (n,) int64 ordered as unsigned, with the
+group of each of them or of all; several times."""
 
 
 def exact_quantiles(
-    pieces: Callable[[], Iterable[Tensor]], num_columns: int, fractions: Sequence[float], collectives: Collectives
+    pieces: Callable[[], Iterable[Sequence[Tensor]]],
+    num_columns: int,
+    fractions: Sequence[float],
+    collectives: Collectives,
 ) -> tuple[Tensor, Tensor]:
     """Quantiles (linear interpolation) of columns over the rows of all ranks, float64, (num_columns, fractions).
 
-    `pieces` gives this rank's rows, in parts, as often as it is asked: (n, num_columns), NaN where there is no value;
-    neighbours must not lie further apart than float64 reaches. Also returned: how many values each column has,
-    (num_columns,). NaN where there are none. Raises Stopped when the ranks have agreed to stop.
+    `pieces` gives this rank's rows, in parts, as often as it is asked: float64 columns (n,), NaN where there is no
+    value; neighbours must not lie further apart than float64 reaches. Also returned: how many values each column has,
+    (num_columns,). Quantiles of none are NaN. Raises Stopped when the ranks have agreed to stop.
     """
-    columns = torch.arange(num_columns)
     shares = torch.tensor(fractions, dtype=torch.float64)
+    present = torch.zeros(num_columns, dtype=torch.int64)
 
-    def keys() -> Iterator[tuple[Tensor, Tensor]]:
+    def keys() -> Iterator[list[tuple[Tensor, Tensor | int]]]:
+        missing.zero_()
         for piece in pieces():
-            values = piece.T.double().contiguous()  # column by column: counts of one column lie together
-            present = ~values.isnan()
-            yield _ordered_keys(values[present]), columns.unsqueeze(1).expand_as(values)[present]
+            part: list[tuple[Tensor, Tensor | int]] = []
+            for index, column in enumerate(piece):
+                holes = column.isnan()
+                num_holes = int(holes.count_nonzero())
+                missing[index] += num_holes
+                # NaN with its sign unset comes after all numbers.
+                values = column.masked_fill(holes, float("nan")) if num_holes else column
+                part.append((_ordered_keys(values), index))
+            yield part
+
+    missing = torch.zeros_like(present)
 
     def places(totals: Tensor) -> Tensor:
-        exact = shares * (totals - 1).clamp(min=0).unsqueeze(1)
+        present.copy_(totals - collectives.sum(missing.clone()))
+        exact = shares * (present - 1).clamp(min=0).unsqueeze(1)
         return torch.cat([exact.floor(), exact.ceil()], 1).long()
 
-    found, totals = order_statistics(keys, num_columns, places, collectives)
+    found = order_statistics(keys, num_columns, places, collectives)
     below, above = _values_of(found).view(num_columns, 2, len(fractions)).unbind(1)
-    exact = shares * (totals - 1).unsqueeze(1)
+    exact = shares * (present - 1).unsqueeze(1)
     quantiles = below + (above - below) * (exact - exact.floor())
-    return quantiles.masked_fill((totals == 0).unsqueeze(1), float("nan")), totals
+    return quantiles.masked_fill((present == 0).unsqueeze(1), float("nan")), present
 
 
 def order_statistics(
     keys: Keys, num_groups: int, places: Callable[[Tensor], Tensor], collectives: Collectives
-) -> tuple[Tensor, Tensor]:
-    """Keys at given places in the order of each group over all ranks, (num_groups, places); and each group's size.
+) -> Tensor:
+    """Keys at given places in the order of each group over all ranks, (num_groups, places).
 
     `places` is told the sizes of the groups, (num_groups,), and says which places are wanted of each, (num_groups, n).
     In an empty group what is found means nothing.
@@ -70,8 +84,7 @@ def order_statistics(
         collectives.in_rounds(_counting(keys, tables, shift, counts))
         counts = collectives.sum(counts).view(num_cells, _DIGITS)
         if not tables:
-            totals = counts.sum(1)
-            of_groups = places(totals)
+            of_groups = places(counts.sum(1))
             wanted = of_groups.flatten()
             cells = torch.arange(num_groups).repeat_interleave(of_groups.shape[1])
             found = torch.zeros_like(wanted)
@@ -84,31 +97,34 @@ def order_statistics(
         table[chosen] = torch.arange(len(chosen))
         tables.append(table)
         num_cells = len(chosen)
-    return found.view(num_groups, -1), totals
+    return found.view(num_groups, -1)
 
 
 def _counting(keys: Keys, tables: Sequence[Tensor], shift: int, counts: Tensor) -> Iterator[int]:
-    for part, cells in keys():
-        num_keys = len(part)
-        for table, former in zip(tables, _SHIFTS, strict=False):
-            cells = table[cells * _DIGITS + _digit(part, former)]
-            kept = cells >= 0
-            part, cells = part[kept], cells[kept]
-        places = cells * _DIGITS + _digit(part, shift)
-        counts.scatter_add_(0, places, torch.ones_like(places))
+    for part in keys():
+        num_keys = 0
+        for of_part, cells in part:
+            num_keys += len(of_part)
+            of_cells = of_part
+            for table, former in zip(tables, _SHIFTS, strict=False):
+                cells = table.index_select(0, _digit(of_cells, former).add_(cells * _DIGITS))
+                kept = (cells >= 0).nonzero().squeeze(1)
+                of_cells, cells = of_cells.index_select(0, kept), cells.index_select(0, kept)
+            places = _digit(of_cells, shift).add_(cells * _DIGITS)
+            counts.scatter_add_(0, places, torch.ones_like(places))
         yield num_keys
 
 
 def _digit(keys: Tensor, shift: int) -> Tensor:
     # The mask takes away the copies of the sign that a right shift brings in. The last digit is cut short by the shift
     # of the one before: its upper bits are those of a digit that is known, and do no harm.
-    return (keys >> shift) & (_DIGITS - 1)
+    return (keys >> shift).bitwise_and_(_DIGITS - 1)
 
 
 def _ordered_keys(values: Tensor) -> Tensor:
     """Keys in the order of the values when read as unsigned: positive numbers get the sign bit, negative ones flip."""
     bits = values.view(torch.int64)
-    return bits ^ ((bits >> 63) | _SIGN_BIT)
+    return (bits >> 63).bitwise_or_(_SIGN_BIT).bitwise_xor_(bits)
 
 
 def _values_of(keys: Tensor) -> Tensor:

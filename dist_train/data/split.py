@@ -72,9 +72,9 @@ class FractionSplit:
         """`pieces` gives this rank's rows in parts, as often as it is asked: the first row's number, and classes."""
         borders = torch.zeros((num_classes, 2), dtype=torch.int64)
 
-        def keys() -> Iterator[tuple[Tensor, Tensor]]:
+        def keys() -> Iterator[list[tuple[Tensor, Tensor | int]]]:
             for first_row, classes in pieces():
-                yield _keys(seed, first_row, len(classes)) ^ _SIGN_BIT, classes.long()
+                yield [(_keys(seed, first_row, len(classes)) ^ _SIGN_BIT, classes.long())]
 
         def places(totals: Tensor) -> Tensor:
             for index, count in enumerate(totals.tolist()):
@@ -82,7 +82,7 @@ class FractionSplit:
                 borders[index] = torch.tensor([num_test, num_test + round(count * validation_fraction)])
             return (borders - 1).clamp(min=0)
 
-        found, _ = order_statistics(keys, num_classes, places, collectives)
+        found = order_statistics(keys, num_classes, places, collectives)
         return cls(seed, found ^ _SIGN_BIT, borders > 0)
 
     def codes(self, first_row: int, classes: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class OneOfSeveral(Collectives):
 
 
 def in_one_piece(values: Tensor) -> Tensor:
-    return exact_quantiles(lambda: [values.unsqueeze(1)], 1, FRACTIONS, Collectives(World()))[0][0]
+    return exact_quantiles(lambda: [[values.double()]], 1, FRACTIONS, Collectives(World()))[0][0]
 
 
 def in_pieces(pieces: list[Tensor]) -> Tensor:
@@ -60,7 +60,7 @@ def in_pieces(pieces: list[Tensor]) -> Tensor:
         for piece in pieces:
             call = [0]
             rank = OneOfSeveral(lambda counts, call=call: add_up(counts, call))
-            parts = piece.unsqueeze(1).split(7)  # and each rank's piece comes in parts
+            parts = [[part] for part in piece.double().split(7)]  # and each rank's piece comes in parts
             try:
                 result = exact_quantiles(lambda parts=parts: parts, 1, FRACTIONS, rank)[0][0]
             except _Waiting:
@@ -139,7 +139,9 @@ def test_minus_zero_counts_as_zero() -> None:
 @given(st.lists(st.tuples(*[st.one_of(FLOATS, st.just(float("nan")))] * 3), max_size=40))
 def test_columns_are_found_at_once_and_cells_without_a_value_do_not_count(rows: list[tuple[float, ...]]) -> None:
     table = torch.tensor(rows, dtype=torch.float64).view(-1, 3)
-    found, counts = exact_quantiles(lambda: table.split(9), 3, FRACTIONS, Collectives(World()))
+    found, counts = exact_quantiles(
+        lambda: [part.unbind(1) for part in table.split(9)], 3, FRACTIONS, Collectives(World())
+    )
     for column, quantiles, count in zip(table.unbind(1), found, counts, strict=True):
         present = column[~column.isnan()]
         assert count == len(present)
