@@ -106,6 +106,7 @@ class Preparation:
         self._config = config
         self._collectives = collectives
         self._stack = stack
+        self._locked = False
 
     def run(self, holder: Mapping[str, Any]) -> None:
         """Make the store; raises Stopped when all ranks have agreed to stop."""
@@ -125,7 +126,7 @@ class Preparation:
 
     def clear_if_empty(self) -> None:
         """Leave nothing behind, unless something in it saves the next command work."""
-        if self.folder.is_dir() and not any(self._spool.glob("*.json")):
+        if self._locked and self.folder.is_dir() and not any(self._spool.glob("*.json")):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
@@ -177,6 +178,7 @@ class Preparation:
         while not self._collectives.from_first(lambda: guarded(lambda: lock.take(_TURN_SECONDS), str(self.folder))):
             self._collectives.may_stop()
         self._stack.callback(lock.release)
+        self._locked = True
         self._collectives.from_first(lambda: guarded(begin, str(self.folder)))
         return lock
 
