@@ -50,7 +50,7 @@ def main() -> None:
         store = verify_store(Path(paths[0]), world, config.runtime.timeout_seconds)
         log.info("%s: every block is sound; data sha256 %s", store.folder, store.sha256)
         return
-    if len(paths) < 2:
+    if len(paths) < 2 or not Path(paths[-1]).name:
         raise UserError("name the files of the table, and after them the folder to make")
     launcher = Launcher() if "TORCHELASTIC_RUN_ID" in os.environ else None
     prepare(paths[:-1], Path(paths[-1]), config, world, os.environ, launcher=launcher)

@@ -274,6 +274,7 @@ class Spool:
         self._folder = folder
         self._class_names = class_names
         self._open: tuple[int, Any] | None = None
+        self._batch: tuple[int, pa.RecordBatch] | None = None
 
     @cached_property
     def chunks(self) -> list[Chunk]:
@@ -320,4 +321,7 @@ class Spool:
         if self._open is None or self._open[0] != chunk.unit:
             file = _rows_file(self._folder, self._found[chunk.unit][0])
             self._open = chunk.unit, pa.ipc.open_file(pa.memory_map(str(file)))
-        return self._open[1].get_batch(chunk.batch).column(name)
+            self._batch = None
+        if self._batch is None or self._batch[0] != chunk.batch:
+            self._batch = chunk.batch, self._open[1].get_batch(chunk.batch)
+        return self._batch[1].column(name)

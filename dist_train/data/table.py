@@ -56,7 +56,7 @@ def sha256_of(file: Path) -> str:
 
 def read_table(file: Path, missing_values: Sequence[str]) -> pl.DataFrame:
     """Read a file whole. CSV cells come as text (null where missing), Parquet columns in their own types."""
-    return pl.concat(read_rows(file, missing_values), rechunk=True)
+    return pl.concat(read_rows(file, missing_values))
 
 
 def feature_kinds(

@@ -179,6 +179,7 @@ USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a folder": (("OUT/files", "OUT/store", *QUICK), ("OUT/files: is a directory", "*.parquet")),
     "twice": (("OUT/files/*", "OUT/files/part-01.csv", "OUT/store", *QUICK), ("part-01.csv: is given twice",)),
     "no output": (("OUT/files/*", *QUICK), ("the folder to make",)),
+    "no name": (("OUT/files/*", ".", *QUICK), ("the folder to make",)),
     "output is there": (("OUT/files/part-01.csv", "OUT/files", *QUICK), ("OUT/files: exists already",)),
     "output is a file": (
         ("OUT/files/part-01.csv", "OUT/files/part-02.csv", *QUICK),
