@@ -147,6 +147,7 @@ def _is_csv(file: Path) -> bool:
 
 @contextmanager
 def _mistakes(file: Path) -> Iterator[None]:
+    _is_csv(file)  # a wrong name says more than what is wrong with the content
     try:
         if file.stat().st_size == 0:
             raise UserError(f"{file}: the file is empty")

@@ -121,11 +121,23 @@ class Collectives:
         is a count of what was done; `show` is told the sum over ranks of each round. It fails as `agree` does.
         """
         while True:
-            self.may_stop()
-            done = self.agree(lambda: next(work, None))
-            if all(count is None for count in done):
+            count: int | None = None
+            failure: Exception | None = None
+            try:
+                count = next(work, None)
+            except Exception as error:
+                failure = error
+            wants_stop = self._wants_stop is not None and self._wants_stop()
+            mine = [failure is not None, count is not None, wants_stop, count or 0]
+            votes = torch.tensor([int(vote) for vote in mine], device=self.device)
+            failed, going, asked, done = self.sum(votes).tolist()
+            if failed:
+                self.agree(lambda failure=failure: _raise(failure))  # type: ignore[misc]
+            if not going:
                 return
-            show(sum(count or 0 for count in done))
+            show(done)
+            if asked:
+                raise Stopped
 
     def fetch(self, tensor: Tensor) -> float:
         """The value of a tensor of one number; on a GPU this is where a rank waits for what it has sent off."""
@@ -144,3 +156,8 @@ class Collectives:
     def barrier(self) -> None:
         """Wait for every rank."""
         self.sum(torch.zeros(1, device=self.device))
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
