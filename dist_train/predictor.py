@@ -13,10 +13,12 @@ from dist_train.checkpoint.checkpoints import Checkpoints
 from dist_train.checkpoint.commit import Damaged
 from dist_train.checkpoint.run_folder import RunFolder, opened_run
 from dist_train.checkpoint.state import Parts, read_parts
-from dist_train.data.dataset import encode, load_labelled, read_for_evaluation, remap_targets
+from dist_train.data.dataset import encode, load_labelled, open_store, read_for_evaluation, remap_targets
 from dist_train.data.encoder import Encoder
-from dist_train.data.feed import resident
+from dist_train.data.feed import ResidentRows, resident
+from dist_train.data.mapped import MappedRows
 from dist_train.data.split import SPLITS
+from dist_train.data.store import is_store
 from dist_train.data.table import locate, read_table
 from dist_train.errors import UserError
 from dist_train.models.registry import build_model
@@ -51,15 +53,25 @@ class Predictor:
         """Metrics on a split of the run's own data, or on another file (all of it unless it has the split column)."""
         if split not in SPLITS:
             raise UserError(f"--split {split}: there is {', '.join(SPLITS)}")
-        frame, targets, chosen, source = self.collectives.together(lambda: self._rows(split, file))
-        # The whole table is encoded, so that a bad cell is named by its row in the file.
-        inputs = self.collectives.together(lambda: encode(frame, self.encoder, source))
-        rows = resident(inputs, targets, chosen, self.collectives.device, self._dtype)
+        path = str(file or self.config.data.path)
+        rows = self._stored(path, split) if is_store(path) else self._encoded(split, file)
         batch_size = self.config.evaluation.batch_size
         metrics = evaluate(self.model, rows, self.class_names, batch_size, self.collectives)
         if metrics is None:
-            raise UserError(f"{source}: there are no {split} rows")
+            raise UserError(f"{path}: there are no {split} rows")
         return metrics
+
+    def _encoded(self, split: str, file: Path | None) -> ResidentRows:
+        frame, targets, chosen, source = self.collectives.together(lambda: self._rows(split, file))
+        # The whole table is encoded, so that a bad cell is named by its row in the file.
+        inputs = self.collectives.together(lambda: encode(frame, self.encoder, source))
+        return resident(inputs, targets, chosen, self.collectives.device, self._dtype)
+
+    def _stored(self, path: str, split: str) -> MappedRows:
+        store = open_store(path, self.collectives, [split], encoder=self.encoder)
+        if store.sha256 != self.data_sha256:
+            log.warning("%s is not the store that the model was trained on", path)
+        return MappedRows(store.tensors(split), self.collectives.device, self._dtype)
 
     def predict(self, file: Path) -> pl.DataFrame:
         """`probability_<class>` for each class and `predicted_class`: a row for each row of the file, in its order."""

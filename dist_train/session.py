@@ -16,7 +16,7 @@ from dist_train.config.rules import given_class_weights
 from dist_train.config.schema import JobConfig
 from dist_train.data.dataset import Dataset, load_dataset
 from dist_train.data.encoder import Encoder
-from dist_train.data.feed import Feed
+from dist_train.data.feed import Feed, ResidentRows
 from dist_train.data.sampler import PositionSampler
 from dist_train.errors import UserError
 from dist_train.models.batch_norm import still_cancelled_biases, sync_batch_norm
@@ -85,6 +85,7 @@ class Session:
             global_batch_size=train.global_batch_size,
             accumulation_steps=train.accumulation_steps,
             num_slices=train.virtual_ranks,
+            shuffle_block_rows=config.data.shuffle_block_rows,
         )
         self.feed = Feed(dataset.splits["train"], sampler)
         self.total_steps = min(train.epochs * self.feed.steps_per_epoch, train.max_steps or 2**63)
@@ -185,7 +186,7 @@ class Session:
             steps_per_epoch=self.feed.steps_per_epoch,
             total_steps=self.total_steps,
             learning_rate=self.learning_rate,
-            data_bytes=sum(_bytes([*rows.inputs, rows.targets]) for rows in self.dataset.splits.values()),
+            data_bytes=sum(rows.resident_bytes for rows in self.dataset.splits.values()),
             state_bytes=(parameters * copies + trainable * self._slice_gradients(world)) * item,
             activation_bytes=share * item * _activations_of_a_row(model, self.dataset) * 2,  # and their gradients
         )
@@ -199,8 +200,8 @@ class Session:
     def _recordable(self, collectives: Collectives) -> bool:
         """Whether a step can be one CUDA graph: all of it runs on the GPU, and the host is asked for nothing."""
         train = self.config.train
-        on_gpu = self.dataset.splits["train"].targets.device.type == "cuda" and collectives.runs_on_device
-        return on_gpu and train.virtual_ranks is None and train.accumulation_steps == 1
+        resident = isinstance(self.dataset.splits["train"], ResidentRows)
+        return resident and collectives.runs_on_device and train.virtual_ranks is None and train.accumulation_steps == 1
 
     def _synchronised(self, plain: nn.Module, slices: Slices, collectives: Collectives) -> nn.Module:
         """The model, computing over the rows of all ranks: exactly where virtual ranks are set."""
@@ -303,10 +304,6 @@ def scored_weights(parts: Parts) -> dict[str, Tensor]:
         return dict(parts["model.pth"])
     prefix = "module."
     return {n.removeprefix(prefix): t for n, t in parts["average.pth"].items() if n.startswith(prefix)}
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _activations_of_a_row(model: nn.Module, dataset: Dataset) -> int:

@@ -40,8 +40,10 @@ class RunLock:
         holder: Mapping[str, Any],
         patience_seconds: float = 5.0,
         own_patience_seconds: float = 5.0,
+        what: str = "run folder",
     ) -> None:
         self._file = file
+        self._what = what
         self._holder = dict(holder)
         self._patience_seconds = patience_seconds
         self._own_patience_seconds = own_patience_seconds
@@ -144,7 +146,8 @@ class RunLock:
         if waited_seconds >= patience_seconds:
             advice = f". It is an earlier attempt of this job: if its host is lost for good, remove {self._file}"
             raise UserError(
-                f"{self._file.parent}: another job is using this run folder: {self._described()}{advice if own else ''}"
+                f"{self._file.parent}: another job is using this {self._what}: {self._described()}"
+                f"{advice if own else ''}"
             )
         if own and not self._said_that_it_waits:
             self._said_that_it_waits = True

@@ -84,6 +84,7 @@ def _data(c: JobConfig) -> Iterator[tuple[str, str]]:
     for key, value in (("validation_fraction", d.validation_fraction), ("test_fraction", d.test_fraction)):
         if not 0 <= value < 1:
             yield f"data.{key}", f"must be at least 0 and below 1, is {value}"
+    yield from _at_least("data.shuffle_block_rows", d.shuffle_block_rows, 1)
     if d.validation_fraction < 1 and d.test_fraction < 1 and d.validation_fraction + d.test_fraction >= 1:
         yield "data.validation_fraction", "together with data.test_fraction it leaves no rows to train on"
 

@@ -33,7 +33,7 @@ class DataConfig:
     """The table, its target and its splits."""
 
     path: str = "builtin:credit_card_risk"
-    """CSV or Parquet file, or `builtin:NAME` for a data set that comes with the package."""
+    """CSV or Parquet file, a store made by `launch/prepare.py`, or `builtin:NAME` for a data set that comes with the package."""
     target: str = "risk_tier"
     """Name of the target column: text or integers, two classes or more, no missing cells."""
     drop: list[str] = field(default_factory=list)
@@ -50,6 +50,8 @@ class DataConfig:
     """Share of each class that goes to the validation rows, when there is no split column."""
     test_fraction: float = 0.15
     """Share of each class that goes to the test rows, when there is no split column."""
+    shuffle_block_rows: int | None = None
+    """Null: each epoch trains the rows in an order drawn from all orders. N: runs of N neighbouring rows stay near each other in it, for stores that memory cannot hold on a slow disk; its cost: docs/large-tables.md."""
 
 
 @dataclass(frozen=True, kw_only=True)

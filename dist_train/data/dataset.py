@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +11,23 @@ import torch
 from torch import Tensor
 
 from dist_train.config.schema import DataConfig
+from dist_train.data.classes import (
+    check_training_rows,
+    check_whole,
+    class_indices,
+    first_rows,
+    ordered_names,
+    target_text,
+)
 from dist_train.data.encoder import Encoder
 from dist_train.data.feed import ResidentRows, resident
-from dist_train.data.fitting import fit_encoder
+from dist_train.data.fitting import fit_encoder, pieces_of
+from dist_train.data.mapped import MappedRows
 from dist_train.data.split import SPLITS, Split, split_by_column, split_by_fraction
+from dist_train.data.store import Settings, Store, is_store, same_encoder
 from dist_train.data.table import (
     ColumnKinds,
     feature_kinds,
-    labels,
     locate,
     numbers,
     read_table,
@@ -26,10 +35,10 @@ from dist_train.data.table import (
     sha256_of,
 )
 from dist_train.errors import UserError
+from dist_train.runtime.bar import progress_bar
 from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.console import log
 from dist_train.runtime.position import cut
-
-MAX_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -46,9 +55,9 @@ class LabelledTable:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Encoded rows on the device by split, and the encoder that made them."""
+    """Encoded rows by split, on the device or in a store, and the encoder that made them."""
 
-    splits: dict[str, ResidentRows]
+    splits: dict[str, ResidentRows | MappedRows]
     encoder: Encoder
     sha256: str
 
@@ -67,6 +76,15 @@ def load_dataset(
     Raises Stopped when the ranks have agreed to stop.
     """
     pulse = collectives.pulse
+    if data.shuffle_block_rows and collectives.is_first:
+        log.warning(
+            "data.shuffle_block_rows=%d: neighbouring rows of the table meet in the same batches more often than by "
+            "chance; docs/large-tables.md says what that costs",
+            data.shuffle_block_rows,
+        )
+    if is_store(data.path):
+        with pulse.phase("opening the store"):
+            return _load_store(data, collectives, seed=seed, one_hot=one_hot, dtype=dtype, encoder=encoder)
     with pulse.phase("reading the data"):
         table = collectives.together(lambda: load_labelled(data, seed))
     collectives.may_stop()
@@ -78,8 +96,59 @@ def load_dataset(
         inputs = collectives.together(lambda: encode(table.frame, fitted, table.source))
     collectives.may_stop()
     targets = remap_targets(table, fitted.class_names)
-    splits = {n: resident(inputs, targets, table.split[n], collectives.device, dtype) for n in SPLITS}
+    splits: dict[str, ResidentRows | MappedRows] = {
+        n: resident(inputs, targets, table.split[n], collectives.device, dtype) for n in SPLITS
+    }
     return Dataset(splits, fitted, table.sha256)
+
+
+def open_store(
+    path: str,
+    collectives: Collectives,
+    splits: Sequence[str],
+    *,
+    encoder: Encoder | None,
+    settings: Settings | None = None,
+) -> Store:
+    """Open a prepared table and check the blocks of some splits; UserError when it is damaged or another one is meant.
+
+    `settings` and `encoder` are what its rows must have been prepared by. Raises Stopped when the ranks have agreed to
+    stop.
+    """
+
+    def opened() -> Store:
+        store = Store(Path(path))
+        if settings:
+            store.require(settings)
+        if encoder and not same_encoder(encoder, store.encoder):
+            raise UserError(
+                f"{path}: was encoded by another encoder than that of the model: give the files that it was made of"
+            )
+        return store
+
+    store = collectives.together(opened)
+    with progress_bar("verifying the store", store.bytes_of(splits), "bytes", shown=collectives.is_first) as show:
+        store.verify(splits, collectives, show)
+    return store
+
+
+def _load_store(
+    data: DataConfig,
+    collectives: Collectives,
+    *,
+    seed: int,
+    one_hot: bool,
+    dtype: torch.dtype,
+    encoder: Encoder | None,
+) -> Dataset:
+    settings = Settings.of(data, seed=seed, one_hot=one_hot)
+    store = open_store(data.path, collectives, SPLITS, encoder=encoder, settings=settings)
+    if seed != store.settings.seed and data.split_column is None and collectives.is_first:
+        log.warning("the split is that of the store, made with run.seed=%d", store.settings.seed)
+    splits: dict[str, ResidentRows | MappedRows] = {
+        name: MappedRows(store.tensors(name), collectives.device, dtype) for name in SPLITS
+    }
+    return Dataset(splits, store.encoder, store.sha256)
 
 
 def load_labelled(data: DataConfig, seed: int) -> LabelledTable:
@@ -99,7 +168,8 @@ def load_labelled(data: DataConfig, seed: int) -> LabelledTable:
             targets, validation_fraction=data.validation_fraction, test_fraction=data.test_fraction, seed=seed
         )
     )
-    _check_training_rows(targets[split["train"]], class_names, source)
+    counts = torch.bincount(targets[split["train"]], minlength=len(class_names))
+    check_training_rows(counts, class_names, source)
     return LabelledTable(frame, targets, class_names, split, source, sha256_of(file))
 
 
@@ -117,7 +187,7 @@ def read_for_evaluation(
         rows = split_by_column(frame[data.split_column], str(file))[split]
     if len(rows) == 0:
         raise UserError(f"{file}: no rows to evaluate on")
-    text = _target_text(frame[data.target], str(file))
+    text = _whole_target(frame[data.target], str(file))
     unknown = ~text.is_in(class_names)
     if unknown.any():
         row = int(unknown.arg_max() or 0)
@@ -125,7 +195,7 @@ def read_for_evaluation(
             f"{file}: column {data.target!r}, data row {row + 1}: {text[row]!r} is not a class; "
             f"the model knows {', '.join(class_names)}"
         )
-    return frame, _indices(text, class_names), rows
+    return frame, class_indices(text, class_names), rows
 
 
 def encode(frame: pl.DataFrame, encoder: Encoder, source: str) -> tuple[Tensor, ...]:
@@ -148,7 +218,7 @@ def _fit(table: LabelledTable, data: DataConfig, collectives: Collectives, one_h
     rows = table.split["train"]
     begin, end = cut(0, len(rows), collectives.size)[collectives.rank]
     return fit_encoder(
-        frame[rows[begin:end].numpy()],
+        pieces_of(frame[rows[begin:end].numpy()]),
         kinds,
         table.class_names,
         collectives,
@@ -168,47 +238,12 @@ def _features(
 
 
 def _targets(column: pl.Series, source: str) -> tuple[Tensor, list[str]]:
-    text = _target_text(column, source)
-    names = text.unique().to_list()
-    if len(names) < 2:
-        raise UserError(
-            f"{source}: the target {column.name!r} has only one class, {names[0]!r}: there is nothing to learn"
-        )
-    if len(names) > MAX_CLASSES:
-        raise UserError(f"{source}: the target {column.name!r} has {len(names)} distinct values: is it a class?")
-    whole = all(re.fullmatch("-?[0-9]{1,18}", name) for name in names)
-    names = sorted(names, key=(lambda n: (int(n), n)) if whole else None)
-    return _indices(text, names), names
+    text = _whole_target(column, source)
+    names = ordered_names(text.unique().to_list(), column.name, source)
+    return class_indices(text, names), names
 
 
-def _target_text(column: pl.Series, source: str) -> pl.Series:
-    text = labels(column, source)
-    if text.null_count():
-        row = int(text.is_null().arg_max() or 0)
-        raise UserError(
-            f"{source}: the target {column.name!r} is missing in {text.null_count()} rows, "
-            f"the first is data row {row + 1}"
-        )
-    # Numbers throughout, and not all of them whole: a quantity. The same column of a CSV file comes as text.
-    fraction = ~text.str.contains("^[+-]?[0-9]+$")
-    if fraction.any() and text.str.strip_chars().cast(pl.Float64, strict=False).is_not_null().all():
-        row = int(fraction.arg_max() or 0)
-        raise UserError(
-            f"{source}: the target {column.name!r} holds fractions ({text[row]} in data row {row + 1}): "
-            "a class is text or a whole number"
-        )
+def _whole_target(column: pl.Series, source: str) -> pl.Series:
+    text = target_text(column, source)
+    check_whole({name: (source, row) for name, row in first_rows(text).items()}, column.name)
     return text
-
-
-def _indices(text: pl.Series, class_names: list[str]) -> Tensor:
-    order = {name: index for index, name in enumerate(class_names)}
-    return torch.from_numpy(text.replace_strict(order, return_dtype=pl.Int64).to_numpy(writable=True))
-
-
-def _check_training_rows(targets: Tensor, class_names: list[str], source: str) -> None:
-    if len(targets) < 2:
-        raise UserError(f"{source}: {len(targets)} training rows are left after the split: at least 2 are needed")
-    counts = torch.bincount(targets, minlength=len(class_names))
-    if (counts == 0).any():
-        name = class_names[int(counts.argmin())]
-        raise UserError(f"{source}: class {name!r} has no training rows")

@@ -77,6 +77,11 @@ class ResidentRows:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that the rows take on the device."""
+        return sum(t.numel() * t.element_size() for t in (*self.inputs, self.targets))
+
     def slice(self, start: int, stop: int) -> tuple[Tensor, ...]:
         """Model inputs of the rows from `start` to `stop`, in the order of the table."""
         return tuple(x[start:stop] for x in self.inputs)

@@ -9,8 +9,8 @@ from typing import Any, cast
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from dist_train.data.order import BlockOrder, FullOrder, Order
 from dist_train.errors import UserError
-from dist_train.runtime.keyed_random import permutation
 from dist_train.runtime.position import Position, cut
 
 
@@ -37,10 +37,10 @@ def steps_of_epoch(num_rows: int, batch_size: int) -> int:
 class PositionSampler(DistributedSampler[int]):
     """A DistributedSampler whose state is a position, so that it needs no `set_epoch` and resumes anywhere at once.
 
-    The order of an epoch is a function of (seed, epoch). Each global batch is the next `global_batch_size` rows of
-    that order, cut into `accumulation_steps` passes, each of them cut into `num_slices` contiguous slices, of which
-    each rank owns a contiguous run. Nothing is padded and nothing dropped: slices differ by one row at most and may be
-    empty.
+    The order of an epoch is a function of (seed, epoch): FullOrder, or BlockOrder where `shuffle_block_rows` is set.
+    Each global batch is the next `global_batch_size` rows of that order, cut into `accumulation_steps` passes, each of
+    them cut into `num_slices` contiguous slices, of which each rank owns a contiguous run. Nothing is padded and
+    nothing dropped: slices differ by one row at most and may be empty.
 
     As an iterable (for a torch DataLoader) it yields this rank's row numbers from `position` to the end of the epoch,
     and the next iteration is the next epoch.
@@ -56,6 +56,7 @@ class PositionSampler(DistributedSampler[int]):
         global_batch_size: int,
         accumulation_steps: int = 1,
         num_slices: int | None = None,
+        shuffle_block_rows: int | None = None,
         position: Position = Position(),  # noqa: B008  (immutable)
     ) -> None:
         if num_rows < 2:
@@ -68,7 +69,9 @@ class PositionSampler(DistributedSampler[int]):
         self.slices_of_a_rank = (num_slices or world_size) // world_size
         self._own = range(rank * self.slices_of_a_rank, (rank + 1) * self.slices_of_a_rank)
         self.position = position
-        self._order: tuple[int, Tensor] | None = None
+        self._order: Order = (
+            BlockOrder(num_rows, shuffle_block_rows, seed) if shuffle_block_rows else FullOrder(num_rows, seed)
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -77,9 +80,7 @@ class PositionSampler(DistributedSampler[int]):
 
     def order(self, epoch: int) -> Tensor:
         """Row numbers in the order in which the epoch trains them, (num_rows,)."""
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, permutation(self.num_rows, "order", self.seed, epoch)
-        return self._order[1]
+        return self._order.rows(epoch, 0, self.num_rows)
 
     def step_end(self, position: Position) -> Position:
         """Position after the optimizer step that starts at `position`; the end of an epoch is the next one's start."""
@@ -95,13 +96,13 @@ class PositionSampler(DistributedSampler[int]):
             stop = self.num_rows
         # A pass needs two rows for its batch statistics: a small last batch takes fewer passes.
         passes = max(1, min(self.accumulation_steps, (stop - position.rows) // 2))
-        order = self.order(position.epoch)
         shares = []
         for first, last in cut(position.rows, stop, passes):
             own = cut(first, last, self.num_replicas * self.slices_of_a_rank, self._own)
             begin, end = own[0][0], own[-1][1]
             lengths = tuple([stop - start for start, stop in own])
-            shares.append(Share(order[begin:end], lengths, position.epoch, begin, last - first))
+            rows = self._order.rows(position.epoch, begin, end)
+            shares.append(Share(rows, lengths, position.epoch, begin, last - first))
         return shares
 
     def set_epoch(self, epoch: int) -> None:

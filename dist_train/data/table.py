@@ -6,27 +6,21 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from io import BytesIO
 from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import torch
-from polars.exceptions import PanicException, PolarsError
+from polars.exceptions import PolarsError
 from torch import Tensor
 
-from dist_train.errors import Stopped, UserError
+from dist_train.data.readers import read_rows
+from dist_train.errors import UserError
 
 BUILTIN = "builtin:"
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 # A text column in which at least this share of the cells are numbers is a column of numbers with stray text in it.
 MOSTLY_NUMBERS = 0.5
-
-_MAX_HEADER_BYTES = 1 << 20
-_MAX_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -62,19 +56,7 @@ def sha256_of(file: Path) -> str:
 
 def read_table(file: Path, missing_values: Sequence[str]) -> pl.DataFrame:
     """Read a file whole. CSV cells come as text (null where missing), Parquet columns in their own types."""
-    reader = {".csv": _read_csv, ".parquet": _read_parquet, ".pq": _read_parquet}.get(file.suffix.lower())
-    if reader is None:
-        raise UserError(f"{file}: the name must end in .csv or .parquet")
-    try:
-        if file.stat().st_size == 0:
-            raise UserError(f"{file}: the file is empty")
-        return reader(file, missing_values)
-    except pa.ArrowCancelled:  # pyarrow ends its work when a signal comes that Python handles
-        raise Stopped from None
-    except (pa.ArrowException, PolarsError, PanicException, OSError, UnicodeDecodeError) as error:
-        if "Empty CSV file" in str(error):
-            raise UserError(f"{file}: the table has no rows") from None
-        raise UserError(f"{file}: cannot be read as {file.suffix[1:].lower()}: {_reason(error)}") from None
+    return pl.concat(read_rows(file, missing_values))
 
 
 def feature_kinds(
@@ -90,31 +72,45 @@ def feature_kinds(
 
 def require_columns(frame: pl.DataFrame, names: Sequence[str], source: str, why: str) -> None:
     """UserError when a column is not there, with the nearest hint there is: the columns that are."""
-    missing = [name for name in names if name not in frame.columns]
+    require_names(frame.columns, names, source, why)
+
+
+def require_names(columns: Sequence[str], names: Sequence[str], source: str, why: str) -> None:
+    """The same, by the names of the columns."""
+    missing = [name for name in names if name not in columns]
     if missing:
-        have = ", ".join(frame.columns[:12]) + (", ..." if len(frame.columns) > 12 else "")
+        have = ", ".join(columns[:12]) + (", ..." if len(columns) > 12 else "")
         listed = ", ".join(repr(name) for name in missing)
         raise UserError(f"{source}: no column {listed} ({why}); the file has {have}")
 
 
-def numbers(column: pl.Series, source: str) -> Tensor:
-    """A column as float64, NaN where missing; UserError on text, and on values that float32 cannot hold."""
+def numbers(column: pl.Series, source: str, first_row: int = 0) -> Tensor:
+    """A column as float64, NaN where missing; UserError on text, and on values that float32 cannot hold.
+
+    The column begins with row `first_row` of the source.
+    """
     parsed = _parse_numbers(column, source)
     stray = parsed.is_null() & column.is_not_null()
     if stray.any():
         row = int(stray.arg_max() or 0)
-        raise UserError(
-            f"{source}: column {column.name!r}, data row {row + 1}: {column[row]!r} is not a number; "
-            "mend the cell, or name the text in data.missing_values or the column in data.categorical"
-        )
+        raise no_number(column.name, source, first_row + row, column[row])
     values = torch.from_numpy(parsed.fill_null(float("nan")).to_numpy(writable=True))
     too_large = values.abs() > FLOAT32_MAX
     if too_large.any():
         row = int(too_large.int().argmax())
         raise UserError(
-            f"{source}: column {column.name!r}, data row {row + 1}: {column[row]} is infinite or beyond float32"
+            f"{source}: column {column.name!r}, data row {first_row + row + 1}: {column[row]} is infinite or beyond "
+            "float32"
         )
     return values
+
+
+def no_number(name: str, source: str, row: int, cell: object) -> UserError:
+    """The mistake of a cell that should be a number."""
+    return UserError(
+        f"{source}: column {name!r}, data row {row + 1}: {cell!r} is not a number; "
+        "mend the cell, or name the text in data.missing_values or the column in data.categorical"
+    )
 
 
 def labels(column: pl.Series, source: str) -> pl.Series:
@@ -135,86 +131,41 @@ def labels(column: pl.Series, source: str) -> pl.Series:
     return text.str.replace(r"^(-?[0-9]+)\.0+$", "$1")
 
 
-def _read_csv(file: Path, missing_values: Sequence[str]) -> pl.DataFrame:
-    # Arrow is strict where it matters: a row with a cell too few or too many, or bytes that are not UTF-8, is an error.
-    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    # One thread: only then does Arrow name the row in which it stumbles.
-    read = pyarrow.csv.ReadOptions(use_threads=False)
-    with pyarrow.csv.open_csv(_csv_input(file), parse_options=parse, read_options=read) as head:
-        names = head.schema.names
-    _check_names(names, file)
-    convert = pyarrow.csv.ConvertOptions(
-        column_types={name: pa.string() for name in names},
-        null_values=list(missing_values),
-        strings_can_be_null=True,
-        quoted_strings_can_be_null=True,
-    )
-    table = pyarrow.csv.read_csv(_csv_input(file), parse_options=parse, convert_options=convert, read_options=read)
-    return _as_frame(pl.from_arrow(table))
-
-
-def _csv_input(file: Path) -> Path | BytesIO:
-    """The file; with a newline at its end when it has none at all, or else Arrow takes a lone header for nothing."""
-    with file.open("rb") as stream:
-        head = stream.read(_MAX_HEADER_BYTES)
-        short = not stream.read(1)
-    return BytesIO(head + b"\n") if short and b"\n" not in head else file
-
-
-def _read_parquet(file: Path, _missing_values: Sequence[str]) -> pl.DataFrame:
-    # Arrow, because a damaged file makes it raise; polars may abort the process on the same bytes.
-    with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as stream:
-        _check_names(stream.schema_arrow.names, file)
-        table = stream.read()
-    table.validate(full=True)
-    frame = _as_frame(pl.from_arrow(table.replace_schema_metadata(None)))
-    for name, dtype in frame.schema.items():
-        if isinstance(dtype, (pl.Categorical, pl.Enum, pl.Boolean)):
-            # As the same column would read from a CSV file.
-            frame = frame.with_columns(pl.col(name).cast(pl.String))
-    return frame
-
-
-def _as_frame(data: pl.DataFrame | pl.Series) -> pl.DataFrame:
-    return data if isinstance(data, pl.DataFrame) else data.to_frame()
-
-
-def _reason(error: BaseException) -> str:
-    """First line of a library's message, without the control characters that a damaged file may bring into it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return "".join(c if c.isprintable() else "?" for c in lines[0])[:_MAX_REASON]
-
-
-def _check_names(names: Sequence[str], file: Path) -> None:
-    for index, name in enumerate(names):
-        if not name.strip():
-            raise UserError(f"{file}: column {index + 1} has no name")
-        if name in names[:index]:
-            raise UserError(f"{file}: two columns are named {name!r}")
-
-
 def _is_numeric(column: pl.Series, source: str) -> bool:
-    if column.dtype.is_numeric():
+    if not is_text(column, source):
         return True
-    if column.dtype == pl.Null:
-        return True
+    parsed, present = parse_numbers(column), column.drop_nulls()
+    num_numbers = len(parsed) - parsed.null_count()
+    if numbers_with_stray_text(num_numbers, len(present)):
+        numbers(column, source)  # raises, naming the stray cell
+    return num_numbers == len(present)
+
+
+def is_text(column: pl.Series, source: str) -> bool:
+    """Whether a feature's cells are text, which may be numbers to read; UserError when they are neither."""
+    if column.dtype.is_numeric() or column.dtype == pl.Null:
+        return False
     if column.dtype != pl.String:
         raise UserError(
             f"{source}: column {column.name!r} has type {column.dtype}: turn it into numbers or text, "
             "or name it in data.drop"
         )
-    present = column.drop_nulls()
-    if present.is_empty():
-        return True
-    num_numbers = present.str.strip_chars().cast(pl.Float64, strict=False).is_not_null().sum()
-    if MOSTLY_NUMBERS <= num_numbers / len(present) < 1:
-        numbers(column, source)  # raises, naming the stray cell
-    return num_numbers == len(present)
+    return True
+
+
+def numbers_with_stray_text(num_numbers: int, num_present: int) -> bool:
+    """Whether a text column with so many numbers among its cells is one of numbers with some stray text in it."""
+    return num_numbers < num_present and num_numbers / num_present >= MOSTLY_NUMBERS
+
+
+def parse_numbers(column: pl.Series) -> pl.Series:
+    """A column of text or numbers as Float64, null where a cell is missing or no number."""
+    if column.dtype == pl.String:
+        column = column.str.strip_chars()
+    return column.cast(pl.Float64, strict=False)
 
 
 def _parse_numbers(column: pl.Series, source: str) -> pl.Series:
-    if column.dtype == pl.String:
-        return column.str.strip_chars().cast(pl.Float64, strict=False)
-    if not column.dtype.is_numeric() and column.dtype != pl.Null:
+    if column.dtype != pl.String and not column.dtype.is_numeric() and column.dtype != pl.Null:
         raise UserError(f"{source}: column {column.name!r} has type {column.dtype}, numbers are expected")
-    return column.cast(pl.Float64, strict=False)
+    return parse_numbers(column)

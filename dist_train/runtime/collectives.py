@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -143,6 +143,31 @@ class Collectives:
 
         return wait
 
+    def in_rounds(self, work: Iterator[int], show: Callable[[int], None] = lambda _done: None) -> None:
+        """Go through `work` on every rank, one item a round, until all ranks are through with theirs.
+
+        No rank waits for another for longer than an item takes, and between two rounds all can stop together. An item
+        is a count of what was done; `show` is told the sum over ranks of each round. It fails as `agree` does.
+        """
+        while True:
+            count: int | None = None
+            failure: Exception | None = None
+            try:
+                count = next(work, None)
+            except Exception as error:
+                failure = error
+            wants_stop = self._wants_stop is not None and self._wants_stop()
+            mine = [failure is not None, count is not None, wants_stop, count or 0]
+            votes = torch.tensor([int(vote) for vote in mine], device=self.device)
+            failed, going, asked, done = self.sum(votes).tolist()
+            if failed:
+                self.agree(lambda failure=failure: _raise(failure))  # type: ignore[misc]
+            if not going:
+                return
+            show(done)
+            if asked:
+                raise Stopped
+
     def may_stop(self) -> None:
         """A place where all ranks can stop together: raises Stopped on every rank when one of them was asked to."""
         if self._wants_stop is not None:
@@ -153,3 +178,8 @@ class Collectives:
     def barrier(self) -> None:
         """Wait for every rank."""
         self.sum(torch.zeros(1, device=self.device))
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure

@@ -53,9 +53,12 @@ def mix(counter: Tensor) -> Tensor:
     return counter
 
 
-def uniform_keys(num_rows: int, *key: Key) -> Tensor:
-    """64 random bits for each of `num_rows` rows: row i gets the same bits whatever `num_rows` is."""
-    return mix(_counters(num_rows) + derive("rows", *key))
+def uniform_keys(num_rows: int, *key: Key, first_row: int = 0) -> Tensor:
+    """64 random bits for each of `num_rows` rows from `first_row` on: a row's bits depend on its number alone.
+
+    No two rows have the same bits.
+    """
+    return mix(_counters(num_rows) + _signed(derive("rows", *key) + first_row * _INCREMENT))
 
 
 class _Ahead:

@@ -48,8 +48,8 @@ class Feed(Protocol):
 class Rows(Protocol):
     """Rows to evaluate on, in a fixed order."""
 
-    targets: Tensor
-
+    @property
+    def targets(self) -> Tensor: ...
     def __len__(self) -> int: ...
     def slice(self, start: int, stop: int) -> tuple[Tensor, ...]: ...
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_train.data.dataset import encode
 from dist_train.data.encoder import MISSING, UNKNOWN, Encoder
-from dist_train.data.fitting import fit_encoder
+from dist_train.data.fitting import fit_encoder, pieces_of
 from dist_train.data.table import feature_kinds
 from dist_train.errors import UserError
 from dist_train.runtime.collectives import Collectives
@@ -53,7 +53,7 @@ def fit(
     collectives = collectives or Collectives(World())
     begin, end = cut(0, frame.height, collectives.size)[collectives.rank]
     return fit_encoder(
-        frame[begin:end], kinds, ["bad", "good"], collectives,
+        pieces_of(frame[begin:end]), kinds, ["bad", "good"], collectives,
         max_categories=max_categories, one_hot=one_hot, source="t",
     )  # fmt: skip
 
@@ -270,7 +270,9 @@ def _bad_cell_on_one_rank(collectives: Collectives) -> str:
     begin, end = cut(0, 4, collectives.size)[collectives.rank]
     kinds = feature_kinds(pl.DataFrame({"x": [1.0]}), [], [], "t")
     try:
-        fit_encoder(frame[begin:end], kinds, ["a", "b"], collectives, max_categories=2, one_hot=True, source="t")
+        fit_encoder(
+            pieces_of(frame[begin:end]), kinds, ["a", "b"], collectives, max_categories=2, one_hot=True, source="t"
+        )
     except UserError as error:
         return str(error)
     return "fitted"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from hypothesis import example, given, settings
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_train.data.quantiles import exact_quantiles
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.world import World
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LARGEST = float(np.finfo(np.float64).max)
@@ -24,8 +28,19 @@ FLOATS = st.one_of(
 )
 
 
+class OneOfSeveral(Collectives):
+    """A rank that takes its sums from `add_up`."""
+
+    def __init__(self, add_up: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(World())
+        self.add_up = add_up
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return self.add_up(tensor)
+
+
 def in_one_piece(values: Tensor) -> Tensor:
-    return exact_quantiles(values, FRACTIONS, lambda counts: counts)
+    return exact_quantiles(lambda: [[values.double()]], 1, FRACTIONS, Collectives(World()))[0][0]
 
 
 def in_pieces(pieces: list[Tensor]) -> Tensor:
@@ -44,8 +59,10 @@ def in_pieces(pieces: list[Tensor]) -> Tensor:
 
         for piece in pieces:
             call = [0]
+            rank = OneOfSeveral(lambda counts, call=call: add_up(counts, call))
+            parts = [[part] for part in piece.double().split(7)]  # and each rank's piece comes in parts
             try:
-                result = exact_quantiles(piece, FRACTIONS, lambda counts, call=call: add_up(counts, call))
+                result = exact_quantiles(lambda parts=parts: parts, 1, FRACTIONS, rank)[0][0]
             except _Waiting:
                 continue
         if not contributions:
@@ -116,3 +133,16 @@ def test_minus_zero_counts_as_zero() -> None:
     for values in ([-0.0], [-0.0, 0.0], [-0.0, -0.0, 0.0, 5.0], [-5.0, -0.0, -0.0]):
         zeros = in_one_piece(torch.tensor(values))
         assert not zeros[zeros == 0].signbit().any()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(*[st.one_of(FLOATS, st.just(float("nan")))] * 3), max_size=40))
+def test_columns_are_found_at_once_and_cells_without_a_value_do_not_count(rows: list[tuple[float, ...]]) -> None:
+    table = torch.tensor(rows, dtype=torch.float64).view(-1, 3)
+    found, counts = exact_quantiles(
+        lambda: [part.unbind(1) for part in table.split(9)], 3, FRACTIONS, Collectives(World())
+    )
+    for column, quantiles, count in zip(table.unbind(1), found, counts, strict=True):
+        present = column[~column.isnan()]
+        assert count == len(present)
+        assert torch.equal(quantiles.nan_to_num(nan=7e77), in_one_piece(present).nan_to_num(nan=7e77))

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dist_train.data.order import WINDOW_BLOCKS, BlockOrder
 from dist_train.data.sampler import PositionSampler
 from dist_train.runtime.position import Position, cut
 
@@ -132,3 +133,45 @@ def test_a_cut_covers_everything_once_and_evenly(start: int, length: int, pieces
     assert [i for begin, end in parts for i in range(begin, end)] == list(range(start, start + length))
     lengths = [end - begin for begin, end in parts]
     assert max(lengths) - min(lengths) <= 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 3000), st.integers(1, 40), st.integers(0, 2**63 - 1), st.integers(0, 3))
+def test_the_order_in_blocks_has_every_row_once(num_rows: int, block_rows: int, seed: int, epoch: int) -> None:
+    order = BlockOrder(num_rows, block_rows, seed).rows(epoch, 0, num_rows)
+    assert order.sort().values.tolist() == list(range(num_rows))
+    assert torch.equal(order, BlockOrder(num_rows, block_rows, seed).rows(epoch, 0, num_rows))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 3000), st.integers(1, 20), st.data())
+def test_a_piece_of_the_order_in_blocks_is_that_piece_of_the_whole(
+    num_rows: int, block_rows: int, data: st.DataObject
+) -> None:
+    asked, whole = BlockOrder(num_rows, block_rows, 7), BlockOrder(num_rows, block_rows, 7)
+    for _ in range(4):
+        epoch = data.draw(st.integers(0, 2))
+        begin = data.draw(st.integers(0, num_rows))
+        end = data.draw(st.integers(begin, num_rows))
+        assert torch.equal(asked.rows(epoch, begin, end), whole.rows(epoch, 0, num_rows)[begin:end])
+
+
+def test_a_batch_of_the_order_in_blocks_comes_from_one_window_and_from_all_of_its_blocks() -> None:
+    order = BlockOrder(200_000, 1000, 3)
+    batch = order.rows(1, 1024, 2048)
+    blocks = set((batch // 1000).tolist())
+    assert len(blocks) == WINDOW_BLOCKS
+    assert blocks == set((order.rows(1, 0, 64_000) // 1000).tolist())
+    assert not torch.equal(order.rows(0, 0, 5000), order.rows(1, 0, 5000))
+
+
+@settings(deadline=None, max_examples=40)
+@given(PLANS, WORLDS, st.integers(1, 9))
+def test_in_blocks_too_every_row_is_trained_once_on_any_world(
+    plan: dict[str, int], world_size: int, block_rows: int
+) -> None:
+    in_blocks = plan | {"shuffle_block_rows": block_rows}
+    several, one = steps_of(in_blocks, world_size, 1), steps_of(in_blocks, 1, 1)
+    rows = torch.cat([rows for step in several for of_pass in step for rows in of_pass])
+    assert rows.sort().values.tolist() == list(range(plan["num_rows"]))
+    assert [[torch.cat(p).tolist() for p in step] for step in several] == [[p[0].tolist() for p in s] for s in one]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from dist_train.errors import PeerFailed, TrainingFault, UserError
+from dist_train.errors import PeerFailed, Stopped, TrainingFault, UserError
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.world import World
 from tests.ranks import on_ranks
@@ -125,3 +126,59 @@ def test_one_process_shares_nothing() -> None:
     assert alone.stack(x).shape == (1, 3)
     with pytest.raises(KeyError):  # a fault of the program is not dressed up as the user's mistake
         alone.agree(lambda: {}["missing"])
+
+
+def _rounds(collectives: Collectives, fails: bool) -> tuple[list[int], list[int], str]:
+    """Ranks with one, two and three items; the second item of rank 1 fails where it is told to."""
+    done: list[int] = []
+    shown: list[int] = []
+
+    def work() -> Iterator[int]:
+        for item in range(collectives.rank + 1):
+            if fails and collectives.rank == 1 and item == 1:
+                raise UserError("the second item")
+            done.append(item)
+            yield 10 + item
+
+    try:
+        collectives.in_rounds(work(), shown.append)
+    except UserError as error:
+        return done, shown, str(error)
+    return done, shown, "through"
+
+
+def test_in_rounds_all_ranks_go_through_their_work_and_hear_of_each_round() -> None:
+    shown = [30, 22, 12]
+    assert on_ranks(3, _rounds, False) == [
+        ([0], shown, "through"),
+        ([0, 1], shown, "through"),
+        ([0, 1, 2], shown, "through"),
+    ]
+
+
+def test_in_rounds_a_failure_ends_the_round_on_every_rank() -> None:
+    found = on_ranks(3, _rounds, True)
+    assert [message for _, _, message in found] == ["the second item"] * 3
+    assert [done for done, _, _ in found] == [[0], [0], [0, 1]]
+
+
+def _asked(collectives: Collectives) -> int:
+    count = 0
+
+    def work() -> Iterator[int]:
+        nonlocal count
+        for _ in range(50):
+            count += 1
+            yield 1
+
+    world = World(rank=collectives.rank, size=collectives.size)
+    asked = Collectives(world, lambda: collectives.rank == 1 and count == 3)
+    try:
+        asked.in_rounds(work())
+    except Stopped:
+        return count
+    return -1
+
+
+def test_in_rounds_one_rank_that_is_asked_stops_all_after_the_same_round() -> None:
+    assert on_ranks(2, _asked) == [3, 3]

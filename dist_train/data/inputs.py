@@ -1,0 +1,71 @@
+"""Patterns on the command line -> the files of a table, in order, and what is taken of them."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_train.config.schema import DataConfig
+from dist_train.data.readers import read_header, read_parts
+from dist_train.data.spool import Columns, Unit
+from dist_train.data.table import BUILTIN, locate, require_names
+from dist_train.errors import UserError
+
+# Rows of a Parquet file that one rank reads in one go.
+_ROWS_OF_A_UNIT = 1 << 20
+
+
+def find_files(patterns: Sequence[str]) -> list[Path]:
+    """The files of the patterns, those of each in the order of their names; UserError when one matches nothing."""
+    files: list[Path] = []
+    for pattern in patterns:
+        if pattern.startswith(BUILTIN) or Path(pattern).exists():
+            found = [_file(pattern)]
+        else:
+            found = [_file(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207 (absolute ones)
+        if not found:
+            raise UserError(f"{pattern}: no such file, and as a pattern it matches none (in {Path.cwd()})")
+        files += found
+    seen: set[Path] = set()
+    for file in files:
+        if file.resolve() in seen:
+            raise UserError(f"{file}: is given twice: its rows would count twice")
+        seen.add(file.resolve())
+    return files
+
+
+def plan_columns(files: Sequence[Path], data: DataConfig) -> Columns:
+    """What is taken of each row; UserError names a file that has other columns than the first one."""
+    first = read_header(files[0])
+    named = [data.target, *data.drop, *data.categorical, *([data.split_column] if data.split_column else [])]
+    require_names(first, named, str(files[0]), "named in the configuration")
+    others = {data.target, data.split_column, *data.drop}
+    features = [name for name in first if name not in others]
+    if not features:
+        raise UserError(f"{files[0]}: no feature columns are left besides {', '.join(sorted(filter(None, others)))}")
+    for file in files[1:]:
+        names = read_header(file)
+        require_names(names, [n for n in first if n not in data.drop], str(file), f"{files[0]} has it")
+        strange = [name for name in names if name not in first and name not in data.drop]
+        if strange:
+            raise UserError(
+                f"{file}: column {strange[0]!r} is not in {files[0]}: name it in data.drop, or mend the file"
+            )
+    return Columns(features, data.target, data.split_column, data.categorical, data.missing_values)
+
+
+def plan_units(files: Sequence[Path]) -> list[Unit]:
+    """What is read in one go, in the order of the table."""
+    units: list[Unit] = []
+    for file in files:
+        found = file.stat()
+        for part in read_parts(file, _ROWS_OF_A_UNIT):
+            units.append(Unit(len(units), file, found.st_size, found.st_mtime_ns, part))
+    return units
+
+
+def _file(path: str) -> Path:
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a directory: name its files, as in '{path.rstrip('/')}/*.parquet'")
+    return locate(path)

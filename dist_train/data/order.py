@@ -1,0 +1,83 @@
+"""In which order an epoch trains its rows: a function of (seed, epoch), every row once."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dist_train.runtime.keyed_random import permutation
+
+# Blocks whose rows are mixed with each other. A batch is drawn from so many places of the table.
+WINDOW_BLOCKS = 64
+
+
+class Order(Protocol):
+    """The order of every epoch."""
+
+    def rows(self, epoch: int, begin: int, end: int) -> Tensor:
+        """Row numbers of the places `begin` to `end` of an epoch's order, (end - begin,) int64."""
+
+
+class FullOrder:
+    """Any order of the rows is as likely as any other. Holds 8 bytes a row."""
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self._num_rows = num_rows
+        self._seed = seed
+        self._kept: tuple[int, Tensor] | None = None
+
+    def rows(self, epoch: int, begin: int, end: int) -> Tensor:
+        """Row numbers of the places `begin` to `end` of an epoch's order."""
+        if self._kept is None or self._kept[0] != epoch:
+            self._kept = None  # the former epoch's goes before the next one's comes
+            self._kept = epoch, permutation(self._num_rows, "order", self._seed, epoch)
+        return self._kept[1][begin:end]
+
+
+class BlockOrder:
+    """Runs of `block_rows` neighbouring rows stay near each other in the order, so that a disk reads them in one go.
+
+    The blocks come in a random order, and the rows of WINDOW_BLOCKS blocks at a time are mixed. It holds two numbers a
+    block, and the rows of the windows that it was asked for last.
+    """
+
+    def __init__(self, num_rows: int, block_rows: int, seed: int) -> None:
+        self._num_rows = num_rows
+        self._block_rows = block_rows
+        self._seed = seed
+        self._epoch: int | None = None
+        self._blocks = torch.empty(0, dtype=torch.int64)
+        self._ends = torch.empty(0, dtype=torch.int64)
+        self._windows: dict[int, Tensor] = {}
+
+    def rows(self, epoch: int, begin: int, end: int) -> Tensor:
+        """Row numbers of the places `begin` to `end` of an epoch's order."""
+        if self._epoch != epoch:
+            self._start(epoch)
+        if begin == end:
+            return torch.empty(0, dtype=torch.int64)
+        first, last = torch.searchsorted(self._ends, torch.tensor([begin, end - 1]), right=True).tolist()
+        kept, self._windows = self._windows, {}
+        parts = []
+        for number in range(first, last + 1):
+            window = kept[number] if number in kept else self._window(epoch, number)
+            self._windows[number] = window
+            start = int(self._ends[number]) - len(window)
+            parts.append(window[max(0, begin - start) : max(0, end - start)])
+        return torch.cat(parts)
+
+    def _start(self, epoch: int) -> None:
+        num_blocks = -(-self._num_rows // self._block_rows)
+        self._blocks = permutation(num_blocks, "order of blocks", self._seed, epoch)
+        lengths = (self._num_rows - self._blocks * self._block_rows).clamp(max=self._block_rows)
+        self._ends = torch.stack([window.sum() for window in lengths.split(WINDOW_BLOCKS)]).cumsum(0)
+        self._windows = {}
+        self._epoch = epoch
+
+    def _window(self, epoch: int, number: int) -> Tensor:
+        blocks = self._blocks[number * WINDOW_BLOCKS : (number + 1) * WINDOW_BLOCKS]
+        rows = (blocks.unsqueeze(1) * self._block_rows + torch.arange(self._block_rows)).flatten()
+        rows = rows[rows < self._num_rows]
+        return rows[permutation(len(rows), "order in a window", self._seed, epoch, number)]

@@ -1,0 +1,213 @@
+"""From spooled rows to a store: split, encoder, and the blocks of the encoded rows. Each rank does its share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from dist_train.config.schema import DataConfig
+from dist_train.data.classes import check_training_rows
+from dist_train.data.encoder import Encoder
+from dist_train.data.fitting import fit_encoder
+from dist_train.data.split import SPLITS, FractionSplit
+from dist_train.data.spool import Chunk, Spool
+from dist_train.data.store import num_blocks, pack_encoder, rows_of_block, tensor_files, unpack_encoder
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.position import cut
+
+# Texts of a column that are counted; more take too much memory, and are no categories.
+MAX_DISTINCT = 1_000_000
+
+_TRAIN = SPLITS.index("train")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was fitted to a table.
+
+    `fraction_split` is None where a column says it; `before` counts, for each chunk, the rows of each split that come
+    before it, and those of all rows in the end, (chunks + 1, splits).
+    """
+
+    encoder: Encoder
+    fraction_split: FractionSplit | None
+    before: Tensor
+
+    @property
+    def num_rows(self) -> dict[str, int]:
+        """Rows of each split."""
+        return dict(zip(SPLITS, self.before[-1].tolist(), strict=True))
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block."""
+        return rows_of_block(self.encoder)
+
+    def pack(self) -> dict[str, Any]:
+        """As JSON types; `unpack` reads it."""
+        split = self.fraction_split
+        packed = split and {"seed": split.seed, "last": split.last_keys.tolist(), "any": split.any_rows.tolist()}
+        return {"encoder": pack_encoder(self.encoder), "split": packed, "before": self.before.tolist()}
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any]) -> Fitted:
+        """What `pack` packed."""
+        split = packed["split"]
+        fraction_split = split and FractionSplit(split["seed"], torch.tensor(split["last"]), torch.tensor(split["any"]))
+        return cls(unpack_encoder(packed["encoder"]), fraction_split, torch.tensor(packed["before"]))
+
+
+def _split_codes(spool: Spool, chunk: Chunk, targets: Tensor, split: FractionSplit | None) -> Tensor:
+    """Index in SPLITS of each row of a chunk."""
+    return spool.split_codes(chunk) if split is None else split.codes(chunk.first_row, targets)
+
+
+def fit(
+    spool: Spool,
+    data: DataConfig,
+    class_names: list[str],
+    collectives: Collectives,
+    *,
+    seed: int,
+    one_hot: bool,
+    show: Callable[[int], None],
+) -> Fitted:
+    """Split the table and fit the encoder to its training rows.
+
+    `show` is told of the rows that this rank has gone through, each of them several times. Raises Stopped when the
+    ranks have agreed to stop.
+    """
+    begin, end = cut(0, len(spool.chunks), collectives.size)[collectives.rank]
+
+    def own() -> Iterator[Chunk]:
+        for chunk in spool.chunks[begin:end]:
+            yield chunk
+            show(chunk.num_rows)
+
+    split = None
+    if data.split_column is None:
+        split = FractionSplit.fit(
+            lambda: ((chunk.first_row, spool.targets(chunk)) for chunk in own()),
+            len(class_names),
+            collectives,
+            validation_fraction=data.validation_fraction,
+            test_fraction=data.test_fraction,
+            seed=seed,
+        )
+    of_chunks = torch.zeros((len(spool.chunks), len(SPLITS)), dtype=torch.int64)
+    of_classes = torch.zeros(len(class_names), dtype=torch.int64)
+
+    def count() -> Iterator[int]:
+        for index, chunk in enumerate(own(), begin):
+            targets = spool.targets(chunk)
+            codes = _split_codes(spool, chunk, targets, split)
+            of_chunks[index] = torch.bincount(codes, minlength=len(SPLITS))
+            of_classes.add_(torch.bincount(targets[codes == _TRAIN], minlength=len(class_names)))
+            yield chunk.num_rows
+
+    collectives.in_rounds(count())
+    check_training_rows(collectives.sum(of_classes), class_names, "the table")
+    ends = collectives.sum(of_chunks).cumsum(0)
+    before = torch.cat([torch.zeros_like(ends[:1]), ends])
+
+    def pieces(names: Sequence[str]) -> Iterator[pl.DataFrame]:
+        for chunk in own():
+            codes = _split_codes(spool, chunk, spool.targets(chunk), split)
+            yield spool.frame(chunk, names).filter(pl.Series((codes == _TRAIN).numpy()))
+
+    encoder = fit_encoder(
+        pieces,
+        spool.kinds,
+        class_names,
+        collectives,
+        max_categories=data.max_categories,
+        one_hot=one_hot,
+        source="the table",
+        max_distinct=MAX_DISTINCT,
+    )
+    return Fitted(encoder, split, before)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a split: the bytes of its tensors by name, and their SHA-256."""
+
+    split: str
+    number: int
+    data: dict[str, bytes]
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """By name of the tensor."""
+        return {name: hashlib.sha256(data).hexdigest() for name, data in self.data.items()}
+
+
+def encode_blocks(
+    spool: Spool, fitted: Fitted, wanted: Mapping[str, Sequence[int]], write: Callable[[Block], None]
+) -> Iterator[int]:
+    """Encode the wanted blocks of each split and hand them to `write`; yields the rows of each step."""
+    block_rows = fitted.block_rows
+    shares = [_Share(split, fitted, index, set(wanted[split]), write) for index, split in enumerate(SPLITS)]
+    for number, chunk in enumerate(spool.chunks):
+        starts, stops = fitted.before[number].tolist(), fitted.before[number + 1].tolist()
+        if not any(share.wants(start, stop) for share, start, stop in zip(shares, starts, stops, strict=True)):
+            continue
+        targets = spool.targets(chunk)
+        codes = _split_codes(spool, chunk, targets, fitted.fraction_split)
+        tensors = _encoded(spool, chunk, fitted.encoder, targets)
+        for index, share in enumerate(shares):
+            rows = (codes == index).nonzero().squeeze(1)
+            share.take(starts[index], {name: values[rows.numpy()] for name, values in tensors.items()})
+        yield chunk.num_rows
+    assert not any(share.pending for share in shares), f"blocks of {block_rows} rows were left unfinished"
+
+
+def _encoded(spool: Spool, chunk: Chunk, encoder: Encoder, targets: Tensor) -> dict[str, np.ndarray[Any, Any]]:
+    names = [*spool.kinds.numeric, *spool.kinds.categorical]
+    features, slots = encoder(*encoder.tabulate(spool.frame(chunk, names), spool.source(chunk)))
+    rows = torch.arange(chunk.first_row, chunk.first_row + chunk.num_rows)
+    tensors = {"features": features, "slots": slots, "targets": targets, "rows": rows}
+    return {name: tensors[name].numpy().astype(f"{dtype}") for name, (dtype, _) in tensor_files(encoder).items()}
+
+
+class _Share:
+    """The blocks of one split that this rank makes, of which at most one is in the making."""
+
+    def __init__(
+        self, split: str, fitted: Fitted, index: int, wanted: set[int], write: Callable[[Block], None]
+    ) -> None:
+        self.pending: list[dict[str, np.ndarray[Any, Any]]] = []
+        self._split = split
+        self._block_rows = fitted.block_rows
+        self._num_rows = int(fitted.before[-1, index])
+        self._wanted = wanted
+        self._write = write
+
+    def wants(self, start: int, stop: int) -> bool:
+        """Whether rows `start` to `stop` of the split belong to a wanted block."""
+        return start < stop and any(
+            number in self._wanted for number in range(start // self._block_rows, num_blocks(stop, self._block_rows))
+        )
+
+    def take(self, start: int, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
+        """The next rows of the split, from row `start` of it on."""
+        stop = start + len(tensors["targets"])
+        while start < stop:
+            number = start // self._block_rows
+            end = min((number + 1) * self._block_rows, self._num_rows)
+            count = min(stop, end) - start
+            if number in self._wanted:
+                self.pending.append({name: values[:count] for name, values in tensors.items()})
+                if start + count == end:
+                    parts, self.pending = self.pending, []
+                    data = {name: np.concatenate([part[name] for part in parts]).tobytes() for name in tensors}
+                    self._write(Block(self._split, number, data))
+            tensors = {name: values[count:] for name, values in tensors.items()}
+            start += count

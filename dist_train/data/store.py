@@ -1,0 +1,284 @@
+"""A prepared table on disk: encoded rows by split in plain files that are mapped to memory, and a manifest.
+
+`docs/large-tables.md` describes the format. Nothing in a store is code: numbers in little-endian rows, and JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_train.config.schema import DataConfig
+from dist_train.data.encoder import Encoder
+from dist_train.errors import UserError
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.position import cut
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.int64, torch.int32, torch.uint8)}
+_MAX_BLOCK_BYTES = 1 << 23
+_MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 1 << 12, 1 << 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a configuration has shaped a store."""
+
+    target: str
+    drop: list[str]
+    categorical: list[str]
+    missing_values: list[str]
+    max_categories: int
+    split_column: str | None
+    validation_fraction: float
+    test_fraction: float
+    seed: int
+    one_hot: bool
+
+    @classmethod
+    def of(cls, data: DataConfig, *, seed: int, one_hot: bool) -> Settings:
+        """Those of a configuration."""
+        names = [name for name in cls.__annotations__ if name not in ("seed", "one_hot")]
+        return cls(**{name: getattr(data, name) for name in names}, seed=seed, one_hot=one_hot)
+
+    def differences(self, other: Settings) -> list[str]:
+        """What another configuration says otherwise, as `key is A, the store has B`; the seed is left out."""
+        lines = []
+        for name, value in asdict(self).items():
+            wanted = getattr(other, name)
+            same = sorted(value) == sorted(wanted) if isinstance(value, list) else value == wanted
+            if name == "seed" or same or (self.split_column and name.endswith("_fraction")):
+                continue
+            if name == "one_hot":
+                how = {True: "one-hot (null)", False: "embedded (a number)"}
+                lines.append(f"model.embedding_dim: categories are {how[wanted]}, the store has them {how[value]}")
+            else:
+                lines.append(f"data.{name} is {wanted!r}, the store has {value!r}")
+        return lines
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One tensor of a split, rows one after the other; `width` numbers each, or 0: one number, not a row of them.
+
+    `blocks` holds the SHA-256 of each block of `block_rows` rows; the last block may have fewer.
+    """
+
+    dtype: str
+    width: int
+    blocks: list[str]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return row_bytes(self.dtype, self.width)
+
+
+def row_bytes(dtype: str, width: int) -> int:
+    """Bytes of a row of a tensor."""
+    return _DTYPES[dtype].itemsize * max(1, width)
+
+
+def tensor_files(encoder: Encoder) -> dict[str, tuple[str, int]]:
+    """Tensors of each split by name, with the dtype and the width of their rows."""
+    classes = "uint8" if len(encoder.class_names) <= 256 else "int32"
+    files = {"targets": (classes, 0), "rows": ("int64", 0)}
+    if encoder.input_dim:
+        files["features"] = ("float32", encoder.input_dim)
+    if encoder.embedded_sizes:
+        slots = "uint8" if max(encoder.embedded_sizes) <= 256 else "int32"
+        files["slots"] = (slots, len(encoder.embedded_sizes))
+    return files
+
+
+def rows_of_block(encoder: Encoder) -> int:
+    """Rows of a block: a power of two, so that a block begins at a page of memory, and a few MiB."""
+    width = max(1, encoder.input_dim)
+    rows = _MAX_BLOCK_ROWS
+    while rows > _MIN_BLOCK_ROWS and rows * width * torch.float32.itemsize > _MAX_BLOCK_BYTES:
+        rows //= 2
+    return rows
+
+
+def num_blocks(num_rows: int, block_rows: int) -> int:
+    """Blocks of a split."""
+    return -(-num_rows // block_rows)
+
+
+def pack_encoder(encoder: Encoder) -> dict[str, Any]:
+    """An encoder as JSON types; JSON keeps every bit of a float64."""
+    tensors = {name: tensor.tolist() for name, tensor in encoder.state_dict().items()}
+    return {"description": encoder.describe(), "tensors": tensors}
+
+
+def unpack_encoder(packed: Mapping[str, Any]) -> Encoder:
+    """What `pack_encoder` packed."""
+    dtypes = {"median": torch.float64, "scale": torch.float64, "flagged": torch.bool, "seen": torch.bool}
+    tensors = {name: torch.tensor(packed["tensors"][name], dtype=dtype) for name, dtype in dtypes.items()}
+    return Encoder.from_description(packed["description"], tensors)
+
+
+def same_encoder(first: Encoder, second: Encoder) -> bool:
+    """Whether two encoders are the same to the bit."""
+    return pack_encoder(first) == pack_encoder(second)
+
+
+def pack_manifest(content: Mapping[str, Any]) -> bytes:
+    """A manifest with its own SHA-256, and with that of the data: of what training sees, not of where it came from."""
+    data = {name: content[name] for name in ("format", "block_rows", "rows", "files", "encoder")}
+    whole = dict(content) | {"data_sha256": _digest(data)}
+    return json.dumps(whole | {"sha256": _digest(whole)}, indent=1, ensure_ascii=False).encode()
+
+
+def manifest_content(
+    rows: Mapping[str, int],
+    block_rows: int,
+    files: Mapping[str, TensorFile],
+    encoder: Encoder,
+    settings: Settings,
+    inputs: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What a manifest says."""
+    return {
+        "format": _FORMAT,
+        "block_rows": block_rows,
+        "rows": dict(rows),
+        "files": {name: asdict(file) for name, file in sorted(files.items())},
+        "encoder": pack_encoder(encoder),
+        "settings": asdict(settings),
+        "inputs": list(inputs),
+    }
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether a path is a prepared table."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+class Store:
+    """A prepared table; opening it checks the manifest and the size of every file. UserError says what is damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        content = _read_manifest(folder / MANIFEST)
+        self.sha256: str = content["data_sha256"]
+        self.settings = Settings(**content["settings"])
+        self.encoder = unpack_encoder(content["encoder"])
+        self.block_rows: int = content["block_rows"]
+        self.num_rows: dict[str, int] = content["rows"]
+        self.files = {name: TensorFile(**file) for name, file in content["files"].items()}
+        for name, file in self.files.items():
+            expected = self._rows_of(name) * file.row_bytes
+            try:
+                size = (folder / name).stat().st_size
+            except OSError as error:
+                raise UserError(f"{folder / name}: cannot be read: {error.strerror}; {_REMEDY}") from None
+            if size != expected:
+                raise UserError(f"{folder / name}: has {size:,} bytes instead of {expected:,}; {_REMEDY}")
+
+    def require(self, settings: Settings) -> None:
+        """UserError when a configuration asks for other data than those of the store."""
+        differences = self.settings.differences(settings)
+        if differences:
+            raise UserError(
+                f"{self.folder}: was prepared with another configuration: {'; '.join(differences)}. "
+                "Prepare another store, or set the keys back"
+            )
+
+    def tensors(self, split: str) -> dict[str, Tensor]:
+        """The tensors of a split, mapped to memory, by name."""
+        return {name: self._mapped(f"{split}.{name}") for name in _names(self.files, split)}
+
+    def verify(
+        self, splits: Sequence[str], collectives: Collectives, show: Callable[[int], None] = lambda _bytes: None
+    ) -> None:
+        """Read the blocks of these splits, each rank its share, and compare their SHA-256; `show` is told the bytes.
+
+        UserError names a damaged block. Raises Stopped when the ranks have agreed to stop.
+        """
+        blocks = [
+            (f"{split}.{name}", number)
+            for split in splits
+            for name in _names(self.files, split)
+            for number in range(len(self.files[f"{split}.{name}"].blocks))
+        ]
+        first, last = cut(0, len(blocks), collectives.size)[collectives.rank]
+        collectives.in_rounds((self._verify_block(name, number) for name, number in blocks[first:last]), show)
+
+    def bytes_of(self, splits: Sequence[str]) -> int:
+        """Size of the tensors of these splits."""
+        return sum(
+            self.num_rows[split] * self.files[f"{split}.{name}"].row_bytes
+            for split in splits
+            for name in _names(self.files, split)
+        )
+
+    def _verify_block(self, name: str, number: int) -> int:
+        file = self.files[name]
+        first = number * self.block_rows
+        last = min(first + self.block_rows, self._rows_of(name))
+        data = read_block(self.folder / name, file.row_bytes, first, last)
+        if hashlib.sha256(data).hexdigest() != file.blocks[number]:
+            raise UserError(
+                f"{self.folder / name}: block {number} (rows {first + 1:,} to {last:,} of {name.partition('.')[0]}) is "
+                f"damaged: its SHA-256 is not that of the manifest; {_REMEDY}"
+            )
+        return len(data)
+
+    def _mapped(self, name: str) -> Tensor:
+        file, num_rows = self.files[name], self._rows_of(name)
+        shape = (num_rows, file.width) if file.width else (num_rows,)
+        dtype = _DTYPES[file.dtype]
+        count = num_rows * max(1, file.width)
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        return torch.from_file(str(self.folder / name), shared=False, size=count, dtype=dtype).view(shape)
+
+    def _rows_of(self, name: str) -> int:
+        return self.num_rows[name.partition(".")[0]]
+
+
+_REMEDY = "bring the file back from a copy, or prepare the store anew"
+
+
+def read_block(file: Path, row_bytes: int, first_row: int, last_row: int) -> bytes:
+    """The bytes of a run of rows; UserError when the disk does not give them."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(first_row * row_bytes)
+            return stream.read((last_row - first_row) * row_bytes)
+    except OSError as error:
+        raise UserError(f"{file}: rows {first_row + 1:,} to {last_row:,} cannot be read: {error.strerror}") from None
+
+
+def _names(files: Mapping[str, TensorFile], split: str) -> Iterator[str]:
+    return (name.removeprefix(f"{split}.") for name in files if name.startswith(f"{split}."))
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_bytes())
+        whole = {name: value for name, value in content.items() if name != "sha256"}
+        sound = content["sha256"] == _digest(whole)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{file}: cannot be read; {_REMEDY}") from None
+    if not sound:
+        raise UserError(f"{file}: has another content than was written (SHA-256 differs); {_REMEDY}")
+    if content["format"] != _FORMAT:
+        raise UserError(f"{file}: is of format {content['format']}, this program reads {_FORMAT}: prepare it anew")
+    if sys.byteorder != "little":
+        raise UserError(f"{file}: a store is little-endian, this machine is not")
+    return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
