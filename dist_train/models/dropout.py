@@ -31,11 +31,11 @@ class KeyedDropout(nn.Module):
         bits = self.random.bits16(self.purpose, len(x), x.shape[1:].numel(), x.device)
         return x * (bits >= self.threshold).to(x.dtype).mul_(self.scale).view_as(x)
 
-    def mask_(self, x: Tensor) -> None:
-        """Set to 0, in place, what is dropped of (rows, width); what is kept is not scaled."""
+    def mask_(self, x: Tensor, room: Tensor) -> None:
+        """Set to 0, in place, what is dropped of (rows, width); what is kept is not scaled. `room` is like x."""
         if self.scale != 1:
             bits = self.random.bits16(self.purpose, len(x), x.shape[1], x.device)
-            keep_above(x, bits.to(x.dtype), self.threshold - 1, out=x)
+            keep_above(x, room.copy_(bits), self.threshold - 1, out=x)
 
 
 def keep_above(values: Tensor, judged: Tensor, threshold: float, *, out: Tensor) -> Tensor:

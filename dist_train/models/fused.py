@@ -162,6 +162,7 @@ class _Norm:
         # With one block a slice they are the same.
         self._of_slices = self._of_blocks if len(blocks) == num_slices else np.zeros((num_slices, 3, features))
         self._sums = np.zeros((num_slices, 2, features))
+        self._wide = torch.empty((max(block.num_rows for block in blocks), features), dtype=torch.float64)
         # What blocks are multiplied by and added to is in their own type: tensors, and numpy's view of the same memory.
         self.shift, self.scale, self.constant, self.of_sum = factors = torch.zeros((4, features), dtype=dtype).unbind()
         self._shift, self._scale, self._constant, self._of_sum = (factor.numpy() for factor in factors)
@@ -173,7 +174,8 @@ class _Norm:
             if block.num_rows:
                 # torch's own kernel for the statistics of a BatchNorm: var_mean takes ten times as long. In float64, so
                 # that world sizes, whose blocks differ, round to the same scale and shift: see models/batch_norm.py.
-                found = torch.batch_norm_update_stats(block.sums[self._index].double(), None, None, 0.0)
+                wide = self._wide[: block.num_rows].copy_(block.sums[self._index])
+                found = torch.batch_norm_update_stats(wide, None, None, 0.0)
                 block_mean[:], block_var[:] = found[0].numpy(), found[1].numpy()
         if self._of_slices is not of_blocks:
             for index, of_slice in enumerate(self._of_slices):
@@ -288,7 +290,7 @@ def _activate(block: _Block, index: int, layer: _Layer, work: _Work) -> None:
         work.norms[index].normalise(block)
     hidden = block.hidden[index].clamp_min_(0)
     if layer.dropout:
-        layer.dropout.mask_(hidden)
+        layer.dropout.mask_(hidden, block.room[index])
 
 
 def _collect(

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,9 +19,11 @@ Key = int | str
 _ROWS_AHEAD = 512
 _SPARSE = 4
 
-# SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): increment, multipliers.
+# SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): increment; shifts and
+# multipliers.
 _INCREMENT = 0x9E3779B97F4A7C15
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_LAST_SHIFT = 31
 
 
 def derive(*key: Key) -> int:
@@ -44,12 +47,25 @@ def seeded(*key: Key) -> Iterator[None]:
         yield
 
 
-def mix(counter: Tensor) -> Tensor:
-    """SplitMix64's finaliser, in place: int64 counters -> 64 random bits each; the same bits on every device."""
-    for shift, multiplier in ((30, _MULTIPLIERS[0]), (27, _MULTIPLIERS[1])):
+def mix(counter: Tensor, room: Tensor | None = None) -> Tensor:
+    """SplitMix64's finaliser, in place: int64 counters -> 64 random bits each; the same bits on every device.
+
+    `room`, of the same shape, saves an allocation on the CPU.
+    """
+    if counter.device.type == "cpu":
+        # numpy has unsigned numbers, and so needs no mask after a shift: half the time.
+        words, shifted = (
+            x.numpy().view(np.uint64) for x in (counter, torch.empty_like(counter) if room is None else room)
+        )
+        for shift, multiplier in _ROUNDS:
+            np.bitwise_xor(words, np.right_shift(words, np.uint64(shift), out=shifted), out=words)
+            np.multiply(words, np.uint64(multiplier), out=words)
+        np.bitwise_xor(words, np.right_shift(words, np.uint64(_LAST_SHIFT), out=shifted), out=words)
+        return counter
+    for shift, multiplier in _ROUNDS:
         counter ^= _logical_shift(counter, shift)
         counter *= _signed(multiplier)
-    counter ^= _logical_shift(counter, 31)
+    counter ^= _logical_shift(counter, _LAST_SHIFT)
     return counter
 
 
@@ -90,6 +106,7 @@ class RowRandom:
         self._first_row = 0
         self._counters: dict[torch.device, Tensor] = {}
         self._ahead: dict[tuple[str, int, torch.device], _Ahead] = {}
+        self._room: Tensor | None = None
         self._held: dict[tuple[str, int], Tensor] | None = None
 
     def begin(self, epoch: int, first_row: int) -> None:
@@ -118,12 +135,12 @@ class RowRandom:
         return [self._start(purpose, -(-width // 4)) for purpose, width in keys]
 
     def bits16(self, purpose: str, num_rows: int, width: int, device: torch.device) -> Tensor:
-        """Uniform int16 numbers of shape (num_rows, width).
+        """Uniform int16 numbers of shape (num_rows, width), good until bits of this purpose are asked for again.
 
         When rows are asked for in small portions, one after the other, more are made than were asked for, and kept.
         """
         if self._held is not None:
-            return self._make(self._held[purpose, width], num_rows, width, device)
+            return self._make(self._held[purpose, width], num_rows, width, device)[:, :width]
         key = (purpose, width, device)
         ahead = self._ahead.get(key)
         if ahead is None or not ahead.has(self._epoch, self._first_row, num_rows):
@@ -131,19 +148,30 @@ class RowRandom:
             follows = ahead is not None and ahead.epoch == self._epoch and ahead.start < self._first_row
             dense = follows and ahead is not None and self._first_row - ahead.asked_at <= _SPARSE * num_rows
             num_made = max(num_rows, _ROWS_AHEAD) if dense else num_rows
-            bits = self._make(self._start(purpose, -(-width // 4)), num_made, width, device)
+            memory = None if ahead is None else ahead.bits
+            bits = self._make(self._start(purpose, -(-width // 4)), num_made, width, device, memory)
             ahead = self._ahead[key] = _Ahead(self._epoch, self._first_row, bits)
         ahead.asked_at = self._first_row
         start = self._first_row - ahead.start
-        return ahead.bits[start : start + num_rows]
+        return ahead.bits[start : start + num_rows, :width]
 
     def _start(self, purpose: str, words: int) -> int:
         return _signed(derive(purpose, self._seed, self._epoch) + self._first_row * words * _INCREMENT)
 
-    def _make(self, start: int | Tensor, num_rows: int, width: int, device: torch.device) -> Tensor:
+    def _make(
+        self, start: int | Tensor, num_rows: int, width: int, device: torch.device, memory: Tensor | None = None
+    ) -> Tensor:
+        """Bits of whole words, (num_rows, at least width) int16; in `memory`, if there is enough of it."""
         words = -(-width // 4)
-        bits = mix(self._first_counters(num_rows * words, device) + start).view(torch.int16)
-        return bits.view(num_rows, words * 4)[:, :width]
+        counters = self._first_counters(num_rows * words, device)
+        if memory is None or memory.numel() < 4 * len(counters):
+            memory = torch.empty((num_rows, 4 * words), dtype=torch.int16, device=device)
+        bits = memory[:num_rows]
+        torch.add(counters, start, out=bits.view(torch.int64).view(-1))
+        if self._room is None or len(self._room) < len(counters):
+            self._room = torch.empty_like(counters)
+        mix(bits.view(torch.int64).view(-1), self._room[: len(counters)])
+        return bits
 
     def _first_counters(self, count: int, device: torch.device) -> Tensor:
         """The first counters of a sequence that is kept, and made anew when a longer one is asked for."""

@@ -47,7 +47,7 @@ def record(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run_dir / "summary.json").read_text())
     for entry in [*lines, summary]:
-        for name in ("samples_per_second", "train_seconds", "data_sha256", "run"):
+        for name in ("samples_per_second", "train_seconds", "peak_memory_bytes", "data_sha256", "run"):
             entry.pop(name, None)
     return lines, summary
 
