@@ -203,7 +203,10 @@ class Watch:
         return len(heard | gone) == len(self._ranks)
 
     def _publish(self, ranks: list[Statement], verdict: Verdict) -> None:
-        whole = report(ranks, verdict, f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {self._title}".rstrip())
+        # Who tells: where a cable is cut, each side blames the other.
+        teller = f"told by rank {self._rank} (host {self._ranks[self._rank].host})"
+        title = f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {self._title}".rstrip()
+        whole = report(ranks, verdict, f"{title}, {teller}")
         said = headline(ranks, verdict)
         where = ""
         if self._report_file is not None:
