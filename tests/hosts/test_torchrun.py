@@ -149,4 +149,6 @@ def test_without_its_launcher_a_rank_ends_and_so_do_the_others(
     codes = job.wait()
     assert all(codes.values()), job.logs()
     assert "saved" in job.logs()
+    verdict = (tmp_path / "run" / "fault.txt").read_text().splitlines()[1]
+    assert re.match(rf"rank 1 \(host {SECOND}, .*, step \d+: its launcher \(torchrun\) has died", verdict), verdict
     assert finish(arguments, 2) == whole

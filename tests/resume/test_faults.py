@@ -95,6 +95,7 @@ def test_under_torchrun_the_report_comes_first_and_nothing_is_left(kind: Kind, t
     assert f"in training, step {mark.read_text()}: " in verdict
     assert VERDICTS[kind] in verdict
     assert faulty.log().count("error: ") == faulty.log().count(f"error: {verdict}") == 1
+    assert faulty.log().index("error: ") < faulty.log().index("driver.py FAILED")  # which is what torchrun says
 
 
 @pytest.mark.parametrize(("kind", "phase"), [("kill", "training"), ("skip", "checkpointing"), ("raise", "evaluation")])
