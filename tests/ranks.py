@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.world import World, process_group
@@ -77,6 +78,7 @@ def _rank(
     world = World(rank=rank, size=world_size, local_rank=rank, local_size=world_size, rendezvous=rendezvous)
     try:
         with process_group(world, TIMEOUT_SECONDS):
+            dist.barrier()  # a function without collectives must not end before the others have connected
             answer = True, function(Collectives(world), *arguments)
     except BaseException:
         answer = False, traceback.format_exc()
