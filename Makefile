@@ -14,7 +14,7 @@ train: $(INSTALLED)
 
 # Everything that proves the promises, in minutes
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
 
 # The long versions: random kills by the dozen
 soak: $(INSTALLED)

@@ -154,7 +154,7 @@ class Job:
         """Say in the run folder that the run was stopped on request, and can go on."""
         asked = dict.fromkeys(cause for cause in self.collectives.agree(self._cause) if cause)
 
-        def write() -> None:
+        def write() -> int:
             step = max(self.checkpoints.steps(), default=0)
             said = {"step": step, "job": str(attempt) if attempt else None, "cause": ", ".join(asked)}
             if self.folder.held:
@@ -164,10 +164,12 @@ class Job:
             write_atomically(self.folder.requeue, pack_json(said))
             self.folder.stop.unlink(missing_ok=True)
             log.info("stopped at step %d (%s): saved; the same command continues", step, said["cause"])
+            return step
 
-        self.collectives.from_first(lambda: guarded(write, "the requeue marker"))
+        step = self.collectives.from_first(lambda: guarded(write, "the requeue marker"))
         if LAUNCHER_DIED in asked:
-            raise LauncherDied("torchrun has died: the run is saved; the same command continues")
+            with self.collectives.pulse.phase("stopping", step):
+                raise LauncherDied("torchrun has died: the run is saved; the same command continues")
 
     def _cause(self) -> str | None:
         self._stop.wanted()

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 # As torchrun gives its ranks: a sum over two threads rounds in another order, and threads of several tests fight.
 torch.set_num_threads(1)
 
-ON_ONE_CLUSTER = Path(__file__).with_name("slurm")
+# Tests in these folders share what takes long to set up.
+SHARING = ("tests/slurm/", "tests/hosts/")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Several pytest workers: the tests on Slurm share a cluster, so one worker has them, and begins with them."""
-    on_cluster = [item for item in items if ON_ONE_CLUSTER in item.path.parents]
-    for item in on_cluster:
-        item.add_marker(pytest.mark.xdist_group("slurm"))
-    items[:] = on_cluster + [item for item in items if item not in set(on_cluster)]
+class Scheduling(LoadScopeScheduling):
+    """Each test goes to whichever pytest worker is free; those of a folder in SHARING go to one together, and first."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((folder for folder in SHARING if nodeid.startswith(folder)), nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Any:
+    # Not xdist's own groups: pytest-xdist 3.8 forgets them under pytest 9.2.
+    return Scheduling(config, log)

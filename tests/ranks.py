@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.world import World, process_group
@@ -22,7 +23,10 @@ TIMEOUT_SECONDS = 60.0
 @cache
 def _server() -> Any:
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "dist_train.job", "dist_train.predictor"])
+    # The last two are loaded by the first step and the first evaluation: two seconds of each rank of each job.
+    context.set_forkserver_preload(
+        ["torch", "torch.distributed", "dist_train.job", "dist_train.predictor", "torch._dynamo", "sklearn.metrics"]
+    )
     return context
 
 
@@ -77,6 +81,7 @@ def _rank(
     world = World(rank=rank, size=world_size, local_rank=rank, local_size=world_size, rendezvous=rendezvous)
     try:
         with process_group(world, TIMEOUT_SECONDS):
+            dist.barrier()  # a function without collectives must not end before the others have connected
             answer = True, function(Collectives(world), *arguments)
     except BaseException:
         answer = False, traceback.format_exc()

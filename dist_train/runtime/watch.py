@@ -113,6 +113,7 @@ class Watch:
         mine = _Process(socket.gethostname(), process, _started(process), self._pulse.handle)
         self._ranks = collectives.agree(lambda: mine)
         self._neighbours = {rank: _open_memory(who) for rank, who in self._of_this_host().items()}
+        self._woken: set[int] = set()
         self._alone = len(self._ranks) == 1
         collectives.barrier()  # nobody leaves before its memory has been opened
 
@@ -203,7 +204,10 @@ class Watch:
         return len(heard | gone) == len(self._ranks)
 
     def _publish(self, ranks: list[Statement], verdict: Verdict) -> None:
-        whole = report(ranks, verdict, f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {self._title}".rstrip())
+        # Who tells: where a cable is cut, each side blames the other.
+        teller = f"told by rank {self._rank} (host {self._ranks[self._rank].host})"
+        title = f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {self._title}".rstrip()
+        whole = report(ranks, verdict, f"{title}, {teller}")
         said = headline(ranks, verdict)
         where = ""
         if self._report_file is not None:
@@ -245,6 +249,7 @@ class Watch:
                 unasked = state == "running" and self._store is None
                 if state != "gone" and not unasked:
                     _ask_for_stacks(who.process)
+                    self._woken.add(rank)
                     reading = replace(reading, stack=read(memory).stack)
                 found.append(
                     Statement(
@@ -254,9 +259,13 @@ class Watch:
         return found
 
     def _end_neighbours(self) -> None:
-        """End ranks of this host that are stopped or hang in native code: nobody else may come to do it."""
-        for who in self._of_this_host().values():
-            if _state(who) == "stopped":
+        """End ranks of this host that are stopped or hang in native code: nobody else may come to do it.
+
+        On a busy host a rank that was woken for its stacks may not have come to stop again yet.
+        """
+        for rank, who in self._of_this_host().items():
+            state = _state(who)
+            if state == "stopped" or (state == "running" and rank in self._woken):
                 with suppress(ProcessLookupError):
                     os.kill(who.process, signal.SIGKILL)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -189,6 +190,44 @@ def test_a_signal_becomes_the_stop_file_and_the_job_waits_for_the_save(number: i
     said, _ = job.communicate(timeout=commands.TIMEOUT_SECONDS)
     assert (stage.folder / "runs/credit_risk/seen").read_text() == "12.0\n"
     assert stage.asked("scontrol") == ["requeue 12"], said
+
+
+def pipeline(stage: Stage, *arguments: object) -> tuple[int, list[str]]:
+    """Exit code of pipeline.sh and its lines; each job that it submits has the next number, from 1."""
+    stage.stand_in(
+        "sbatch", f'asked={stage.folder}/sbatch.asked; cat >"{stage.folder}/job$(wc -l <"$asked")"; wc -l <"$asked"'
+    )
+    asked = stage.start("pipeline.sh", *arguments)
+    said, _ = asked.communicate(timeout=commands.TIMEOUT_SECONDS)
+    return asked.returncode, said.splitlines()
+
+
+def test_the_jobs_of_a_pipeline_wait_for_one_another(stage: Stage) -> None:
+    job = (CONFIG, f"run.dir={stage.folder / 'my runs'}")
+    code, said = pipeline(stage, "--prepare=echo 'a b' >c", "--nodes=2", "--dependency=afterany:9", *job)
+    assert code == 0, said
+    assert [line.split(",")[0] for line in said] == [
+        "job 1 prepares the data",
+        f"job 2 trains {stage.folder}/my runs/credit_risk",
+        "job 3 evaluates it",
+    ]
+    prepares, trains, evaluates = stage.asked("sbatch")
+    assert prepares.startswith("--parsable --dependency=afterany:9 --job-name=prepare ")
+    assert trains.startswith(
+        "--parsable --dependency=afterok:1 --kill-on-invalid-dep=yes --nodes=2 slurm/train.sbatch "
+    )
+    assert evaluates.startswith("--parsable --dependency=afterok:2 --kill-on-invalid-dep=yes --job-name=evaluate ")
+    subprocess.run(["bash", stage.folder / "job1"], cwd=stage.folder, check=True)
+    assert (stage.folder / "c").read_text() == "a b\n"
+    assert shlex.split((stage.folder / "job3").read_text().splitlines()[1]) == [
+        *("exec", f"{sys.prefix}/bin/python", "launch/evaluate.py", f"{stage.folder}/my runs/credit_risk")
+    ]
+
+
+def test_a_pipeline_with_a_mistake_submits_nothing(stage: Stage) -> None:
+    code, said = pipeline(stage, CONFIG, "optim.lrr=1")
+    assert (code, stage.asked("sbatch")) == (2, [])
+    assert "optim.lrr" in said[-1]
 
 
 AGENT = 'echo "threads $OMP_NUM_THREADS, $PET_SIGNALS_TO_HANDLE"; echo last words >&2; exit 3'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -121,8 +122,19 @@ def test_a_cut_cable_ends_all_ranks_with_a_report_and_the_run_goes_on_elsewhere(
         hosts.mend(SECOND)
     # torchrun itself, cut off, asks its store for a minute or for ever (torch 2.13); a cable or Slurm brings its end.
     assert all(job.wait().values()), job.logs()
+    # Each side tells that the other does not answer, and in which step itself was.
     fault = (tmp_path / "run" / "fault.txt").read_text()
-    assert SECOND in fault, fault
+    reports = [part.splitlines() for part in fault.split("=== ")[1:]]
+    assert len(reports) == 2, fault
+    for title, verdict, *rest in reports:
+        told_by, other = ((0, FIRST), (1, SECOND)) if FIRST in title else ((1, SECOND), (0, FIRST))
+        assert title.endswith(f"told by rank {told_by[0]} (host {told_by[1]})"), fault
+        assert verdict.startswith(f"rank {other[0]} (host {other[1]}, process "), fault
+        assert "does not answer" in verdict, fault
+        (own,) = (line for line in rest if line.startswith(f"--- rank {told_by[0]} "))
+        step = re.search(r" in training, step (\d+): running$", own)
+        assert step, fault
+        assert int(step.group(1)) >= 12, fault
     assert finish(arguments, 2) == whole
 
 
@@ -137,4 +149,8 @@ def test_without_its_launcher_a_rank_ends_and_so_do_the_others(
     codes = job.wait()
     assert all(codes.values()), job.logs()
     assert "saved" in job.logs()
+    verdict = (tmp_path / "run" / "fault.txt").read_text().splitlines()[1]
+    assert re.match(
+        rf"rank 1 \(host {SECOND}, .*\) in stopping, step \d+: its launcher \(torchrun\) has died", verdict
+    ), verdict
     assert finish(arguments, 2) == whole

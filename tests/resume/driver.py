@@ -1,6 +1,7 @@
-"""`launch/train.py` with a trap laid or a pause after each step: `driver.py '{"save": 3}' ARGUMENTS`.
+"""`launch/train.py` with a trap laid, a fault or a pause after each step: `driver.py '{"save": 3}' ARGUMENTS`.
 
-The trap kills the launcher and all of its ranks, as a node that dies would do it.
+The trap kills the launcher and all of its ranks, as a node that dies would do it. `fault` holds the fields of a
+`Fault`; `mark` is the file that it writes.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from dist_train.runtime.console import run_command
 from dist_train.training.step import EagerStep
 from launch.train import main
-from tests.resume import jobs
+from tests.resume import faults, jobs
 from tests.resume.processes import children
 
 
@@ -41,7 +43,11 @@ def _pause_after_steps(seconds: float) -> None:
 if __name__ == "__main__":
     trap = json.loads(sys.argv.pop(1))
     _pause_after_steps(trap.pop("pause", 0))
-    if trap and os.environ.get("RANK", "0") == "0":
+    rank = int(os.environ.get("RANK", "0"))
+    fault, mark = faults.Fault(*trap.pop("fault", ("raise", -1, ""))), Path(trap.pop("mark", ""))
+    if fault.rank == rank:
+        faults.lay(fault, mark)
+    if trap and rank == 0:
         jobs.die = _die_with_everybody
         jobs.lay(jobs.Trap(**trap))
     run_command(main)

@@ -18,6 +18,7 @@ from dist_train.job import train
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import run_command
 from dist_train.runtime.world import World
+from dist_train.training.step import EagerStep
 from tests.ranks import _server
 from tests.resume.jobs import become
 
@@ -38,10 +39,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class Aftermath:
-    """Exit codes (negative: the signal), what was written to stderr, in rank order, and how long it took."""
+    """Exit codes (negative: the signal), what was written to stderr, in rank order, and how long it took.
+
+    `step`: the optimizer step in which the fault came, or after which; 0: before the first.
+    """
 
     codes: list[int]
     errors: list[str]
+    step: int
     seconds: float
     seconds_after_fault: float
 
@@ -71,7 +76,11 @@ def run_with_fault(arguments: list[str], ranks: int, fault: Fault) -> Aftermath:
             process.kill()
             process.join()
     return Aftermath(
-        [p.exitcode for p in processes], [log.read_text() for log in logs], end - begin, end - mark.stat().st_mtime
+        [p.exitcode for p in processes],
+        [log.read_text() for log in logs],
+        int(mark.read_text()),
+        end - begin,
+        end - mark.stat().st_mtime,
     )
 
 
@@ -84,8 +93,16 @@ def _rank(arguments: list[str], rank: int, size: int, store: str, log: str, faul
 
 
 def lay(fault: Fault, mark: Path) -> None:
-    """Make this process go wrong where the fault says; `mark` is touched then."""
-    seen = 0
+    """Make this process go wrong where the fault says; the step is written to `mark` then."""
+    seen = step = 0
+    take_step = EagerStep.__call__
+
+    def counted(self: EagerStep, batches: Any, number: int, *, wants_stop: bool) -> Any:
+        nonlocal step
+        step = number + 1
+        return take_step(self, batches, number, wants_stop=wants_stop)
+
+    EagerStep.__call__ = counted  # type: ignore[method-assign]
 
     def reached(collectives: Collectives) -> bool:
         nonlocal seen
@@ -94,7 +111,7 @@ def lay(fault: Fault, mark: Path) -> None:
         seen += 1
         if seen != fault.nth:
             return False
-        mark.touch()
+        mark.write_text(str(step))
         return True
 
     for name in ("sum", "stack", "agree"):

@@ -37,6 +37,16 @@ def running(process: int) -> bool:
         return False
 
 
+def processes_of(arguments: list[str]) -> list[int]:
+    """Every process with these arguments of a job on its command line, whoever its parent is."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if "\0".join(arguments) in path.read_text() and running(int(path.parent.name)):
+                found.append(int(path.parent.name))
+    return found
+
+
 def wait_until(condition: Callable[[], Any], what: str) -> Any:
     """What `condition` returns once it is true."""
     deadline = time.monotonic() + SECONDS

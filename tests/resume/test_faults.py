@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
@@ -13,6 +14,7 @@ import pytest
 from tests.resume.conftest import Whole
 from tests.resume.faults import Aftermath, Fault, Kind, run_with_fault
 from tests.resume.jobs import finish, folder_of, tiny_job
+from tests.resume.processes import job, processes_of, wait_until
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="ranks look at each other by way of /proc"),
@@ -33,12 +35,16 @@ VERDICTS: dict[str, str] = {
 }
 
 
-def injected(kind: Kind, phase: str, ranks: int, table: Path, folder: Path) -> tuple[list[str], Aftermath]:
+def injected(
+    kind: Kind, phase: str, ranks: int, table: Path, folder: Path, culprit: int | None = None
+) -> tuple[list[str], Aftermath]:
+    """A job in which a rank, the last one if none is named, has gone wrong; its arguments and its end."""
     arguments = tiny_job(table, folder / kind / "run", f"runtime.timeout_seconds={TIMEOUT_SECONDS}")
-    return arguments, run_with_fault(arguments, ranks, Fault(kind, ranks - 1, phase, PHASES[phase]))
+    fault = Fault(kind, ranks - 1 if culprit is None else culprit, phase, PHASES[phase])
+    return arguments, run_with_fault(arguments, ranks, fault)
 
 
-def check(kind: str, phase: str, ranks: int, arguments: list[str], after: Aftermath) -> None:
+def check(kind: str, phase: str, ranks: int, culprit: int, arguments: list[str], after: Aftermath) -> None:
     said = f"{kind} in {phase} on {ranks} ranks: {after}"
     assert all(code != 0 for code in after.codes), said
     assert after.seconds_after_fault < TIMEOUT_SECONDS + 10, said
@@ -46,10 +52,11 @@ def check(kind: str, phase: str, ranks: int, arguments: list[str], after: Afterm
     verdict = report.splitlines()[1]
     # A rank that skipped a checkpoint's collective is found in what comes next.
     where = f"in {phase}" if kind != "skip" else "in "
-    assert verdict.startswith(f"rank {ranks - 1} (host "), said + report
+    assert verdict.startswith(f"rank {culprit} (host "), said + report
     assert where in verdict, said + report
     assert VERDICTS[kind] in verdict, said + report
-    assert phase == "encoder fitting" or re.search(r", step \d+: ", verdict), said + report
+    step = re.search(r", step (\d+): ", verdict)
+    assert (int(step.group(1)) if step else 0) in {after.step, after.step + (kind == "skip")}, said + report
     for rank in range(ranks):
         assert f"--- rank {rank} (host " in report, said + report
     stacks = len(re.findall("most recent call first", report))
@@ -59,21 +66,37 @@ def check(kind: str, phase: str, ranks: int, arguments: list[str], after: Afterm
     assert sum(text.count("ZeroDivisionError: injected") for text in after.errors) == (2 if kind == "raise" else 0)
 
 
+EVERY_DAY = [("training", 2, 1), ("encoder fitting", 2, 0)]
+ALL = [(phase, ranks, culprit) for phase in PHASES for ranks in (2, 4) for culprit in (0, ranks - 1)]
+
+
 @pytest.mark.parametrize(
-    ("phase", "ranks"),
-    [
-        ("training", 2),
-        ("encoder fitting", 2),
-        *(pytest.param(phase, 2, marks=pytest.mark.slow) for phase in ("evaluation", "checkpointing")),
-        *(pytest.param(phase, 4, marks=pytest.mark.slow) for phase in PHASES),
-    ],
+    ("phase", "ranks", "culprit"), [pytest.param(*c, marks=[] if c in EVERY_DAY else pytest.mark.slow) for c in ALL]
 )
-def test_the_report_names_the_rank_to_blame(phase: str, ranks: int, table: Path, tmp_path: Path) -> None:
+def test_the_report_names_the_rank_to_blame(phase: str, ranks: int, culprit: int, table: Path, tmp_path: Path) -> None:
     assert set(KINDS) | {"ask"} == set(get_args(Kind))
     with ThreadPoolExecutor(3) as pool:  # they mostly wait
-        ended = pool.map(lambda kind: injected(kind, phase, ranks, table, tmp_path), KINDS)  # type: ignore[arg-type]
+        ended = pool.map(lambda kind: injected(kind, phase, ranks, table, tmp_path, culprit), KINDS)  # type: ignore[arg-type]
         for kind, (arguments, after) in zip(KINDS, ended, strict=True):
-            check(kind, phase, ranks, arguments, after)
+            check(kind, phase, ranks, culprit, arguments, after)
+
+
+@pytest.mark.parametrize("kind", [k if k == "kill" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+def test_under_torchrun_the_report_comes_first_and_nothing_is_left(kind: Kind, table: Path, tmp_path: Path) -> None:
+    """torchrun ends the others as soon as one rank has gone; who is to blame is known all the same."""
+    arguments = tiny_job(table, tmp_path / "run", f"runtime.timeout_seconds={TIMEOUT_SECONDS}")
+    mark = tmp_path / "mark"
+    with job(arguments, 2, tmp_path / "log", fault=[kind, 1, "training", PHASES["training"]], mark=str(mark)) as faulty:
+        assert faulty.wait() == 1, faulty.log()
+        seconds = time.time() - mark.stat().st_mtime
+    assert seconds < TIMEOUT_SECONDS + 10, faulty.log()
+    wait_until(lambda: not processes_of(arguments), f"every rank to leave: {faulty.log()}")
+    verdict = (folder_of(arguments) / "fault.txt").read_text().splitlines()[1]
+    assert verdict.startswith("rank 1 (host "), verdict
+    assert f"in training, step {mark.read_text()}: " in verdict
+    assert VERDICTS[kind] in verdict
+    assert faulty.log().count("error: ") == faulty.log().count(f"error: {verdict}") == 1
+    assert faulty.log().index("error: ") < faulty.log().index("driver.py FAILED")  # which is what torchrun says
 
 
 @pytest.mark.parametrize(("kind", "phase"), [("kill", "training"), ("skip", "checkpointing"), ("raise", "evaluation")])
@@ -92,17 +115,28 @@ def test_alone_a_failure_is_a_traceback(table: Path, tmp_path: Path) -> None:
     assert not (folder_of(arguments) / "fault.txt").exists()
 
 
-@pytest.mark.parametrize("phase", ["encoder fitting", "evaluation", "checkpointing", "shipping the model"])
+# Phase -> the collective in it at which the request comes.
+HEARD = {
+    "reading the data": 1,
+    "encoder fitting": 2,
+    "encoding the data": 1,
+    "evaluation": 2,
+    "checkpointing": 2,
+    "shipping the model": 1,
+}
+
+
+@pytest.mark.parametrize("phase", HEARD)
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_request_to_stop_is_heard_everywhere(
     phase: str, ranks: int, table: Path, tmp_path: Path, uninterrupted: Whole
 ) -> None:
     arguments = tiny_job(table, tmp_path / "run")
-    after = run_with_fault(arguments, ranks, Fault("ask", ranks - 1, phase, 1 if phase == "shipping the model" else 2))
+    after = run_with_fault(arguments, ranks, Fault("ask", ranks - 1, phase, HEARD[phase]))
     assert after.codes == [0] * ranks, after
     run_dir = folder_of(arguments)
     assert '"cause": "SIGUSR1"' in (run_dir / "requeue").read_text()
     assert not (run_dir / "summary.json").exists()
-    if phase == "encoder fitting":
+    if phase in ("reading the data", "encoder fitting", "encoding the data"):
         assert [path.name for path in run_dir.iterdir()] == ["requeue"]
     assert finish(arguments, ranks) == uninterrupted(ranks)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -18,12 +19,13 @@ from tests.resume.processes import job
 PAUSE_SECONDS = 0.05  # after each step, so that a signal from outside comes in the middle of training
 
 
+@pytest.mark.parametrize("told", [(1, 0, 1, 0), pytest.param((0, 1, 0, 1), marks=pytest.mark.slow)], ids=str)
 def test_a_signal_to_one_rank_of_two_stops_both_and_nothing_is_lost(
-    table: Path, tmp_path: Path, uninterrupted: Whole
+    table: Path, tmp_path: Path, uninterrupted: Whole, told: tuple[int, ...]
 ) -> None:
     arguments = tiny_job(table, tmp_path / "run")
     run_dir = folder_of(arguments)
-    for number, (name, rank) in enumerate(zip(STOP_SIGNALS, (1, 0, 1, 0), strict=True)):
+    for number, (name, rank) in enumerate(zip(STOP_SIGNALS, told, strict=True)):
         step = 3 + 12 * number
         ended = run_job(arguments, 2, Trap(step=step, signal=name, rank=rank))
         assert ended.codes == [0, 0], ended.errors
@@ -52,6 +54,21 @@ def test_a_signal_at_the_last_step_leaves_only_what_is_after_it(
     assert not (tmp_path / "run" / "summary.json").exists()
     assert finish(arguments, ranks) == whole
     assert not (tmp_path / "run" / "requeue").exists()
+
+
+def test_a_stop_file_and_a_time_limit_stop_it_as_well(table: Path, tmp_path: Path, uninterrupted: Whole) -> None:
+    arguments = tiny_job(table, tmp_path / "run")
+    run_dir = folder_of(arguments)
+    # The file is looked for once a second.
+    asked = run_job(arguments, 2, Trap(commands={12: f"touch {run_dir}/stop; sleep 1.1"}))
+    assert asked.codes == [0, 0], asked.errors
+    marker = json.loads((run_dir / "requeue").read_text())
+    assert (marker["step"] in (13, 14), marker["cause"]) == (True, f"stop file {run_dir}/stop")
+    assert not (run_dir / "stop").exists()
+    limited = run_job([*arguments, "run.time_limit_minutes=0.05"], 2, Trap(commands={20: "sleep 3"}))
+    assert limited.codes == [0, 0], limited.errors
+    assert json.loads((run_dir / "requeue").read_text())["cause"] == "run.time_limit_minutes is over"
+    assert finish(arguments, 2) == uninterrupted(2)[0]
 
 
 def test_a_second_interrupt_does_not_wait(table: Path, tmp_path: Path) -> None:
@@ -85,6 +102,10 @@ def test_under_torchrun_any_end_is_mended_by_the_same_command(
         assert orphaned.wait() == -signal.SIGKILL
         assert "saved; the same command continues" in orphaned.log()
     step = json.loads(requeue.read_text())["step"]
+    verdict = (folder_of(arguments) / "fault.txt").read_text().splitlines()[1]
+    # The lowest rank of the host speaks for it: the store was torchrun's.
+    told = rf"rank 0 \(.*\) in stopping, step {step}: its launcher \(torchrun\) has died"
+    assert re.fullmatch(told, verdict), verdict
 
     # The node dies.
     with job(arguments, 2, tmp_path / "log", pause=PAUSE_SECONDS) as killed:

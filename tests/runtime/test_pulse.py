@@ -77,7 +77,6 @@ from dist_train.runtime.pulse import Pulse
 pulse = Pulse()
 pulse.keep_stacks()
 pulse.enter("all_reduce")
-print(pulse.handle, flush=True)
 def stuck(): {body}
 stuck()
 """
@@ -87,7 +86,7 @@ stuck()
 @pytest.mark.parametrize("body", ["time.sleep(60)", "os.abort()"])
 def test_another_process_reads_it_when_it_hangs_and_when_it_has_died(body: str) -> None:
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD.replace("{body}", f"sys.stdin.read(1); {body}")],
+        [sys.executable, "-c", CHILD.replace("{body}", f"print(pulse.handle, flush=True); sys.stdin.read(1); {body}")],
         cwd=REPOSITORY, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert child.stdin is not None

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from tests.commands import REPOSITORY
 from tests.hosts.network import Hosts
 from tests.resume.processes import wait_until
 
@@ -41,10 +42,10 @@ class Cluster:
     """A cluster of `size` nodes, from the `with` statement on.
 
     Partitions: `low` (the default; its jobs are requeued for those of `high`, after a grace time) and `high` on the
-    same nodes; `island` on the last two nodes, which are in no other.
+    same nodes; `island` and `islet` on two nodes each, which are in no other.
     """
 
-    def __init__(self, size: int = 14) -> None:
+    def __init__(self, size: int = 16) -> None:
         # Freezer groups carry the node's name and are the whole machine's: two clusters must not share names.
         token = "".join(secrets.choice("bcdfghjkmnpqrstvwxz") for _ in range(5))
         self.nodes = [f"{token}-node{number + 1}" for number in range(size)]
@@ -92,7 +93,8 @@ class Cluster:
     def _configure(self, *parameters: str) -> None:
         text = _CONFIGURATION.format(
             etc=ETC, head=HEAD, cpus=CPUS, gpus=GPUS, grace=GRACE_SECONDS, node_lost=NODE_LOST_SECONDS,
-            nodes=",".join(self.nodes), mainland=",".join(self.nodes[:-2]), island=",".join(self.nodes[-2:]),
+            nodes=",".join(self.nodes), mainland=",".join(self.nodes[:-4]), island=",".join(self.nodes[-4:-2]),
+            islet=",".join(self.nodes[-2:]),
         )  # fmt: skip
         if parameters:
             text += f"SlurmctldParameters={','.join(parameters)}\n"
@@ -115,9 +117,11 @@ class Cluster:
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
         return {"SLURM_CONF": f"{ETC}/slurm.conf", **more}
 
-    def command(self, *command: str, environ: Mapping[str, str] | None = None, check: bool = True) -> str:
+    def command(
+        self, *command: str, environ: Mapping[str, str] | None = None, cwd: Path = REPOSITORY, check: bool = True
+    ) -> str:
         """A command on the head node, in the repository root; its stdout."""
-        return self.hosts.run(HEAD, command, environ=self._environment(environ or {}), check=check)
+        return self.hosts.run(HEAD, command, environ=self._environment(environ or {}), cwd=cwd, check=check)
 
     def job(self, job: str) -> Job:
         """What Slurm knows of a job."""
@@ -202,4 +206,5 @@ NodeName={nodes} CPUs={cpus} RealMemory=16000 Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=low Nodes={mainland} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace} State=UP
 PartitionName=high Nodes={mainland} PriorityTier=10 PreemptMode=OFF State=UP
 PartitionName=island Nodes={island} State=UP
+PartitionName=islet Nodes={islet} State=UP
 """

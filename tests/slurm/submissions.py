@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.commands import REPOSITORY
 from tests.pace import AS_IT_COMES, Pace
 from tests.resume.jobs import finish, outcome, tiny_job
 from tests.slurm.cluster import Cluster, Job
@@ -62,6 +63,10 @@ class Training:
     def checkpoints(self) -> list[int]:
         """Steps of the checkpoints."""
         return sorted(int(path.name[5:]) for path in (self.run_dir / "checkpoints").glob("step_*"))
+
+    def wandb_runs(self) -> set[str]:
+        """The wandb runs that all attempts together have written."""
+        return {path.name.rpartition("-")[2] for path in (self.run_dir / "wandb").glob("offline-run-*")}
 
     def wait_for_step(self) -> None:
         """Wait until the job is where it trains slowly."""
@@ -123,6 +128,22 @@ def submit(
         environ={"DIST_TRAIN_VENV": sys.prefix, **pace.environment(), **(environ or {})},
     )
     return Training(stage.cluster, job.strip(), stage.run_dir, pace.slow_from)
+
+
+def plain_script(stage: Stage) -> str:
+    """A job script of a user's own: srun starts the ranks, without torchrun."""
+    stage.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    script = stage.run_dir.with_name(f"{stage.run_dir.name}.sbatch")
+    script.write_text('#!/usr/bin/env bash\nsrun "$DIST_TRAIN_VENV/bin/python" launch/train.py "$@"\n')
+    return str(script)
+
+
+def checkout(folder: Path) -> Path:
+    """A root of the repository, for commands that write into it."""
+    folder.mkdir(parents=True)
+    for name in ("configs", "dist_train", "launch", "slurm"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    return folder
 
 
 def uninterrupted(table: Path, run_dir: Path, *more: str) -> dict[str, Any]:

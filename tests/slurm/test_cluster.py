@@ -19,7 +19,7 @@ from tests.slurm.cluster import Cluster
 HOLDER = """
 import sys, time
 from tests.slurm.cluster import Cluster
-with Cluster(size=4) as cluster:
+with Cluster(size=6) as cluster:
     cluster.command("sbatch", "--nodes=2", "--output=/dev/null", "--wrap", "srun sleep 1000")
     cluster.command("sbatch", "--nodes=2", "--output=/dev/null", "--wrap", "sleep 1000 & setsid sleep 1000 & wait")
     while len(cluster.command("squeue", "--noheader", "--states=RUNNING").splitlines()) < 2: time.sleep(0.1)

@@ -1,4 +1,7 @@
-"""Whatever stops a job on a cluster, it goes on by itself and ends with the bits of the run that nobody interrupted."""
+"""Whatever stops a job on a cluster, it goes on by itself and ends with the bits of the run that nobody interrupted.
+
+Nor is a line of its metrics doubled or missing, and wandb sees one run.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ from tests.slurm.submissions import preempt, submit
 
 pytestmark = pytest.mark.timeout(400)
 
+WANDB = "wandb.mode=offline"
+
 
 @side_by_side
 def test_a_warning_of_the_time_limit(stage: Stage) -> None:
-    """Two minutes before the limit, as the script asks, Slurm sends USR1. One wandb run in all attempts."""
-    job = submit(stage, "wandb.mode=offline", sbatch=["--nodes=2"], pace=SLOW)
+    """Two minutes before the limit, as the script asks, Slurm sends USR1."""
+    job = submit(stage, WANDB, sbatch=["--nodes=2"], pace=SLOW)
     job.wait_for_step()
     # Slurm looks twice a minute, and reckons in whole minutes: one to two of them are left.
     job.set_time_limit(minutes=job.minutes() + 2)
@@ -22,62 +27,65 @@ def test_a_warning_of_the_time_limit(stage: Stage) -> None:
     job.set_time_limit(minutes=60)
     assert "got SIGUSR1" in job.output()
     assert job.completed(restarts=1) == stage.whole
-    runs = [path.name for path in (job.run_dir / "wandb").glob("offline-run-*")]
-    assert len(runs) == 2
-    assert len({name.rpartition("-")[2] for name in runs}) == 1
+    assert len(list((job.run_dir / "wandb").glob("offline-run-*"))) == 2
+    assert len(job.wandb_runs()) == 1
 
 
 @side_by_side
 def test_preemption(stage: Stage) -> None:
     """A job of a higher partition takes the nodes: Slurm sends TERM."""
-    job = submit(stage, pace=SLOW)
+    job = submit(stage, WANDB, pace=SLOW)
     job.wait_for_step()
     with stage.cluster.preempting():
         preempt(job)
         job.wait_for_restart()
     assert job.completed(restarts=1) == stage.whole
+    assert len(job.wandb_runs()) == 1
 
 
 @pytest.mark.slow
 @side_by_side
 def test_preemption_while_importing(stage: Stage) -> None:
     """TERM comes before Python has come to a line of ours."""
-    job = submit(stage, pace=Pace(import_seconds=15))
+    job = submit(stage, WANDB, pace=Pace(import_seconds=15))
     job.wait_for_output("importing")
     with stage.cluster.preempting():
         preempt(job)
         job.wait_for_restart()
     assert job.completed(restarts=1) == stage.whole
+    assert len(job.wandb_runs()) == 1
 
 
 @pytest.mark.slow
 @side_by_side
 def test_preemption_with_the_users_signal(stage: Stage) -> None:
     """A cluster with `preempt_send_user_signal` sends the signal of --signal in TERM's place."""
-    job = submit(stage, pace=SLOW)
+    job = submit(stage, WANDB, pace=SLOW)
     job.wait_for_step()
     with stage.cluster.preempting(user_signal=True):
         preempt(job)
         job.wait_for_restart()
     assert "got SIGUSR1" in job.output()
     assert job.completed(restarts=1) == stage.whole
+    assert len(job.wandb_runs()) == 1
 
 
 @pytest.mark.slow
 @side_by_side
 def test_a_requeue_by_hand(stage: Stage) -> None:
     """`scontrol requeue` gives the job KillWait seconds."""
-    job = submit(stage, pace=SLOW)
+    job = submit(stage, WANDB, pace=SLOW)
     job.wait_for_step()
     stage.cluster.command("scontrol", "requeue", job.id)
     assert job.completed(restarts=1) == stage.whole
+    assert len(job.wandb_runs()) == 1
 
 
 @side_by_side
 def test_the_loss_of_the_second_node(stage: Stage) -> None:
     """Nobody is told; Slurm gives the node up, and the job goes on with the node that is left."""
     cluster = stage.cluster
-    job = submit(stage, sbatch=["--nodes=1-2", "--partition=island"], pace=SLOW)
+    job = submit(stage, WANDB, sbatch=["--nodes=1-2", "--partition=island"], pace=SLOW)
     job.wait_for_step()
     first, second = cluster.nodes_of(job.id)
     cluster.hosts.cut(second)
@@ -85,5 +93,24 @@ def test_the_loss_of_the_second_node(stage: Stage) -> None:
         assert job.completed(restarts=1) == stage.whole
         assert cluster.job(job.id)["NodeList"] == first
         assert job.summary()["world_size"] == 1
+        assert len(job.wandb_runs()) == 1
     finally:
         cluster.restore(second)
+
+
+@pytest.mark.slow
+@side_by_side
+def test_the_loss_of_the_first_node(stage: Stage) -> None:
+    """The node of the batch script and of rank 0, which both live on out there until the timeout."""
+    cluster = stage.cluster
+    job = submit(stage, WANDB, sbatch=["--nodes=1-2", "--partition=islet"], pace=SLOW)
+    job.wait_for_step()
+    first, second = cluster.nodes_of(job.id)
+    cluster.hosts.cut(first)
+    try:
+        assert job.completed(restarts=1) == stage.whole
+        assert cluster.job(job.id)["NodeList"] == second
+        assert job.summary()["world_size"] == 1
+        assert len(job.wandb_runs()) == 1
+    finally:
+        cluster.restore(first)

@@ -11,7 +11,7 @@ import pytest
 from dist_train.runtime.stopping import STOP_SIGNALS
 from tests.pace import SLOW
 from tests.slurm.stories import Stage, side_by_side
-from tests.slurm.submissions import Training, submit, uninterrupted
+from tests.slurm.submissions import SCRIPT, Training, plain_script, submit, uninterrupted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -21,17 +21,24 @@ SRUN = ("srun", 0)
 NODE_SHELL = ("slurm/node.sh", 1)
 AGENT = ("torch.distributed.run", 2)
 RANK = ("launch/train.py", 2)
+PLAIN_RANK = ("launch/train.py", 1)
 
 
-def _tell(stage: Stage, whom: tuple[str, int], name: signal.Signals) -> Training:
-    """A job in the middle of training, one process of which was sent the signal. It is never requeued."""
+def _tell(stage: Stage, whom: tuple[str, int], name: signal.Signals, *, plain: bool = False, nth: int = 0) -> Training:
+    """A job in the middle of training, the `nth` process of a kind in which was sent the signal. It is never requeued.
+
+    `plain`: srun starts two ranks by itself, in a job script without a trap.
+    """
+    stage = stage.named(name.name)
     never = {"DIST_TRAIN_MAX_RESTARTS": "0"}
-    job = submit(stage.named(name.name), sbatch=["--nodes=1"], pace=SLOW, environ=never)
+    options = ["--nodes=1", "--ntasks-per-node=2"] if plain else ["--nodes=1"]
+    script = plain_script(stage) if plain else SCRIPT
+    job = submit(stage, sbatch=options, script=script, pace=SLOW, environ=never)
     job.wait_for_step()
     (host,) = job.cluster.nodes_of(job.id)
     word, place = whom
     found = [p for p in job.cluster.hosts.processes(host) if _argument(p, place).endswith(word)]
-    os.kill(found[0], name)
+    os.kill(found[nth], name)
     return job
 
 
@@ -40,14 +47,25 @@ def _argument(process: int, place: int) -> str:
     return arguments[place] if place < len(arguments) else ""
 
 
+def _can_go_on(stage: Stage, job: Training) -> None:
+    assert job.checkpoints()[-1] > job.slow_from, job.output()
+    assert (job.run_dir / "requeue").exists(), job.output()
+    assert uninterrupted(stage.table, job.run_dir) == stage.whole
+
+
 def _saves(stage: Stage, whom: tuple[str, int], names: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
     """Each signal in turn: the run saves, and somebody can go on with it."""
     for name in names:
         job = _tell(stage, whom, name)
         assert job.ended("FAILED")["ExitCode"] == "75:0", job.output()
-        assert job.checkpoints()[-1] > job.slow_from, job.output()
-        assert (job.run_dir / "requeue").exists(), job.output()
-        assert uninterrupted(stage.table, job.run_dir) == stage.whole
+        _can_go_on(stage, job)
+
+
+def _saves_without_torchrun(stage: Stage, nth: int) -> None:
+    for name in STOP_SIGNALS:
+        job = _tell(stage, PLAIN_RANK, name, plain=True, nth=nth)
+        assert job.ended("COMPLETED")["ExitCode"] == "0:0", job.output()
+        _can_go_on(stage, job)
 
 
 @side_by_side
@@ -87,3 +105,26 @@ def test_to_srun(stage: Stage) -> None:
     assert killed.ended("FAILED")["ExitCode"] == "137:0", killed.output()
     assert not (killed.run_dir / "requeue").exists()
     assert uninterrupted(stage.table, killed.run_dir) == stage.whole
+
+
+@side_by_side
+def test_without_torchrun_to_the_first_rank(stage: Stage) -> None:
+    _saves_without_torchrun(stage, 0)
+
+
+@side_by_side
+def test_without_torchrun_to_the_second_rank(stage: Stage) -> None:
+    _saves_without_torchrun(stage, 1)
+
+
+@side_by_side
+def test_without_torchrun_to_the_batch_shell(stage: Stage) -> None:
+    """It has no trap. It dies, and Slurm then sends TERM to the ranks; INT it leaves to srun, which has not got it."""
+    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        job = _tell(stage, BATCH_SHELL, name, plain=True)
+        assert job.ended("FAILED")["ExitCode"] == f"0:{name}", job.output()
+        _can_go_on(stage, job)
+    asked = _tell(stage, BATCH_SHELL, signal.SIGINT, plain=True)
+    step = asked.step()
+    asked.cluster.wait_for(asked.id, lambda _: asked.step() > step, "to train on")
+    asked.cluster.command("scancel", asked.id)
