@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,15 +105,16 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
             raise ValueError("BatchNorm needs at least two rows over all ranks in training")
         return float(count)
 
-    def follow(self, mean: Tensor, var: Tensor, count: float) -> None:
-        """Let the running statistics follow those of a batch of `count` rows over all ranks, float64."""
-        running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
-        if running_mean is None or running_var is None or batches is None:
+    def follow(self, mean: Any, var: Any, count: float) -> None:
+        """Let the running statistics follow those of a batch of `count` rows over all ranks: tensors, or numpy's."""
+        averages, batches = (self.running_mean, self.running_var), self.num_batches_tracked
+        if averages[0] is None or averages[1] is None or batches is None:
             return
         batches.add_(1)
         share = self.momentum if self.momentum is not None else 1 / float(batches)
-        running_mean.lerp_(mean.to(running_mean.dtype), share)
-        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), share)
+        for average, now in zip(averages, (mean, var * (count / (count - 1))), strict=True):
+            running: Any = average if isinstance(now, Tensor) else cast(Tensor, average).numpy()
+            running += (now - running) * share
 
 
 class _Normalise(torch.autograd.Function):

@@ -70,7 +70,8 @@ class FusedSequential(nn.Sequential):
         """Memory for slices of such lengths: that of the step before, unless the lengths differ or it is in use."""
         work, self._spare = self._spare, None
         lengths, dtype = [len(part) for part in parts], parts[0].dtype
-        if work is None or work.lengths != lengths or work.dtype != dtype:
+        first = self.layers[0].linear.weight.data_ptr()  # parameters may have been moved
+        if work is None or work.lengths != lengths or work.dtype != dtype or work.first_weight != first:
             work = _Work(lengths, self.layers, parts[0])
         return work
 
@@ -118,6 +119,7 @@ class _Work:
     def __init__(self, lengths: list[int], layers: Sequence[_Layer], like: Tensor) -> None:
         self.lengths = lengths
         self.dtype = like.dtype
+        self.first_weight = layers[0].linear.weight.data_ptr()
         pieces = [cut(0, length, max(1, -(-length // BLOCK_ROWS))) for length in lengths]
         self._counts = [[b - a for a, b in of_slice] for of_slice in pieces]
         most = max(max(counts) for counts in self._counts)
@@ -162,32 +164,35 @@ class _Norm:
         # With one block a slice they are the same.
         self._of_slices = self._of_blocks if len(blocks) == num_slices else np.zeros((num_slices, 3, features))
         self._sums = np.zeros((num_slices, 2, features))
+        self._sums_of = list(self._sums)
         self._wide = torch.empty((max(block.num_rows for block in blocks), features), dtype=torch.float64)
         # What blocks are multiplied by and added to is in their own type: tensors, and numpy's view of the same memory.
         self.shift, self.scale, self.constant, self.of_sum = factors = torch.zeros((4, features), dtype=dtype).unbind()
         self._shift, self._scale, self._constant, self._of_sum = (factor.numpy() for factor in factors)
+        self._weight, self._bias = (p if p is None else p.detach().numpy() for p in (norm.weight, norm.bias))
 
     def prepare(self) -> None:
         """All blocks are there: find what `normalise` needs, over all rows of all ranks."""
-        norm, of_blocks = self._norm, self._of_blocks
-        for block, (_, block_mean, block_var) in zip(self._blocks, of_blocks, strict=True):
+        norm = self._norm
+        for block, of_block in zip(self._blocks, self._of_blocks, strict=True):
             if block.num_rows:
                 # torch's own kernel for the statistics of a BatchNorm: var_mean takes ten times as long. In float64, so
                 # that world sizes, whose blocks differ, round to the same scale and shift: see models/batch_norm.py.
                 wide = self._wide[: block.num_rows].copy_(block.sums[self._index])
-                found = torch.batch_norm_update_stats(wide, None, None, 0.0)
-                block_mean[:], block_var[:] = found[0].numpy(), found[1].numpy()
-        if self._of_slices is not of_blocks:
+                mean, var = torch.batch_norm_update_stats(wide, None, None, 0.0)
+                of_block[1], of_block[2] = mean.numpy(), var.numpy()
+        if self._of_slices is not self._of_blocks:
             for index, of_slice in enumerate(self._of_slices):
-                of_slice[:] = merged(of_blocks[np.equal(self._slice_of, index)])
-        gathered = norm.collectives.slices(torch.from_numpy(self._of_slices)).numpy()
-        counts, mean, var = merged(gathered)
+                of_slice[:] = merged(self._of_blocks[np.equal(self._slice_of, index)])
+        counts, self._mean, var = merged(norm.collectives.slices(torch.from_numpy(self._of_slices)).numpy())
         self._count = norm.require_rows(counts[0])
-        norm.follow(torch.from_numpy(mean), torch.from_numpy(var), self._count)
-        self._mean, self._inverse_std = mean, 1 / np.sqrt(var + norm.eps)
-        self._wide_scale = self._inverse_std if norm.weight is None else self._inverse_std * norm.weight.numpy()
-        shift = -mean * self._wide_scale
-        self._scale[:], self._shift[:] = self._wide_scale, shift if norm.bias is None else shift + norm.bias.numpy()
+        norm.follow(self._mean, var, self._count)
+        self._inverse_std = 1 / np.sqrt(var + norm.eps)
+        self._wide_scale = self._inverse_std if self._weight is None else self._inverse_std * self._weight
+        self._scale[:] = self._wide_scale
+        np.multiply(self._mean, -self._wide_scale, out=self._shift, casting="same_kind")
+        if self._bias is not None:
+            self._shift += self._bias
         self._sums.fill(0)
 
     def normalise(self, block: _Block) -> None:
@@ -196,9 +201,9 @@ class _Norm:
 
     def count(self, block: _Block, gradient: Tensor) -> None:
         """Add up, over the rows of a block, the gradient of what is normalised, and gradient * sum."""
-        gradients, products = self._sums[block.slice]
-        gradients += gradient.sum(0).numpy()
-        products += torch.mul(gradient, block.sums[self._index], out=block.room[self._index]).sum(0).numpy()
+        sums = self._sums_of[block.slice]
+        sums[0] += gradient.sum(0).numpy()
+        sums[1] += torch.mul(gradient, block.sums[self._index], out=block.room[self._index]).sum(0).numpy()
 
     def finish(self, found: Sequence[dict[nn.Parameter, Tensor]]) -> None:
         """All blocks are counted: leave the gradients of weight and bias, and find what `propagate` needs.
@@ -212,10 +217,10 @@ class _Norm:
                 for parameter, part in ((norm.bias, gradients), (norm.weight, products)):
                     view = of_slice[parameter].numpy()
                     view += part
-        means = norm.collectives.fold(torch.from_numpy(sums)).numpy() / -self._count * self._wide_scale
-        of_sum = means[1] * self._inverse_std
+        constant, of_sum = norm.collectives.fold(torch.from_numpy(sums)).numpy() * (self._wide_scale / -self._count)
+        of_sum *= self._inverse_std
         self._of_sum[:] = of_sum
-        self._constant[:] = means[0] - of_sum * self._mean
+        self._constant[:] = constant - of_sum * self._mean
 
     def propagate(self, block: _Block, gradient: Tensor) -> Tensor:
         """From the gradient of what is normalised to that of the block's sums, which it takes the place of."""

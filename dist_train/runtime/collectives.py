@@ -122,15 +122,17 @@ class Collectives:
         self.agree(lambda: mine.append(act()))
         return mine[0]
 
-    def later(self, *tensors: Tensor) -> Callable[[], list[float]]:
-        """Ask for the numbers in some tensors, as they are once all work so far is done; the call gives them.
+    def later(self, *wanted: Tensor | float) -> Callable[[], list[float]]:
+        """Ask for numbers, some of them in tensors, as they are once all work so far is done; the call gives them.
 
         On a GPU nothing is waited for until then, so that more work can be sent off meanwhile.
         """
         if self.device.type != "cuda":
-            numbers = [number for tensor in tensors for number in tensor.flatten().tolist()]
+            numbers: list[float] = []
+            for part in wanted:
+                numbers += part.view(-1).tolist() if isinstance(part, Tensor) else [part]
             return lambda: numbers
-        joined = torch.cat([tensor.flatten().double() for tensor in tensors])
+        joined = torch.cat([torch.as_tensor(part, device=self.device).view(-1).double() for part in wanted])
         arrived = torch.cuda.Event()
         host = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True).copy_(joined, non_blocking=True)
         arrived.record()

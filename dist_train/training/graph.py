@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_train.runtime.keyed_random import RowRandom
 from dist_train.training.parts import Batch
-from dist_train.training.step import EagerStep, Outcome
+from dist_train.training.step import EagerStep, Number, Outcome
 
 # Steps taken as they are, on the stream that will be recorded, before the first is recorded: kernels are loaded, and
 # DistributedDataParallel has laid out its buckets (11 are what torch's notes on CUDA graphs ask of it).
@@ -108,7 +108,7 @@ class _Recorded:
         starts, numbers, index = self._inbox.split([len(self._keys), 2, len(batch.index)])
         rate, vote = numbers.view(torch.float64).unbind()
         twin = batch.by_index(index)
-        self._results: tuple[Tensor, Tensor, Tensor] | None = None
+        self._results: tuple[Tensor, Number, Tensor | bool] | None = None
 
         def launch() -> None:
             random.hold(self._keys, starts)

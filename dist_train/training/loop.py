@@ -183,7 +183,7 @@ class Loop:
             | {
                 "loss": self.meter.take_loss(),
                 "learning_rate": outcome.learning_rate,
-                "grad_norm": outcome.grad_norm.item(),
+                "grad_norm": float(outcome.grad_norm),
                 "samples_per_second": (samples - self._samples_at_line) / max(seconds, 1e-9),
             }
         )

@@ -36,13 +36,15 @@ class AdamW:
         self._eps = eps
         self._steps = torch.zeros((), dtype=torch.float32, device=self._moments.device)
 
-    def step(self, gradients: Tensor, lr: float | Tensor, finite: Tensor) -> None:
-        """Update the parameters by flat gradients; where `finite`, (), is false, nothing changes.
+    def step(self, gradients: Tensor, lr: float | Tensor, finite: Tensor | bool) -> None:
+        """Update the parameters by flat gradients; where `finite` is false, nothing changes.
 
-        The decision stays on the device: nobody waits for it.
+        A tensor, (), leaves the decision on the device: nobody waits for it.
         """
+        if finite is False:
+            return
         self._steps += finite
-        skip = (~finite).float()
+        skip = (~finite).float() if isinstance(finite, Tensor) else None
         beta1, beta2 = self._betas
         for part, decay, values, mean, square in self._parts:
             torch._fused_adamw_(

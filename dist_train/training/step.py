@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +16,9 @@ from dist_train.training.optimizer import AdamW
 from dist_train.training.parts import Batch
 from dist_train.training.reduction import Reduction
 
+Number = Tensor | float
+"""A number in a tensor of its own, (), on a GPU; a plain one on the CPU."""
+
 
 class Outcome(NamedTuple):
     """What a step leaves, the same on every rank.
@@ -25,8 +29,8 @@ class Outcome(NamedTuple):
     """
 
     totals: Tensor
-    grad_norm: Tensor
-    finite: Tensor
+    grad_norm: Number
+    finite: Tensor | bool
     learning_rate: float
     rows: int
 
@@ -72,12 +76,11 @@ class EagerStep:
         # On a GPU the rate is a number of its memory, as it is when the step is recorded: the kernel is another one.
         device = self.collectives.device
         rate = lr if device.type == "cpu" else torch.full((), lr, device=device)
-        totals, norm, finite = self.compute(batches, rate, float(wants_stop))
-        return Outcome(totals, norm, finite, lr, sum(batch.global_rows for batch in batches))
+        return Outcome(*self.compute(batches, rate, float(wants_stop)), lr, sum(batch.global_rows for batch in batches))
 
     def compute(
         self, batches: Sequence[Batch], lr: float | Tensor, vote: float | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Number, Tensor | bool]:
         """The step itself: totals, gradient norm, and whether both were finite. Nothing in it waits for a GPU."""
         rows = sum(batch.global_rows for batch in batches)
         # Of each slice: loss, weight, and the vote to stop.
@@ -96,21 +99,32 @@ class EagerStep:
             weights += weight
         totals = self.collectives.fold(sums)
         gradients = self.reduction.finish()
-        norm = self._scale_and_clip(gradients, rows / totals[1])
-        finite = (totals[0] + norm).isfinite()
+        loss, weight, _ = self._numbers(totals)
+        # The sum over rows becomes the mean over weights.
+        factor: Number = rows / weight
+        norm = self._numbers(torch.linalg.vector_norm(gradients))[0] * factor
+        if self.max_grad_norm is not None:
+            factor = factor * at_most_one(self.max_grad_norm / (norm + 1e-6))
+        finite = is_finite(loss + norm)
+        gradients *= factor
         self.optimizer.step(gradients, lr, finite)
         return totals, norm, finite
+
+    def _numbers(self, tensor: Tensor) -> Sequence[Number]:
+        """What is in a small tensor: on the CPU plain numbers, which Python handles faster; on a GPU nobody waits."""
+        return tensor.view(-1).tolist() if tensor.device.type == "cpu" else tensor.view(-1).unbind()
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.collectives.device.type, self.autocast_dtype)
 
-    def _scale_and_clip(self, gradients: Tensor, factor: Tensor) -> Tensor:
-        """Turn the mean over rows into the mean over weights and clip its global norm; the norm before clipping."""
-        factor = factor.to(gradients.dtype)
-        norm: Tensor = torch.linalg.vector_norm(gradients) * factor
-        if self.max_grad_norm is not None:
-            factor = factor * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        gradients *= factor
-        return norm
+
+def at_most_one(number: Number) -> Number:
+    """The number, or 1 if it is larger."""
+    return number.clamp(max=1.0) if isinstance(number, Tensor) else min(number, 1.0)
+
+
+def is_finite(number: Number) -> Tensor | bool:
+    """Whether a number is neither infinite nor NaN."""
+    return number.isfinite() if isinstance(number, Tensor) else math.isfinite(number)

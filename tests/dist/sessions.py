@@ -49,7 +49,7 @@ def train(collectives: Collectives, arguments: list[str]) -> Trained:
     losses, fewest = [], 1 << 60
     for batches, _ in session.feed.steps(session.progress.position):
         outcome = session.step(batches, len(losses), wants_stop=False)
-        assert outcome.finite.item()
+        assert bool(outcome.finite)
         session.after_update()
         losses.append((outcome.totals[0] / outcome.totals[1]).item())
         fewest = min(fewest, *(len(batch.rows) for batch in batches))

@@ -46,7 +46,7 @@ def losses(device: str, *more: str, steps: int = 20) -> list[float]:
     found: list[float] = []
     for batches, _ in session.feed.steps(session.progress.position):
         outcome = session.step(batches, len(found), wants_stop=False)
-        assert outcome.finite.item()
+        assert bool(outcome.finite)
         session.after_update()
         found.append((outcome.totals[0] / outcome.totals[1]).item())
         if len(found) == steps:
@@ -117,7 +117,7 @@ def test_a_step_that_is_not_finite_updates_nothing() -> None:
     session.step(batches, 0, wants_stop=False)
     before = [p.detach().clone() for p in session.model.parameters()]
     batches[0].inputs[0][0] = torch.nan
-    assert not session.step(batches, 1, wants_stop=False).finite.item()
+    assert not session.step(batches, 1, wants_stop=False).finite
     assert all(torch.equal(p, q) for p, q in zip(session.model.parameters(), before, strict=True))
 
 

@@ -26,7 +26,7 @@ def trained(*more: str, recorded: bool, steps: int = 90) -> tuple[list[list[floa
     for batches, _ in session.feed.steps(session.progress.position):
         outcome = taken(batches, len(seen), wants_stop=len(seen) == 50)
         session.after_update()
-        seen.append([*outcome.totals.tolist(), outcome.grad_norm.item(), outcome.finite.item(), outcome.learning_rate])
+        seen.append([*outcome.totals.tolist(), float(outcome.grad_norm), bool(outcome.finite), outcome.learning_rate])
         if len(seen) == steps:
             break
     if recorded:
