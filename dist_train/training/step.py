@@ -99,13 +99,13 @@ class EagerStep:
             weights += weight
         totals = self.collectives.fold(sums)
         gradients = self.reduction.finish()
-        loss, weight, _ = self._numbers(totals)
+        sum_of_losses, sum_of_weights, _ = self._numbers(totals)
         # The sum over rows becomes the mean over weights.
-        factor: Number = rows / weight
-        norm = self._numbers(torch.linalg.vector_norm(gradients))[0] * factor
+        factor: Number = rows / sum_of_weights
+        norm: Number = self._numbers(torch.linalg.vector_norm(gradients))[0] * factor
         if self.max_grad_norm is not None:
             factor = factor * at_most_one(self.max_grad_norm / (norm + 1e-6))
-        finite = is_finite(loss + norm)
+        finite = is_finite(sum_of_losses + norm)
         gradients *= factor
         self.optimizer.step(gradients, lr, finite)
         return totals, norm, finite
