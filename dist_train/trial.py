@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_train.checkpoint.state import encode_parts
 from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.machine import peak_memory_bytes
+from dist_train.runtime.machine import mapped_memory_bytes, peak_memory_bytes
 from dist_train.session import Session, build_loop
 from dist_train.training.evaluation import evaluate
 from dist_train.training.parts import Record, Rows
@@ -52,6 +52,7 @@ def try_out(session: Session, collectives: Collectives, wants_stop: Callable[[],
 
     Raises Stopped when the ranks have agreed to stop, TrainingFault where the run itself would.
     """
+    mapped = mapped_memory_bytes()
     steps, rows_per_second = _train(session, collectives, wants_stop)
     rows = {name: len(session.dataset.splits[name]) for name in ("valid", "test")}
     rows_a_second = _evaluate(session, session.dataset.splits["valid"], collectives)
@@ -59,8 +60,17 @@ def try_out(session: Session, collectives: Collectives, wants_stop: Callable[[],
         encode_parts(session.tensor_parts())  # a checkpoint in memory
     unseen = max(0, *(count - _EVALUATED_ROWS for count in rows.values()))
     classes = len(session.dataset.encoder.class_names)
-    peak = max(collectives.agree(lambda: peak_memory_bytes(collectives.device)))
     on_device = collectives.device.type == "cuda"  # metrics are computed on the host
+
+    def most_memory() -> int:
+        if on_device:
+            return peak_memory_bytes(collectives.device)
+        # Of a store the trial has touched some pages, and the run will touch all.
+        touched = mapped_memory_bytes() - mapped
+        whole = sum(split.mapped_bytes for split in session.dataset.splits.values())
+        return peak_memory_bytes(collectives.device) + max(0, whole - touched)
+
+    peak = max(collectives.agree(most_memory))
     every = session.config.evaluation.every_steps or session.feed.steps_per_epoch
     evaluated = -(-session.total_steps // every) * rows["valid"] + sum(rows.values())
     return Trial(

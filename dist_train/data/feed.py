@@ -82,6 +82,11 @@ class ResidentRows:
         """Memory that the rows take on the device."""
         return sum(t.numel() * t.element_size() for t in (*self.inputs, self.targets))
 
+    @property
+    def mapped_bytes(self) -> int:
+        """Pages of files that a pass over all rows brings into memory: none."""
+        return 0
+
     def slice(self, start: int, stop: int) -> tuple[Tensor, ...]:
         """Model inputs of the rows from `start` to `stop`, in the order of the table."""
         return tuple(x[start:stop] for x in self.inputs)

@@ -41,6 +41,12 @@ class MappedRows:
         """Memory that the rows take on the device beside the kernel's cache: none."""
         return 0
 
+    @property
+    def mapped_bytes(self) -> int:
+        """Pages of files that a pass over all rows brings into memory, as far as there is room."""
+        tensors = (*self._inputs, self._targets, self.row_numbers)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
     def slice(self, start: int, stop: int) -> tuple[Tensor, ...]:
         """Model inputs of the rows from `start` to `stop`, in the order of the table."""
         return tuple(self._as_input(x[start:stop].to(self._device)) for x in self._inputs)

@@ -22,18 +22,31 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held so far: resident memory, or of the GPU what torch has allocated.
+    """The most memory that this process has held: resident on the host, or on CUDA what torch allocated there.
 
-    On Linux not getrusage's maximum, which a process takes over from the one that started it.
+    Not what getrusage says: that outlives exec, so a process would report the peak of the one that started it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    peak = _status("VmHWM")
+    if peak is not None:
+        return peak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def mapped_memory_bytes() -> int:
+    """Resident memory of this process that is pages of files; 0 where the system does not say."""
+    return _status("RssFile") or 0
+
+
+def _status(name: str) -> int | None:
+    """A size of this process in bytes, as Linux counts it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
 def pin_arithmetic(device: torch.device) -> None:
