@@ -51,13 +51,17 @@ def test_another_number_of_slices_rounds_differently(tmp_path: Path) -> None:
     assert len(shas) == 3  # else the tests above could not fail
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("float64", 1e-10)])
-def test_the_fast_mode_agrees_to_rounding(precision: str, tolerance: float) -> None:
-    # At a batch of 256 rows and this learning rate training is chaotic: 3e-3 after 200 steps in float32, see the log.
+@pytest.mark.parametrize(
+    ("precision", "seed", "steps", "tolerance"),
+    # In float32 sooner or later a rounding turns one ReLU of one row, and the two trainings part: see docs/log.md.
+    [("float32", 0, 30, 1e-6), ("float32", 1, 30, 1e-6), ("float32", 2, 30, 1e-6), ("float64", 0, 200, 1e-10)],
+)
+def test_the_fast_mode_agrees_to_rounding(precision: str, seed: int, steps: int, tolerance: float) -> None:
     arguments = [*BUILTIN, "train.epochs=12", "train.global_batch_size=1000", "train.max_steps=200", "model.dropout=0"]
-    arguments.append(f"train.precision={precision}")
+    arguments += [f"train.precision={precision}", f"run.seed={seed}"]
     fast = on_ranks(1, train, arguments)[0]
     exact = on_ranks(1, train, [*arguments, "train.virtual_ranks=8"])[0]
     assert len(fast.losses) == 200
-    assert np.abs(fast.losses - exact.losses).max() < tolerance
+    assert np.abs(fast.losses - exact.losses)[:steps].max() < tolerance
+    assert np.abs(fast.losses - exact.losses).max() < 1e-2
     assert not np.array_equal(fast.losses, exact.losses)
