@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from dist_train.models.batch_norm import GatheredBatchNorm1d, merged
 from dist_train.models.dropout import KeyedDropout, keep_above
 from dist_train.models.virtual_ranks import SlicedSequential
-from dist_train.runtime.memory import Arena
 from dist_train.runtime.position import cut
 from dist_train.runtime.slices import Slices
 
-# The rows of a block, 256 numbers wide, and what a layer makes of them fit into a core's second-level cache.
+# Large enough that calls cost little, small enough that most of what a layer makes of a block stays in the cache of a core:
+# docs/log.md has what other sizes cost.
 BLOCK_ROWS = 512
 
 Array = npt.NDArray[np.float64]
@@ -100,17 +100,13 @@ class _Block:
     of them; without BatchNorm both are the same memory. `room[i]`, of the same shape, is shared by all blocks.
     """
 
-    def __init__(
-        self, index: int, place: int, num_rows: int, layers: Sequence[_Layer], room: Sequence[Tensor], arena: Arena
-    ) -> None:
+    def __init__(self, index: int, place: int, num_rows: int, layers: Sequence[_Layer], room: Sequence[Tensor]) -> None:
         self.slice = index
         self.place = place
         self.num_rows = num_rows
         self.room = [memory[:num_rows] for memory in room]
-        self.sums = [arena.empty(*memory.shape) for memory in self.room]
-        self.hidden = [
-            arena.empty(*sums.shape) if layer.norm else sums for sums, layer in zip(self.sums, layers, strict=True)
-        ]
+        self.sums = [torch.empty_like(memory) for memory in self.room]
+        self.hidden = [torch.empty_like(s) if layer.norm else s for s, layer in zip(self.sums, layers, strict=True)]
         self.inputs = self.sums[0]
 
     def input_of(self, index: int) -> Tensor:
@@ -128,14 +124,10 @@ class _Work:
         pieces = [cut(0, length, max(1, -(-length // BLOCK_ROWS))) for length in lengths]
         self._counts = [[b - a for a, b in of_slice] for of_slice in pieces]
         most = max(max(counts) for counts in self._counts)
-        widths = [layer.linear.out_features for layer in layers]
-        kept = sum(widths) + sum(layer.linear.out_features for layer in layers if layer.norm)
-        shapes = [(most, width) for width in widths] + [(b - a, kept) for of_slice in pieces for a, b in of_slice]
-        arena = Arena(sum(rows * width for rows, width in shapes), len(shapes) * 2 * len(layers), like.dtype)
-        room = [arena.empty(most, width) for width in widths]
+        room = [like.new_empty((most, layer.linear.out_features)) for layer in layers]
         starts = np.cumsum([0, *lengths]).tolist()
         self.blocks = [
-            _Block(index, start + a, b - a, layers, room, arena)
+            _Block(index, start + a, b - a, layers, room)
             for index, (start, of_slice) in enumerate(zip(starts, pieces, strict=False))
             for a, b in of_slice
         ]
