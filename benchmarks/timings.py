@@ -17,7 +17,7 @@ from benchmarks import workload
 from benchmarks.report import Report, cell, measured, table, take_turns
 from dist_train.checkpoint.checkpoints import Checkpoints
 from dist_train.data.dataset import load_labelled
-from dist_train.data.fitting import fit_encoder
+from dist_train.data.fitting import fit_encoder, pieces_of
 from dist_train.data.table import ColumnKinds
 from dist_train.predictor import Predictor
 from dist_train.runtime.collectives import Collectives
@@ -51,7 +51,8 @@ def measure(report: Report, rounds: int) -> None:
 
         def fit() -> None:
             names = labelled.class_names
-            fit_encoder(train_rows, kinds, names, collectives, max_categories=256, one_hot=True, source="table")
+            pieces = pieces_of(train_rows)
+            fit_encoder(pieces, kinds, names, collectives, max_categories=256, one_hot=True, source="table")
 
         save()
         num_rows = {"encoder fit": workload.NUM_ROWS, "evaluation": workload.NUM_ROWS // 4}

@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -22,11 +21,9 @@ from dist_train.models.virtual_ranks import SlicedSequential
 from dist_train.runtime.position import cut
 from dist_train.runtime.slices import Slices
 
-# Large enough that calls cost little, small enough that most of what a layer makes of a block stays in the cache of a core:
+# Large enough that calls cost little, small enough that most of what a layer makes of a block stays in a core's cache;
 # docs/log.md has what other sizes cost.
 BLOCK_ROWS = 512
-
-Array = npt.NDArray[np.float64]
 
 
 def fuse_sequences(model: nn.Module, slices: Slices) -> nn.Module:
@@ -39,7 +36,7 @@ def fuse_sequences(model: nn.Module, slices: Slices) -> nn.Module:
         layers = _layers_of(module) if type(module) in (nn.Sequential, SlicedSequential) else None
         if layers:
             module.__class__ = FusedSequential
-            cast(FusedSequential, module).be_told(layers, slices)
+            cast(FusedSequential, module).set_up(layers, slices)
     return model
 
 
@@ -50,7 +47,7 @@ class FusedSequential(nn.Sequential):
     other numbers agree to rounding. What a slice goes through depends on that slice alone, as the exact mode needs it.
     """
 
-    def be_told(self, layers: Sequence[_Layer], slices: Slices) -> None:
+    def set_up(self, layers: Sequence[_Layer], slices: Slices) -> None:
         """What it consists of, and who knows which rows come next."""
         self.layers = layers
         self.runs = _runs(layers)

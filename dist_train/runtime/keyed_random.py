@@ -106,7 +106,7 @@ class RowRandom:
         self._first_row = 0
         self._counters: dict[torch.device, Tensor] = {}
         self._ahead: dict[tuple[str, int, torch.device], _Ahead] = {}
-        self._room: Tensor | None = None
+        self._room = torch.empty(0, dtype=torch.int64)
         self._held: dict[tuple[str, int], Tensor] | None = None
 
     def begin(self, epoch: int, first_row: int) -> None:
@@ -168,10 +168,16 @@ class RowRandom:
             memory = torch.empty((num_rows, 4 * words), dtype=torch.int16, device=device)
         bits = memory[:num_rows]
         torch.add(counters, start, out=bits.view(torch.int64).view(-1))
-        if self._room is None or len(self._room) < len(counters):
-            self._room = torch.empty_like(counters)
-        mix(bits.view(torch.int64).view(-1), self._room[: len(counters)])
+        mix(bits.view(torch.int64).view(-1), self._room_for(counters))
         return bits
+
+    def _room_for(self, counters: Tensor) -> Tensor | None:
+        """Room for what `mix` needs on the CPU, kept from one call to the next."""
+        if counters.device.type != "cpu":
+            return None
+        if len(self._room) < len(counters):
+            self._room = torch.empty_like(counters)
+        return self._room[: len(counters)]
 
     def _first_counters(self, count: int, device: torch.device) -> Tensor:
         """The first counters of a sequence that is kept, and made anew when a longer one is asked for."""
