@@ -286,7 +286,7 @@ class Watch:
 
 def _nccl_flight() -> str:
     """The collectives that NCCL itself has under way, as torch's flight recorder has them; empty on other backends."""
-    if not dist.is_initialized() or dist.get_backend() != "nccl":
+    if not dist.is_initialized() or "nccl" not in str(dist.get_backend_config()):
         return ""
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
     return dump(includeCollectives=True, onlyActive=True).decode()[:_MAX_FLIGHT] if dump else ""

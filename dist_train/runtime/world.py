@@ -80,7 +80,7 @@ def process_group(world: World, timeout_seconds: float) -> Iterator[Store]:
     try:
         store, _, _ = next(rendezvous(world.rendezvous, world.rank, world.size, timeout=timeout))
         dist.init_process_group(
-            world.backend,
+            torch_backend(world),
             store=PrefixStore("process_group", store),
             rank=world.rank,
             world_size=world.size,
@@ -97,6 +97,11 @@ def process_group(world: World, timeout_seconds: float) -> Iterator[Store]:
         yield store
     finally:
         dist.destroy_process_group()
+
+
+def torch_backend(world: World) -> str:
+    """What torch is told: beside NCCL, which takes no tensors of the host, gloo for counts and objects that are there."""
+    return "cpu:gloo,cuda:nccl" if world.backend == "nccl" else world.backend
 
 
 def _record_flight() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from dist_train.errors import UserError
 from dist_train.runtime.torchrun import TORCHRUN_VARIABLES
-from dist_train.runtime.world import World, world_from_environment
+from dist_train.runtime.world import World, torch_backend, world_from_environment
 
 TORCHRUN = {
     "RANK": "5",
@@ -153,3 +153,9 @@ def test_devices_that_are_not_there(gpus: Any, count: int, device: str, backend:
     gpus(count)
     with pytest.raises(UserError, match=message):
         read(TORCHRUN, device=device, backend=backend)
+
+
+def test_nccl_has_gloo_beside_it_for_what_is_on_the_host() -> None:
+    """NCCL refuses tensors of the CPU, and the encoder's counts are such ones."""
+    assert torch_backend(World(size=8, backend="nccl")) == "cpu:gloo,cuda:nccl"
+    assert torch_backend(World(size=2, backend="gloo")) == "gloo"
