@@ -100,7 +100,7 @@ def process_group(world: World, timeout_seconds: float) -> Iterator[Store]:
 
 
 def torch_backend(world: World) -> str:
-    """What torch is told: beside NCCL, which takes no tensors of the host, gloo for counts and objects that are there."""
+    """What torch is told: beside NCCL, which takes no tensors of the host, gloo for those that are there."""
     return "cpu:gloo,cuda:nccl" if world.backend == "nccl" else world.backend
 
 
