@@ -20,6 +20,7 @@ from dist_train.runtime.console import run_command
 from dist_train.runtime.world import World
 from dist_train.training.step import EagerStep
 from tests.ranks import _server
+from tests.resume.collectives import before_each
 from tests.resume.jobs import become
 
 Kind = Literal["raise", "sleep", "kill", "stop", "skip", "ask"]
@@ -115,19 +116,7 @@ def lay(fault: Fault, mark: Path) -> None:
         return True
 
     for name in ("sum", "stack", "slices", "agree"):
-        _wrap(name, fault, reached)
-
-
-def _wrap(name: str, fault: Fault, reached: Any) -> None:
-    method = getattr(Collectives, name)
-
-    def wrapped(self: Collectives, *arguments: Any) -> Any:
-        through_stack = name == "slices" and self.size > 1  # counted there
-        if not through_stack and reached(self):
-            _go_wrong(fault)
-        return method(self, *arguments)
-
-    setattr(Collectives, name, wrapped)
+        before_each(name, lambda collectives: _go_wrong(fault) if reached(collectives) else None)
 
 
 def _go_wrong(fault: Fault) -> None:
