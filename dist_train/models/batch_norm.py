@@ -105,16 +105,20 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
             raise ValueError("BatchNorm needs at least two rows over all ranks in training")
         return float(count)
 
-    def follow(self, mean: Any, var: Any, count: float) -> None:
-        """Let the running statistics follow those of a batch of `count` rows over all ranks: tensors, or numpy's."""
-        averages, batches = (self.running_mean, self.running_var), self.num_batches_tracked
-        if averages[0] is None or averages[1] is None or batches is None:
-            return
+    def count_batch(self) -> float | None:
+        """The share that a new batch has in the running statistics; None where there are none."""
+        batches = self.num_batches_tracked
+        if batches is None:
+            return None
         batches.add_(1)
-        share = self.momentum if self.momentum is not None else 1 / float(batches)
-        for average, now in zip(averages, (mean, var * (count / (count - 1))), strict=True):
-            running: Any = average if isinstance(now, Tensor) else cast(Tensor, average).numpy()
-            running += (now - running) * share
+        return self.momentum if self.momentum is not None else 1 / float(batches)
+
+    def follow(self, mean: Tensor, var: Tensor, count: float) -> None:
+        """Let the running statistics follow those of a batch of `count` rows over all ranks."""
+        share = self.count_batch()
+        if share is not None:
+            for average, now in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
+                average += (now - cast(Tensor, average)) * share
 
 
 class _Normalise(torch.autograd.Function):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from dist_train.runtime.keyed_random import RowRandom
 
 _LEVELS = 1 << 16
+NOTHING_DROPPED = -_LEVELS // 2
+"""The lowest threshold."""
 
 
 class KeyedDropout(nn.Module):
@@ -19,7 +20,7 @@ class KeyedDropout(nn.Module):
     def __init__(self, p: float, purpose: str, random: RowRandom) -> None:
         super().__init__()
         num_dropped = min(round(p * _LEVELS), _LEVELS - 1)
-        self.threshold = num_dropped - _LEVELS // 2
+        self.threshold = num_dropped + NOTHING_DROPPED
         self.scale = _LEVELS / (_LEVELS - num_dropped)
         self.purpose = purpose
         self.random = random
@@ -30,18 +31,6 @@ class KeyedDropout(nn.Module):
             return x
         bits = self.random.bits16(self.purpose, len(x), x.shape[1:].numel(), x.device)
         return x * (bits >= self.threshold).to(x.dtype).mul_(self.scale).view_as(x)
-
-    def mask_(self, x: Tensor, room: Tensor) -> None:
-        """Set to 0, in place, what is dropped of (rows, width); what is kept is not scaled. `room` is like x."""
-        if self.scale != 1:
-            bits = self.random.bits16(self.purpose, len(x), x.shape[1], x.device)
-            keep_above(x, room.copy_(bits), self.threshold - 1, out=x)
-
-
-def keep_above(values: Tensor, judged: Tensor, threshold: float, *, out: Tensor) -> Tensor:
-    """The values where `judged` is above the threshold, else 0: one kernel, several times as fast as with a mask."""
-    kept: Tensor = torch.ops.aten.threshold_backward.grad_input(values, judged, threshold, grad_input=out)
-    return kept
 
 
 def convert_dropout(model: nn.Module, random: RowRandom) -> nn.Module:

@@ -2,7 +2,7 @@
 
 Autograd runs a dozen kernels a layer, each over the whole batch and each into new memory: at small batches their launch
 is most of the time, at large ones the way to memory and back. Here forward and backward pass are written out, in
-place, some hundred rows at a time.
+place, some hundred rows at a time: torch's matrix products, and between two of them one compiled pass over the block.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dist_train.models import kernels
 from dist_train.models.batch_norm import GatheredBatchNorm1d, merged
-from dist_train.models.dropout import KeyedDropout, keep_above
+from dist_train.models.dropout import NOTHING_DROPPED, KeyedDropout
 from dist_train.models.virtual_ranks import SlicedSequential
 from dist_train.runtime.position import cut
 from dist_train.runtime.slices import Slices
@@ -54,7 +55,7 @@ class FusedSequential(nn.Sequential):
         self.slices = slices
         # Kept, since walking through the modules takes longer than a kernel.
         self.trained = tuple(p for p in self.parameters() if p.requires_grad)
-        self._spare: _Work | None = None
+        self._spare: list[_Work] = []  # at most one; setting an attribute of a module takes as long as a kernel
 
     def forward(self, input: Tensor) -> Tensor:
         """Outputs of the rows."""
@@ -66,16 +67,16 @@ class FusedSequential(nn.Sequential):
 
     def work_for(self, parts: Sequence[Tensor]) -> _Work:
         """Memory for slices of such lengths: that of the step before, unless the lengths differ or it is in use."""
-        work, self._spare = self._spare, None
         lengths, dtype = [len(part) for part in parts], parts[0].dtype
         first = self.layers[0].linear.weight.data_ptr()  # parameters may have been moved
+        work = self._spare.pop() if self._spare else None
         if work is None or work.lengths != lengths or work.dtype != dtype or work.first_weight != first:
-            work = _Work(lengths, self.layers, parts[0])
+            work = _Work(lengths, self.layers, parts[0], self.slices.gradients)
         return work
 
     def give_back(self, work: _Work) -> None:
         """The next step may have the memory."""
-        self._spare = work
+        self._spare[:] = [work]
 
 
 class _Layer(NamedTuple):
@@ -90,47 +91,79 @@ class _Layer(NamedTuple):
     scale: float
 
 
+class _Memory:
+    """Numbers of a block, (rows, features), in the ways in which they are looked at: making a view takes a while."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.transposed = tensor.t()
+        self.array = tensor.numpy()
+
+
+class _Gradients:
+    """The gradients of a slice, by parameter."""
+
+    def __init__(self, tensors: Mapping[nn.Parameter, Tensor]) -> None:
+        self.tensors = tensors
+        self._arrays = {parameter: tensor.numpy() for parameter, tensor in tensors.items()}
+
+    def add(self, parameter: nn.Parameter | None, totals: Any) -> None:
+        """Add numpy's totals to the gradient of a parameter, if that is wanted."""
+        array = self._arrays.get(parameter)  # type: ignore[call-overload]
+        if array is not None:
+            kernels.add(array, totals)
+
+
 class _Block:
     """Some rows of one slice, and what each layer has made of them.
 
     `sums[i]` are the outputs of layer i's Linear, `hidden[i]` what BatchNorm, ReLU and dropout (not yet scaled) make
-    of them; without BatchNorm both are the same memory. `room[i]`, of the same shape, is shared by all blocks.
+    of them, and in the backward pass the gradient. `room[i]`, of the same shape, is shared by all blocks.
     """
 
-    def __init__(self, index: int, place: int, num_rows: int, layers: Sequence[_Layer], room: Sequence[Tensor]) -> None:
+    def __init__(self, index: int, place: int, num_rows: int, room: Sequence[Tensor]) -> None:
         self.slice = index
         self.place = place
         self.num_rows = num_rows
-        self.room = [memory[:num_rows] for memory in room]
-        self.sums = [torch.empty_like(memory) for memory in self.room]
-        self.hidden = [torch.empty_like(s) if layer.norm else s for s, layer in zip(self.sums, layers, strict=True)]
-        self.inputs = self.sums[0]
+        self.room = [_Memory(memory[:num_rows]) for memory in room]
+        self.sums = [_Memory(torch.empty_like(r.tensor)) for r in self.room]
+        self.hidden = [_Memory(torch.empty_like(r.tensor)) for r in self.room]
+        self.inputs = torch.empty(0)
 
     def input_of(self, index: int) -> Tensor:
         """What layer `index` reads."""
-        return self.hidden[index - 1] if index else self.inputs
+        return self.hidden[index - 1].tensor if index else self.inputs
 
 
 class _Work:
-    """The blocks of a pass, and what each BatchNorm knows of them."""
+    """The blocks of a pass, and what follows each Linear but the last."""
 
-    def __init__(self, lengths: list[int], layers: Sequence[_Layer], like: Tensor) -> None:
+    def __init__(
+        self,
+        lengths: list[int],
+        layers: Sequence[_Layer],
+        like: Tensor,
+        gradients: Sequence[Mapping[nn.Parameter, Tensor]] | None,
+    ) -> None:
+        self.kept = gradients and [_Gradients(of_slice) for of_slice in gradients]
         self.lengths = lengths
         self.dtype = like.dtype
         self.first_weight = layers[0].linear.weight.data_ptr()
+        self.transposed_weights = [layer.linear.weight.detach().t() for layer in layers]
         pieces = [cut(0, length, max(1, -(-length // BLOCK_ROWS))) for length in lengths]
         self._counts = [[b - a for a, b in of_slice] for of_slice in pieces]
         most = max(max(counts) for counts in self._counts)
         room = [like.new_empty((most, layer.linear.out_features)) for layer in layers]
         starts = np.cumsum([0, *lengths]).tolist()
         self.blocks = [
-            _Block(index, start + a, b - a, layers, room)
+            _Block(index, start + a, b - a, room)
             for index, (start, of_slice) in enumerate(zip(starts, pieces, strict=False))
             for a, b in of_slice
         ]
-        self.norms = {
-            index: _Norm(layer.norm, index, self.blocks, self.dtype) for index, layer in enumerate(layers) if layer.norm
-        }
+        self.between = [
+            (_Normalised if layer.norm else _Activation)(layer, index, self.blocks)
+            for index, layer in enumerate(layers[:-1])
+        ]
 
     def fill(self, inputs: Sequence[Tensor]) -> None:
         """Hand each slice's rows to its blocks."""
@@ -144,86 +177,115 @@ class _Work:
         return [piece for rows, counts in zip(slices, self._counts, strict=True) for piece in rows.split(counts)]
 
 
-class _Norm:
-    """A BatchNorm over the blocks of a pass: what normalises a block, and what its gradient is multiplied by.
+class _Activation:
+    """What is between two Linears, over the blocks of a pass: ReLU and dropout."""
 
-    Its arithmetic is on a few numbers for each feature, in float64, and by numpy, which takes a third of the time that
-    torch does for that little.
-    """
-
-    def __init__(self, norm: GatheredBatchNorm1d, index: int, blocks: Sequence[_Block], dtype: torch.dtype) -> None:
-        self._norm = norm
+    def __init__(self, layer: _Layer, index: int, blocks: Sequence[_Block]) -> None:
+        self._layer = layer
         self._index = index
         self._blocks = blocks
+        self._threshold = layer.dropout.threshold if layer.dropout else NOTHING_DROPPED
+        features, num_slices = layer.linear.out_features, blocks[-1].slice + 1
+        dtype = blocks[0].sums[index].array.dtype
+        self._scale, self._shift = np.ones(features, dtype), np.zeros(features, dtype)
+        # Of each slice, over its rows: the gradient of what ReLU is given, and its product with the Linear's sums.
+        self._totals = np.zeros((num_slices, 2, features))
+        self._totals_of = list(self._totals)
+        self._totals_tensor = torch.from_numpy(self._totals)
+
+    def observe(self, block: _Block) -> None:
+        """The Linear's sums of a block are there."""
+
+    def prepare(self) -> None:
+        """Those of all blocks are there."""
+
+    def activate(self, block: _Block) -> None:
+        """From a block's sums to what the next Linear reads."""
+        dropout, sums = self._layer.dropout, block.sums[self._index].array
+        start = int(dropout.random.start_of(dropout.purpose, sums.shape[1])) if dropout else 0
+        kernels.activate(sums, self._scale, self._shift, start, self._threshold, block.hidden[self._index].array)
+
+    def withdraw(self, block: _Block) -> None:
+        """From the gradient of what the next Linear reads, in `room`, to that of what ReLU is given, in `hidden`.
+
+        What came through ReLU and dropout is greater than 0, all else is 0, so it is the mask of both; it is needed no
+        more and makes room for the gradient.
+        """
+        index = self._index
+        kernels.withdraw(
+            block.room[index].array, block.sums[index].array, block.hidden[index].array, self._totals_of[block.slice]
+        )
+
+    def finish(self, found: Sequence[_Gradients]) -> None:
+        """All blocks have been through `withdraw`: leave the gradients of vectors, and find what `propagate` needs."""
+        for of_slice, totals in zip(found, self._totals, strict=True):
+            of_slice.add(self._layer.linear.bias, totals[0])
+        self._totals.fill(0)
+
+    def propagate(self, block: _Block) -> None:
+        """From the gradient of what ReLU is given to that of the Linear's sums, in `hidden`."""
+
+
+class _Normalised(_Activation):
+    """BatchNorm before them, whose arithmetic on a few numbers for each feature is in float64.
+
+    In float64, so that world sizes, whose blocks differ, round to the same scale and shift: see models/batch_norm.py.
+    """
+
+    def __init__(self, layer: _Layer, index: int, blocks: Sequence[_Block]) -> None:
+        super().__init__(layer, index, blocks)
+        self._norm = norm = cast(GatheredBatchNorm1d, layer.norm)
         self._slice_of = [block.slice for block in blocks]
-        features, num_slices = norm.num_features, blocks[-1].slice + 1
+        num_slices, _, features = self._totals.shape
         self._of_blocks = np.zeros((len(blocks), 3, features))
         self._of_blocks[:, 0] = np.array([[block.num_rows] for block in blocks])
         # With one block a slice they are the same.
         self._of_slices = self._of_blocks if len(blocks) == num_slices else np.zeros((num_slices, 3, features))
-        self._sums = np.zeros((num_slices, 2, features))
-        self._sums_of = list(self._sums)
-        self._wide = torch.empty((max(block.num_rows for block in blocks), features), dtype=torch.float64)
-        # What blocks are multiplied by and added to is in their own type: tensors, and numpy's view of the same memory.
-        self.shift, self.scale, self.constant, self.of_sum = factors = torch.zeros((4, features), dtype=dtype).unbind()
-        self._shift, self._scale, self._constant, self._of_sum = (factor.numpy() for factor in factors)
-        self._weight, self._bias = (p if p is None else p.detach().numpy() for p in (norm.weight, norm.bias))
+        self._slices_tensor = torch.from_numpy(self._of_slices)
+        self._statistics_of = dict(zip(blocks, self._of_blocks, strict=True))
+        self._mean = self._inverse_std = np.zeros(0)
+        self._constant, self._of_sum = np.zeros_like(self._shift), np.zeros_like(self._shift)
+        # Scale and shift are 1 and 0 so far, which is what stands for no weight and bias.
+        given = (p if p is None else p.detach().numpy() for p in (norm.weight, norm.bias))
+        plain = (self._scale.copy(), self._shift.copy())
+        self._weight, self._bias = (p if g is None else g for g, p in zip(given, plain, strict=True))
+
+    def observe(self, block: _Block) -> None:
+        """Take a block's statistics, while it is in the cache."""
+        kernels.observe(block.sums[self._index].array, self._statistics_of[block])
 
     def prepare(self) -> None:
-        """All blocks are there: find what `normalise` needs, over all rows of all ranks."""
+        """Find scale and shift, over all rows of all ranks."""
         norm = self._norm
-        for block, of_block in zip(self._blocks, self._of_blocks, strict=True):
-            if block.num_rows:
-                # torch's own kernel for the statistics of a BatchNorm: var_mean takes ten times as long. In float64, so
-                # that world sizes, whose blocks differ, round to the same scale and shift: see models/batch_norm.py.
-                wide = self._wide[: block.num_rows].copy_(block.sums[self._index])
-                mean, var = torch.batch_norm_update_stats(wide, None, None, 0.0)
-                of_block[1], of_block[2] = mean.numpy(), var.numpy()
         if self._of_slices is not self._of_blocks:
             for index, of_slice in enumerate(self._of_slices):
                 of_slice[:] = merged(self._of_blocks[np.equal(self._slice_of, index)])
-        counts, self._mean, var = merged(norm.collectives.slices(torch.from_numpy(self._of_slices)).numpy())
+        counts, self._mean, var = merged(norm.collectives.slices(self._slices_tensor).numpy())
         self._count = norm.require_rows(counts[0])
-        norm.follow(self._mean, var, self._count)
-        self._inverse_std = 1 / np.sqrt(var + norm.eps)
-        self._wide_scale = self._inverse_std if self._weight is None else self._inverse_std * self._weight
-        self._scale[:] = self._wide_scale
-        np.multiply(self._mean, -self._wide_scale, out=self._shift, casting="same_kind")
-        if self._bias is not None:
-            self._shift += self._bias
-        self._sums.fill(0)
+        share = norm.count_batch()
+        if share is not None:
+            kernels.follow(cast(Tensor, norm.running_mean).numpy(), self._mean, 1.0, share)
+            kernels.follow(cast(Tensor, norm.running_var).numpy(), var, self._count / (self._count - 1), share)
+        self._inverse_std = np.empty_like(var)
+        kernels.normalise(
+            self._mean, var, norm.eps, self._weight, self._bias, self._inverse_std, self._scale, self._shift
+        )
 
-    def normalise(self, block: _Block) -> None:
-        """From a block's sums to what ReLU is given."""
-        torch.addcmul(self.shift, block.sums[self._index], self.scale, out=block.hidden[self._index])
+    def finish(self, found: Sequence[_Gradients]) -> None:
+        """The factors of `propagate` take the sums over all rows of all ranks."""
+        norm, totals = self._norm, self._totals
+        kernels.project(totals, self._mean, self._inverse_std)
+        for of_slice, own in zip(found, totals, strict=True):
+            of_slice.add(norm.bias, own[0])
+            of_slice.add(norm.weight, own[1])
+        of_all = norm.collectives.fold(self._totals_tensor).numpy()
+        kernels.correct(of_all, self._count, self._mean, self._inverse_std, self._weight, self._of_sum, self._constant)
+        totals.fill(0)
 
-    def count(self, block: _Block, gradient: Tensor) -> None:
-        """Add up, over the rows of a block, the gradient of what is normalised, and gradient * sum."""
-        sums = self._sums_of[block.slice]
-        sums[0] += gradient.sum(0).numpy()
-        sums[1] += torch.mul(gradient, block.sums[self._index], out=block.room[self._index]).sum(0).numpy()
-
-    def finish(self, found: Sequence[dict[nn.Parameter, Tensor]]) -> None:
-        """All blocks are counted: leave the gradients of weight and bias, and find what `propagate` needs.
-
-        Ioffe and Szegedy (2015, "Batch normalization"), sorted by what multiplies a row's sum and its gradient.
-        """
-        norm, sums = self._norm, self._sums
-        sums[:, 1] = (sums[:, 1] - sums[:, 0] * self._mean) * self._inverse_std  # now of gradient * normalised sum
-        if norm.weight is not None:
-            for of_slice, (gradients, products) in zip(found, sums, strict=True):
-                for parameter, part in ((norm.bias, gradients), (norm.weight, products)):
-                    view = of_slice[parameter].numpy()
-                    view += part
-        constant, of_sum = norm.collectives.fold(torch.from_numpy(sums)).numpy() * (self._wide_scale / -self._count)
-        of_sum *= self._inverse_std
-        self._of_sum[:] = of_sum
-        self._constant[:] = constant - of_sum * self._mean
-
-    def propagate(self, block: _Block, gradient: Tensor) -> Tensor:
-        """From the gradient of what is normalised to that of the block's sums, which it takes the place of."""
-        sums = block.sums[self._index]
-        return torch.addcmul(self.constant, sums, self.of_sum, out=sums).addcmul_(gradient, self.scale)
+    def propagate(self, block: _Block) -> None:
+        """The gradient of the sums, of which BatchNorm's mean and variance are made as well."""
+        index = self._index
+        kernels.propagate(block.hidden[index].array, block.sums[index].array, self._scale, self._of_sum, self._constant)
 
 
 class _Fused(torch.autograd.Function):
@@ -234,7 +296,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sequence: FusedSequential, *_parameters: nn.Parameter) -> Tensor:
-        layers, slices = sequence.layers, sequence.slices
+        slices = sequence.slices
         parts = slices.split(x)
         work = sequence.work_for(parts)
         work.fill(parts)
@@ -243,80 +305,72 @@ class _Fused(torch.autograd.Function):
                 slices.go_to(block.place)
                 for index in range(first, last + 1):
                     if index:
-                        _activate(block, index - 1, layers[index - 1], work)
-                    _multiply(block, index, layers)
-            if last in work.norms:
-                work.norms[last].prepare()
+                        work.between[index - 1].activate(block)
+                    _multiply(block, index, sequence.layers, work)
+                if last < len(work.between):
+                    work.between[last].observe(block)
+            if last < len(work.between):
+                work.between[last].prepare()
         ctx.sequence, ctx.work = sequence, work
-        return torch.cat([block.sums[-1] for block in work.blocks])
+        return torch.cat([block.sums[-1].tensor for block in work.blocks])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sequence, work, wants_input = ctx.sequence, ctx.work, ctx.needs_input_grad[0]
-        layers, slices, norms = sequence.layers, sequence.slices, work.norms
-        found = slices.gradients or [{p: torch.zeros_like(p) for p in sequence.trained}]
-        flow = work.pieces(slices.split(grad))  # the gradient of what comes out of a layer, for each block
+        layers, slices, between = sequence.layers, sequence.slices, work.between
+        found = work.kept or [_Gradients({p: torch.zeros_like(p) for p in sequence.trained})]
+        for block, of_outputs in zip(work.blocks, work.pieces(slices.split(grad)), strict=True):
+            block.hidden[-1].tensor.copy_(of_outputs)
+        of_inputs: list[Tensor] = []
         for first, last in reversed(sequence.runs):
-            for number in reversed(range(len(work.blocks))):
-                block, gradient = work.blocks[number], flow[number]
-                if last in norms:
-                    gradient = norms[last].propagate(block, gradient)
+            for block in reversed(work.blocks):
+                if last < len(between):
+                    between[last].propagate(block)
                 for index in range(last, first - 1, -1):
-                    _collect(block, index, gradient, layers, found[block.slice])
+                    _collect(
+                        block,
+                        index,
+                        layers[index],
+                        layers[index - 1].scale if index else 1.0,
+                        found[block.slice].tensors,
+                    )
                     if index:
-                        gradient = _propagate(block, index, gradient, layers)
+                        _propagate(block, index, layers)
+                        between[index - 1].withdraw(block)
                     elif wants_input:
-                        gradient = gradient @ layers[0].linear.weight
-                if first:
-                    norms[first - 1].count(block, gradient)
-                flow[number] = gradient
-            if first:
-                norms[first - 1].finish(found)
+                        of_inputs.append(block.hidden[0].tensor @ layers[0].linear.weight)
+            for index in range(max(first - 1, 0), last):
+                between[index].finish(found)
         sequence.give_back(work)
-        left = [None] if slices.gradients else [found[0][p] for p in sequence.trained]
-        return torch.cat(flow) if wants_input else None, None, *left
+        left = [None] if work.kept else [found[0].tensors[p] for p in sequence.trained]
+        return torch.cat(of_inputs[::-1]) if wants_input else None, None, *left
 
 
-def _multiply(block: _Block, index: int, layers: Sequence[_Layer]) -> None:
+def _multiply(block: _Block, index: int, layers: Sequence[_Layer], work: _Work) -> None:
     """A block through the Linear of a layer."""
-    linear, alpha = layers[index].linear, layers[index - 1].scale if index else 1.0
-    source, weight, out = block.input_of(index), linear.weight.t(), block.sums[index]
-    if linear.bias is None:
+    bias, alpha = layers[index].linear.bias, layers[index - 1].scale if index else 1.0
+    source, weight, out = block.input_of(index), work.transposed_weights[index], block.sums[index].tensor
+    if bias is None:
         out.addmm_(source, weight, beta=0, alpha=alpha)
     else:
-        torch.addmm(linear.bias, source, weight, alpha=alpha, out=out)
+        torch.addmm(bias, source, weight, alpha=alpha, out=out)
 
 
-def _activate(block: _Block, index: int, layer: _Layer, work: _Work) -> None:
-    """A block through what follows a Linear."""
-    if layer.norm:
-        work.norms[index].normalise(block)
-    hidden = block.hidden[index].clamp_min_(0)
-    if layer.dropout:
-        layer.dropout.mask_(hidden, block.room[index])
+def _collect(block: _Block, index: int, layer: _Layer, alpha: float, found: Mapping[nn.Parameter, Tensor]) -> None:
+    """Add what a block contributes to the gradients of a layer's Linear; `alpha` scales what the layer has read."""
+    weight, bias, gradient = layer.linear.weight, layer.linear.bias, block.hidden[index]
+    if weight.requires_grad:
+        found[weight].addmm_(gradient.transposed, block.input_of(index), alpha=alpha)
+    # What follows a Linear finds the gradient of its bias; nothing follows the last.
+    if index == len(block.hidden) - 1 and bias is not None and bias.requires_grad:
+        found[bias].add_(gradient.tensor.sum(0))
 
 
-def _collect(
-    block: _Block, index: int, gradient: Tensor, layers: Sequence[_Layer], found: Mapping[Any, Tensor]
-) -> None:
-    """Add what a block contributes to the gradients of a layer's Linear."""
-    linear, alpha = layers[index].linear, layers[index - 1].scale if index else 1.0
-    if linear.weight.requires_grad:
-        found[linear.weight].addmm_(gradient.t(), block.input_of(index), alpha=alpha)
-    # BatchNorm subtracts the bias again: its gradient is zero.
-    if linear.bias is not None and linear.bias.requires_grad and not layers[index].norm:
-        found[linear.bias].add_(gradient.sum(0))
-
-
-def _propagate(block: _Block, index: int, gradient: Tensor, layers: Sequence[_Layer]) -> Tensor:
-    """From the gradient of layer `index`'s outputs to that of what ReLU and dropout of the layer before were given.
-
-    What came through both is greater than 0, all else is 0, so the layer's result is the mask of both; it is needed no
-    more and makes room for the gradient.
-    """
-    mask, room = block.hidden[index - 1], block.room[index - 1]
-    room.addmm_(gradient, layers[index].linear.weight, beta=0, alpha=layers[index - 1].scale)
-    return keep_above(room, mask, 0, out=mask)
+def _propagate(block: _Block, index: int, layers: Sequence[_Layer]) -> None:
+    """From the gradient of layer `index`'s sums to that of what it has read, in `room`."""
+    block.room[index - 1].tensor.addmm_(
+        block.hidden[index].tensor, layers[index].linear.weight, beta=0, alpha=layers[index - 1].scale
+    )
 
 
 def _runs(layers: Sequence[_Layer]) -> list[tuple[int, int]]:

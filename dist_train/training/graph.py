@@ -107,13 +107,12 @@ class _Recorded:
         self._inbox = torch.zeros(len(self._keys) + 2 + len(batch.index), dtype=torch.int64, device=device)
         starts, numbers, index = self._inbox.split([len(self._keys), 2, len(batch.index)])
         rate, vote = numbers.view(torch.float64).unbind()
-        twin = batch.by_index(index)
         self._results: tuple[Tensor, Number, Tensor | bool] | None = None
 
         def launch() -> None:
             random.hold(self._keys, starts)
             try:
-                self._results = eager.compute([twin.by_index(index)], rate.float(), vote)
+                self._results = eager.compute([batch.by_index(index)], rate.float(), vote)
             finally:
                 random.let_go()
 
@@ -124,7 +123,11 @@ class _Recorded:
         lr = self._eager.learning_rate(step)
         self._eager.begin(batch)
         numbers = torch.tensor([lr, float(wants_stop)], dtype=torch.float64).view(torch.int64)
-        parts = [torch.tensor(self._random.starts_of(self._keys), dtype=torch.int64), numbers, batch.index]
+        parts = [
+            torch.tensor([self._random.start_of(*key) for key in self._keys], dtype=torch.int64),
+            numbers,
+            batch.index,
+        ]
         # Pinned memory is torch's to hand out again, and only once the copy is done.
         message = torch.empty(self._inbox.shape, dtype=torch.int64, pin_memory=self._pinned)
         self._inbox.copy_(torch.cat(parts, out=message), non_blocking=True)

@@ -1,0 +1,147 @@
+"""What a fused network does between its matrix products, compiled: one pass over a block of rows each.
+
+Blocks, (rows, features), are float32 or float64, factors of features, (features,), of the same type, statistics and
+totals float64. No two arguments of a function may share memory: it would work, but without vector instructions. Each
+number that is left in a block depends on its row and the factors alone, in the same operations, whichever rows are beside
+it; sums go from the first row to the last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dist_train.runtime import keyed_random
+from dist_train.runtime.compiled import compiled
+
+Array = np.ndarray[Any, Any]
+
+_INCREMENT = np.uint64(keyed_random.INCREMENT)
+(_SHIFT1, _MULTIPLIER1), (_SHIFT2, _MULTIPLIER2) = ((np.uint64(s), np.uint64(m)) for s, m in keyed_random.ROUNDS)
+_SHIFT3 = np.uint64(keyed_random.LAST_SHIFT)
+
+
+@compiled
+def observe(block: Array, statistics: Array) -> None:
+    """Mean and variance of each feature, into rows 1 and 2 of (3, features). Of no rows: nothing."""
+    rows, features = block.shape
+    if rows == 0:
+        return
+    mean, var = np.zeros(features), np.zeros(features)
+    for row in range(rows):
+        for feature in range(features):
+            mean[feature] += block[row, feature]
+    for feature in range(features):
+        mean[feature] /= rows
+    for row in range(rows):
+        for feature in range(features):
+            deviation = block[row, feature] - mean[feature]
+            var[feature] += deviation * deviation
+    for feature in range(features):
+        statistics[1, feature] = mean[feature]
+        statistics[2, feature] = var[feature] / rows
+
+
+@compiled
+def normalise(
+    mean: Array, var: Array, eps: float, weight: Array, bias: Array, inverse_std: Array, scale: Array, shift: Array
+) -> None:
+    """What BatchNorm multiplies and adds: scale = weight / sqrt(var + eps), shift = bias - mean * scale."""
+    for feature in range(len(mean)):
+        inverse_std[feature] = 1 / np.sqrt(var[feature] + eps)
+        wide = inverse_std[feature] * weight[feature]
+        scale[feature] = wide
+        shift[feature] = bias[feature] - mean[feature] * wide
+
+
+@compiled
+def follow(average: Array, now: Array, factor: float, share: float) -> None:
+    """Let a running statistic follow `now`, which is multiplied by a factor first."""
+    for feature in range(len(average)):
+        average[feature] += (now[feature] * factor - average[feature]) * share
+
+
+@compiled
+def activate(block: Array, scale: Array, shift: Array, start: int, threshold: int, out: Array) -> None:
+    """block * scale + shift through ReLU and dropout; what is kept is not scaled.
+
+    Dropped is what has bits below `threshold`; the bits of all rows follow from `start` (`RowRandom.start_of`).
+    """
+    rows, features = block.shape
+    none = block.dtype.type(0)
+    words = np.empty((features + 3) // 4, np.uint64)
+    bits = words.view(np.int16)
+    offsets = np.arange(len(words)).astype(np.uint64) * _INCREMENT
+    counter = np.uint64(start)
+    lowest = np.int16(threshold)
+    for row in range(rows):
+        for word in range(len(words)):
+            mixed = counter + offsets[word]
+            mixed = (mixed ^ (mixed >> _SHIFT1)) * _MULTIPLIER1
+            mixed = (mixed ^ (mixed >> _SHIFT2)) * _MULTIPLIER2
+            words[word] = mixed ^ (mixed >> _SHIFT3)
+        counter += np.uint64(len(words)) * _INCREMENT
+        for feature in range(features):
+            value = block[row, feature] * scale[feature] + shift[feature]
+            value = none if value <= 0 else value  # NaN stays
+            out[row, feature] = value if bits[feature] >= lowest else none
+
+
+@compiled
+def withdraw(gradient: Array, sums: Array, hidden: Array, totals: Array) -> None:
+    """Back through ReLU and dropout: the gradient where `hidden` is above 0, else 0, in the place of `hidden`.
+
+    Adds it up over the rows in (2, features), and its product with `sums`, what ReLU's input was made of.
+    """
+    rows, features = sums.shape
+    none = sums.dtype.type(0)
+    for row in range(rows):
+        for feature in range(features):
+            kept = gradient[row, feature]
+            kept = kept if hidden[row, feature] > 0 else none
+            hidden[row, feature] = kept
+            totals[0, feature] += kept
+            totals[1, feature] += np.float64(kept) * sums[row, feature]
+
+
+@compiled
+def add(gradient: Array, totals: Array) -> None:
+    """gradient + totals, in place: both (features,)."""
+    for feature in range(len(gradient)):
+        gradient[feature] += totals[feature]
+
+
+@compiled
+def project(totals: Array, mean: Array, inverse_std: Array) -> None:
+    """From the totals of gradient * sum to those of gradient * normalised sum, in place: (slices, 2, features)."""
+    for index in range(len(totals)):
+        for feature in range(len(mean)):
+            product = totals[index, 1, feature] - totals[index, 0, feature] * mean[feature]
+            totals[index, 1, feature] = product * inverse_std[feature]
+
+
+@compiled
+def correct(
+    totals: Array, count: float, mean: Array, inverse_std: Array, weight: Array, of_sum: Array, constant: Array
+) -> None:
+    """What the gradient of sums owes to BatchNorm's mean and variance, from `project`'s totals over all slices.
+
+    Ioffe and Szegedy (2015, "Batch normalization"), sorted by what multiplies a sum and what does not.
+    """
+    for feature in range(len(mean)):
+        factor = inverse_std[feature] * weight[feature] / -count
+        multiplier = totals[1, feature] * factor * inverse_std[feature]
+        of_sum[feature] = multiplier
+        constant[feature] = totals[0, feature] * factor - multiplier * mean[feature]
+
+
+@compiled
+def propagate(gradient: Array, sums: Array, scale: Array, of_sum: Array, constant: Array) -> None:
+    """gradient * scale + sums * of_sum + constant, in place."""
+    rows, features = sums.shape
+    for row in range(rows):
+        for feature in range(features):
+            gradient[row, feature] = (
+                gradient[row, feature] * scale[feature] + sums[row, feature] * of_sum[feature] + constant[feature]
+            )
