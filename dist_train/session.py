@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from dist_train.data.sampler import PositionSampler
 from dist_train.errors import UserError
 from dist_train.models.batch_norm import still_cancelled_biases, sync_batch_norm
 from dist_train.models.dropout import convert_dropout
-from dist_train.models.fused import fuse_sequences
 from dist_train.models.registry import build_model
 from dist_train.models.virtual_ranks import check_row_wise, convert_virtual_ranks
 from dist_train.runtime.collectives import Collectives
@@ -211,7 +211,10 @@ class Session:
         else:
             model = convert_virtual_ranks(plain, slices, collectives)
             check_row_wise(model, self.dataset.splits["train"].slice(0, 4), self.config.model.name)
-        if collectives.device.type == "cpu" and self.config.train.precision != "bf16":
+        # A machine for GPUs may lack numba; the network computes the same without it, more slowly.
+        if collectives.device.type == "cpu" and self.config.train.precision != "bf16" and find_spec("numba"):
+            from dist_train.models.fused import fuse_sequences  # imports numba, which takes a while
+
             fuse_sequences(model, slices)
         return still_cancelled_biases(model)
 

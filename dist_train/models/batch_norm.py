@@ -117,8 +117,9 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
         """Let the running statistics follow those of a batch of `count` rows over all ranks."""
         share = self.count_batch()
         if share is not None:
-            for average, now in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
-                average += (now - cast(Tensor, average)) * share
+            for buffer, now in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
+                average = cast(Tensor, buffer)
+                average += (now - average) * share
 
 
 class _Normalise(torch.autograd.Function):
@@ -176,15 +177,15 @@ def _statistics(rows: Tensor) -> Tensor:
     return statistics
 
 
-def merged(parts: Any) -> tuple[Any, Any, Any]:
+def merged(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and variance of all rows from those of their parts, in order: (parts, 3, C) -> three times (C,).
 
-    Chan, Golub and LeVeque (1983, "Algorithms for computing the sample variance"); of tensors or of numpy's arrays.
+    Chan, Golub and LeVeque (1983, "Algorithms for computing the sample variance").
     """
-    counts, means, variances = parts[:, 0], parts[:, 1], parts[:, 2]
+    counts, means, variances = parts.unbind(1)
     if len(parts) == 1:
         return counts[0], means[0], variances[0]
     total = counts.sum(0)
-    divisor = total + (total == 0)  # parts without rows, all of them: zeros, and not NaN
+    divisor = total.clamp(min=1)  # parts without rows, all of them: zeros, and not NaN
     mean = (means * counts).sum(0) / divisor
     return total, mean, (counts * (variances + (means - mean) ** 2)).sum(0) / divisor

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.models import kernels
-from dist_train.models.batch_norm import GatheredBatchNorm1d, merged
+from dist_train.models.batch_norm import GatheredBatchNorm1d
 from dist_train.models.dropout import NOTHING_DROPPED, KeyedDropout
 from dist_train.models.virtual_ranks import SlicedSequential
 from dist_train.runtime.position import cut
@@ -103,13 +103,13 @@ class _Memory:
 class _Gradients:
     """The gradients of a slice, by parameter."""
 
-    def __init__(self, tensors: Mapping[nn.Parameter, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[Any, Tensor]) -> None:
         self.tensors = tensors
-        self._arrays = {parameter: tensor.numpy() for parameter, tensor in tensors.items()}
+        self._arrays: dict[Any, Any] = {parameter: tensor.numpy() for parameter, tensor in tensors.items()}
 
-    def add(self, parameter: nn.Parameter | None, totals: Any) -> None:
+    def add(self, parameter: Tensor | None, totals: Any) -> None:
         """Add numpy's totals to the gradient of a parameter, if that is wanted."""
-        array = self._arrays.get(parameter)  # type: ignore[call-overload]
+        array = self._arrays.get(parameter)
         if array is not None:
             kernels.add(array, totals)
 
@@ -145,7 +145,7 @@ class _Work:
         like: Tensor,
         gradients: Sequence[Mapping[nn.Parameter, Tensor]] | None,
     ) -> None:
-        self.kept = gradients and [_Gradients(of_slice) for of_slice in gradients]
+        self.kept = [_Gradients(of_slice) for of_slice in gradients or ()]
         self.lengths = lengths
         self.dtype = like.dtype
         self.first_weight = layers[0].linear.weight.data_ptr()
@@ -235,15 +235,17 @@ class _Normalised(_Activation):
     def __init__(self, layer: _Layer, index: int, blocks: Sequence[_Block]) -> None:
         super().__init__(layer, index, blocks)
         self._norm = norm = cast(GatheredBatchNorm1d, layer.norm)
-        self._slice_of = [block.slice for block in blocks]
         num_slices, _, features = self._totals.shape
-        self._of_blocks = np.zeros((len(blocks), 3, features))
-        self._of_blocks[:, 0] = np.array([[block.num_rows] for block in blocks])
-        # With one block a slice they are the same.
-        self._of_slices = self._of_blocks if len(blocks) == num_slices else np.zeros((num_slices, 3, features))
+        # Count, mean and variance of each feature: of each block, of each slice, of all slices of all ranks.
+        of_blocks = np.zeros((len(blocks), 3, features))
+        of_blocks[:, 0] = np.array([[block.num_rows] for block in blocks])
+        self._statistics_of = dict(zip(blocks, of_blocks, strict=True))
+        self._of_slices = of_blocks if len(blocks) == num_slices else np.zeros((num_slices, 3, features))
+        borders = np.cumsum(np.bincount([block.slice for block in blocks]))[:-1]
+        self._blocks_of = np.split(of_blocks, borders)
         self._slices_tensor = torch.from_numpy(self._of_slices)
-        self._statistics_of = dict(zip(blocks, self._of_blocks, strict=True))
-        self._mean = self._inverse_std = np.zeros(0)
+        self._of_all = np.zeros((3, features))
+        self._mean, self._inverse_std = self._of_all[1], np.zeros(features)
         self._constant, self._of_sum = np.zeros_like(self._shift), np.zeros_like(self._shift)
         # Scale and shift are 1 and 0 so far, which is what stands for no weight and bias.
         given = (p if p is None else p.detach().numpy() for p in (norm.weight, norm.bias))
@@ -257,16 +259,16 @@ class _Normalised(_Activation):
     def prepare(self) -> None:
         """Find scale and shift, over all rows of all ranks."""
         norm = self._norm
-        if self._of_slices is not self._of_blocks:
-            for index, of_slice in enumerate(self._of_slices):
-                of_slice[:] = merged(self._of_blocks[np.equal(self._slice_of, index)])
-        counts, self._mean, var = merged(norm.collectives.slices(self._slices_tensor).numpy())
+        if len(self._of_slices) < len(self._blocks):
+            for of_blocks, of_slice in zip(self._blocks_of, self._of_slices, strict=True):
+                kernels.merge(of_blocks, of_slice)
+        kernels.merge(norm.collectives.slices(self._slices_tensor).numpy(), self._of_all)
+        counts, _, var = self._of_all
         self._count = norm.require_rows(counts[0])
         share = norm.count_batch()
         if share is not None:
             kernels.follow(cast(Tensor, norm.running_mean).numpy(), self._mean, 1.0, share)
             kernels.follow(cast(Tensor, norm.running_var).numpy(), var, self._count / (self._count - 1), share)
-        self._inverse_std = np.empty_like(var)
         kernels.normalise(
             self._mean, var, norm.eps, self._weight, self._bias, self._inverse_std, self._scale, self._shift
         )
@@ -356,7 +358,7 @@ def _multiply(block: _Block, index: int, layers: Sequence[_Layer], work: _Work) 
         torch.addmm(bias, source, weight, alpha=alpha, out=out)
 
 
-def _collect(block: _Block, index: int, layer: _Layer, alpha: float, found: Mapping[nn.Parameter, Tensor]) -> None:
+def _collect(block: _Block, index: int, layer: _Layer, alpha: float, found: Mapping[Any, Tensor]) -> None:
     """Add what a block contributes to the gradients of a layer's Linear; `alpha` scales what the layer has read."""
     weight, bias, gradient = layer.linear.weight, layer.linear.bias, block.hidden[index]
     if weight.requires_grad:

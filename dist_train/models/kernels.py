@@ -2,8 +2,8 @@
 
 Blocks, (rows, features), are float32 or float64, factors of features, (features,), of the same type, statistics and
 totals float64. No two arguments of a function may share memory: it would work, but without vector instructions. Each
-number that is left in a block depends on its row and the factors alone, in the same operations, whichever rows are beside
-it; sums go from the first row to the last.
+number that is left in a block depends on its row and the factors alone, in the same operations, whichever rows are
+beside it; sums go from the first row to the last.
 """
 
 from __future__ import annotations
@@ -41,6 +41,28 @@ def observe(block: Array, statistics: Array) -> None:
     for feature in range(features):
         statistics[1, feature] = mean[feature]
         statistics[2, feature] = var[feature] / rows
+
+
+@compiled
+def merge(parts: Array, whole: Array) -> None:
+    """Count, mean and variance of all rows from those of their parts, in order: (parts, 3, features) -> (3, features).
+
+    Chan, Golub and LeVeque (1983, "Algorithms for computing the sample variance").
+    """
+    whole[:] = 0
+    num_parts, _, features = parts.shape
+    for part in range(num_parts):
+        for feature in range(features):
+            whole[0, feature] += parts[part, 0, feature]
+            whole[1, feature] += parts[part, 0, feature] * parts[part, 1, feature]
+    for feature in range(features):
+        whole[1, feature] /= max(whole[0, feature], 1.0)  # no rows at all: zeros
+    for part in range(num_parts):
+        for feature in range(features):
+            apart = parts[part, 1, feature] - whole[1, feature]
+            whole[2, feature] += parts[part, 0, feature] * (parts[part, 2, feature] + apart * apart)
+    for feature in range(features):
+        whole[2, feature] /= max(whole[0, feature], 1.0)
 
 
 @compiled

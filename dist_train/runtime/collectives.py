@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_train.errors import PeerFailed, Stopped, TrainingFault, UserError
+from dist_train.runtime.exchange import CAPACITY, Exchange, open_exchange
 from dist_train.runtime.pulse import Pulse
 from dist_train.runtime.world import World
 
@@ -31,6 +32,9 @@ class Collectives:
         self.runs_on_device = world.device.type == "cuda" and (world.size == 1 or world.backend == "nccl")
         self.pulse = Pulse()
         self._wants_stop = wants_stop
+        # Whether ranks share memory is found out when they first need it, and then the same everywhere.
+        self._may_share = 1 < world.size == world.local_size and world.device.type == "cpu"
+        self._exchange: Exchange | None = None
 
     @classmethod
     def of_default_group(cls, device: torch.device) -> Collectives:
@@ -47,18 +51,38 @@ class Collectives:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; every rank gets the same bits."""
         if self.size > 1:
+            exchange = self._exchange_for(tensor)
             with self.pulse.waiting("all_reduce"):
-                dist.all_reduce(tensor)
+                if exchange:
+                    exchange.add(tensor)
+                else:
+                    dist.all_reduce(tensor)
         return tensor
 
     def stack(self, tensor: Tensor) -> Tensor:
         """Same-shaped tensors of all ranks, stacked in rank order: (...) -> (world, ...)."""
         if self.size == 1:
             return tensor.unsqueeze(0)
-        gathered = tensor.new_empty((self.size, *tensor.shape))
+        exchange = self._exchange_for(tensor)
         with self.pulse.waiting("all_gather"):
+            if exchange:
+                return exchange.gather(tensor)
+            gathered = tensor.new_empty((self.size, *tensor.shape))
             dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         return gathered
+
+    def share_memory_for(self, tensor: Tensor) -> bool:
+        """Whether such a tensor goes through memory that all ranks share. Called by all of them."""
+        return self.size > 1 and self._exchange_for(tensor) is not None
+
+    def _exchange_for(self, tensor: Tensor) -> Exchange | None:
+        """What small tensors go through where all ranks are on this host."""
+        if not self._may_share or tensor.nbytes > CAPACITY:
+            return None
+        if self._exchange is None:
+            self._exchange = open_exchange(self.rank, self.size, self.agree)
+            self._may_share = self._exchange is not None
+        return self._exchange
 
     def fold(self, partials: Tensor) -> Tensor:
         """Sum of the partials of all slices of all ranks in one fixed order: (slices, ...) -> (...).

@@ -6,13 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from dist_train.runtime.processes import State
 from dist_train.runtime.pulse import Reading
 
 _MAX_NAMED = 4
-
-State = Literal["running", "stopped", "gone", "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,8 +46,6 @@ class FlatParameters:
         part: Tensor = flat[..., start : start + parameter.numel()].unflatten(-1, parameter.shape)
         return part
 
-    def gather(self, tensors: Iterable[Tensor], out: Tensor) -> Tensor:
-        """Tensors of the shapes of the parameters, in their order, into a flat tensor."""
-        views = [self.view(out, parameter) for parameter in self.parameters]
-        torch._foreach_copy_(views, list(tensors))
-        return out
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The parts of a flat tensor, (size,), that belong to the parameters, in their order."""
+        return [self.view(flat, parameter) for parameter in self.parameters]

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from dist_train.errors import EXIT_FAULT, PeerFailed, Stopped, TrainingFault, UserError
 from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.diagnosis import State, Statement, Verdict, diagnose, headline, report
+from dist_train.runtime.diagnosis import Statement, Verdict, diagnose, headline, report
+from dist_train.runtime.processes import Process
 from dist_train.runtime.pulse import STACK_SIGNAL, Reading, read
 from dist_train.runtime.stopping import Launcher
 
@@ -78,15 +78,6 @@ def watched(
         watch.end()
 
 
-class _Process(NamedTuple):
-    """Where a rank runs. `started` tells it from a later process of the same number; None: /proc does not say."""
-
-    host: str
-    process: int
-    started: str | None
-    handle: int
-
-
 class Watch:
     """The watch of one rank."""
 
@@ -109,15 +100,15 @@ class Watch:
         self._ended = threading.Event()
         self._alarmed = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
-        process = os.getpid()
-        mine = _Process(socket.gethostname(), process, _started(process), self._pulse.handle)
-        self._ranks = collectives.agree(lambda: mine)
-        self._neighbours = {rank: _open_memory(who) for rank, who in self._of_this_host().items()}
+        self._handles, self._ranks = zip(*collectives.agree(lambda: (self._pulse.handle, Process.of(os.getpid()))), strict=True)
+        self._neighbours = {
+            rank: who.open_file(self._handles[rank], os.O_RDONLY) for rank, who in self._of_this_host().items()
+        }
         self._woken: set[int] = set()
         self._alone = len(self._ranks) == 1
         collectives.barrier()  # nobody leaves before its memory has been opened
 
-    def _of_this_host(self) -> dict[int, _Process]:
+    def _of_this_host(self) -> dict[int, Process]:
         host = self._ranks[self._rank].host
         return {rank: who for rank, who in enumerate(self._ranks) if rank != self._rank and who.host == host}
 
@@ -189,7 +180,7 @@ class Watch:
                         found |= {other.rank: other for other in others}
             time.sleep(0.1)
         found = {other.rank: other for other in self._fallen(but=set(heard | found))} | found
-        unknown = {r: Statement(rank=r, host=w.host, process=w.process) for r, w in enumerate(self._ranks)}
+        unknown = {r: Statement(rank=r, host=w.host, process=w.number) for r, w in enumerate(self._ranks)}
         # A rank that was stopped may have said something when it was woken for its stacks: too late.
         found = {rank: other for rank, other in found.items() if rank not in heard or other.state == "stopped"}
         ranks = list((unknown | heard | found).values())
@@ -200,7 +191,7 @@ class Watch:
 
     def _all_heard(self, heard: set[int]) -> bool:
         """Whether nobody is left who could still say something."""
-        gone = {rank for rank, who in self._of_this_host().items() if _state(who) == "gone"}
+        gone = {rank for rank, who in self._of_this_host().items() if who.state() == "gone"}
         return len(heard | gone) == len(self._ranks)
 
     def _publish(self, ranks: list[Statement], verdict: Verdict) -> None:
@@ -225,14 +216,14 @@ class Watch:
         who = self._ranks[self._rank]
         died = self._launcher is not None and self._launcher.died
         return Statement(
-            rank=self._rank, host=who.host, process=who.process, reading=self._pulse.read(), state="running",
+            rank=self._rank, host=who.host, process=who.number, reading=self._pulse.read(), state="running",
             answered=True, error="".join(traceback.format_exception(error)) if error else None,
             lost_connection=error is not None and _is_of_communication(error), launcher_died=died,
         )  # fmt: skip
 
     def _speaks_for_its_host(self) -> bool:
         """Whether this is the one rank of the host that looks after the fallen: to look may wake them for a moment."""
-        return all(rank > self._rank for rank, who in self._of_this_host().items() if _state(who) == "running")
+        return all(rank > self._rank for rank, who in self._of_this_host().items() if who.state() == "running")
 
     def _fallen(self, but: set[int] | None = None) -> list[Statement]:
         """Ranks of this host that cannot speak for themselves: gone, or stopped; with `but`, all except those.
@@ -241,19 +232,19 @@ class Watch:
         """
         found = []
         for rank, who in self._of_this_host().items():
-            state = _state(who)
+            state = who.state()
             silent = state != "running" if but is None else rank not in but
             memory = self._neighbours.get(rank)
             if silent and memory is not None:
                 reading = read(memory)
                 unasked = state == "running" and self._store is None
                 if state != "gone" and not unasked:
-                    _ask_for_stacks(who.process)
+                    _ask_for_stacks(who.number)
                     self._woken.add(rank)
                     reading = replace(reading, stack=read(memory).stack)
                 found.append(
                     Statement(
-                        rank=rank, host=who.host, process=who.process, reading=reading, state=state, answered=unasked
+                        rank=rank, host=who.host, process=who.number, reading=reading, state=state, answered=unasked
                     )
                 )
         return found
@@ -264,10 +255,10 @@ class Watch:
         On a busy host a rank that was woken for its stacks may not have come to stop again yet.
         """
         for rank, who in self._of_this_host().items():
-            state = _state(who)
+            state = who.state()
             if state == "stopped" or (state == "running" and rank in self._woken):
                 with suppress(ProcessLookupError):
-                    os.kill(who.process, signal.SIGKILL)
+                    os.kill(who.number, signal.SIGKILL)
 
     def _ask(self, question: Callable[[Store], T]) -> T | None:
         """The store's answer; None when it has none in time. Then the store is lost, and is not asked again."""
@@ -316,36 +307,6 @@ def _is_of_communication(error: Exception) -> bool:
 def _leave_after(seconds: float) -> None:
     time.sleep(seconds)
     os._exit(EXIT_FAULT)
-
-
-def _open_memory(who: _Process) -> int | None:
-    """The memory of a rank of this host; None where /proc does not show it (containers, other systems)."""
-    try:
-        return os.open(f"/proc/{who.process}/fd/{who.handle}", os.O_RDONLY)
-    except OSError:
-        return None
-
-
-def _started(process: int) -> str | None:
-    """When a process began, in the kernel's own count: tells it from a later one of the same number."""
-    fields = _stat(process)
-    return fields[19] if fields else None
-
-
-def _state(who: _Process) -> State:
-    fields = _stat(who.process)
-    if who.started is None:
-        return "unknown"
-    if fields is None or fields[19] != who.started or fields[0] in "ZX":
-        return "gone"
-    return "stopped" if fields[0] in "Tt" else "running"
-
-
-def _stat(process: int) -> list[str] | None:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
 
 
 def _ask_for_stacks(process: int) -> None:

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.runtime.collectives import Collectives
@@ -33,14 +35,21 @@ class Reduction(Protocol):
 
 
 class AveragedInBackward:
-    """The fast mode on several ranks: DistributedDataParallel averages in the last backward pass."""
+    """The fast mode on several ranks: DistributedDataParallel averages in the last backward pass.
+
+    Where all ranks share memory and the gradients are small, they go through it instead of gloo's all-reduce.
+    """
 
     def __init__(self, model: DistributedDataParallel, parameters: FlatParameters, collectives: Collectives) -> None:
         self.divisor = collectives.size
         self._model = model
         self._parameters = parameters
         self._flat = parameters.zeros()
+        self._views = parameters.views(self._flat)
         self._collectives = collectives
+        if collectives.share_memory_for(self._flat):
+            # A lambda, since torch takes annotations that are text for wrong ones.
+            model.register_comm_hook(collectives, lambda state, bucket: _average(state, bucket))
 
     def begin(self) -> None:
         """Forget the gradients of the step before."""
@@ -58,7 +67,9 @@ class AveragedInBackward:
 
     def finish(self) -> Tensor:
         """Out of DistributedDataParallel's buckets."""
-        return self._parameters.gather([p.grad for p in self._parameters.parameters if p.grad is not None], self._flat)
+        gradients = [p.grad for p in self._parameters.parameters if p.grad is not None]
+        torch._foreach_copy_(self._views, gradients)
+        return self._flat
 
 
 class FoldedSlices:
@@ -92,3 +103,10 @@ class FoldedSlices:
     def finish(self) -> Tensor:
         """Gather every slice's gradient and add them up, the same bits on every rank and for every world size."""
         return self._collectives.fold(self._slices.flat)
+
+
+def _average(collectives: Collectives, bucket: GradBucket) -> Future[Tensor]:
+    """What DistributedDataParallel's own all-reduce does to a bucket."""
+    average: Future[Tensor] = Future()
+    average.set_result(collectives.sum(bucket.buffer().div_(collectives.size)))
+    return average

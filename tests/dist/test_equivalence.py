@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.world import World
 from tests.dist.sessions import BUILTIN, Trained, train, write_table
 from tests.ranks import on_ranks
 
@@ -92,3 +94,18 @@ def test_another_global_batch_is_another_run() -> None:
     (one,) = on_ranks(1, train, [*BUILTIN, "train.max_steps=20"])
     (other,) = on_ranks(1, train, [*BUILTIN, "train.max_steps=20", "run.seed=1"])
     assert np.abs(one.losses - other.losses).max() > 1e-3
+
+
+def train_by_gloo(collectives: Collectives, arguments: list[str]) -> Trained:
+    """As ranks of several hosts do."""
+    return train(Collectives(World(rank=collectives.rank, size=collectives.size)), arguments)
+
+
+@pytest.mark.parametrize(("world_size", "virtual_ranks"), [(2, "null"), (2, "4"), (3, "3")])
+def test_memory_that_ranks_share_changes_no_bit(world_size: int, virtual_ranks: str) -> None:
+    """The all-reduce of DistributedDataParallel itself as well; on two ranks, where the order of a sum does not matter."""
+    arguments = [*BUILTIN, "train.max_steps=20", f"train.virtual_ranks={virtual_ranks}"]
+    shared, by_gloo = on_ranks(world_size, train, arguments)[0], on_ranks(world_size, train_by_gloo, arguments)[0]
+    assert np.array_equal(shared.losses, by_gloo.losses)
+    for name, value in shared.weights.items():
+        assert np.array_equal(value, by_gloo.weights[name]), name

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
 from torch._C._distributed_c10d import HashStore
 
-from dist_train.runtime import watch
 from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.processes import Process
 from dist_train.runtime.pulse import STACK_SIGNAL
 from dist_train.runtime.watch import Watch
 from dist_train.runtime.world import World
@@ -32,13 +31,12 @@ def test_a_stopped_rank_is_ended_even_if_it_has_not_come_to_stop_again(monkeypat
     with subprocess.Popen([sys.executable, "-c", RANK], stdout=subprocess.PIPE) as stopped:
         assert stopped.stdout
         assert stopped.stdout.readline() == b"ready\n"
-        started = watch._started(stopped.pid)
-        over._ranks = [*over._ranks, watch._Process(socket.gethostname(), stopped.pid, started, 0)]
+        over._ranks = (*over._ranks, Process.of(stopped.pid))
         over._neighbours = {1: os.dup(collectives.pulse.handle)}
         os.kill(stopped.pid, signal.SIGSTOP)
-        monkeypatch.setattr(watch, "_state", lambda _: "stopped")
+        monkeypatch.setattr(Process, "state", lambda _: "stopped")
         assert [other.rank for other in over._fallen()] == [1]
-        monkeypatch.setattr(watch, "_state", lambda _: "running")  # the kernel has not stopped it yet
+        monkeypatch.setattr(Process, "state", lambda _: "running")  # the kernel has not stopped it yet
         over._end_neighbours()
         try:
             assert stopped.wait(60) == -signal.SIGKILL

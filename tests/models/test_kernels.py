@@ -1,0 +1,136 @@
+"""The compiled passes against numpy, and their random bits against `RowRandom`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+from dist_train.models import kernels
+from dist_train.models.dropout import NOTHING_DROPPED
+from dist_train.runtime.compiled import compiled
+from dist_train.runtime.keyed_random import RowRandom
+
+ROWS, FEATURES = 37, 13
+DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+def some(*shape: int, dtype: Any = np.float64, key: int = 0) -> Any:
+    return np.random.default_rng(key).normal(size=shape).astype(dtype)
+
+
+def tolerance(dtype: Any) -> float:
+    return 1e-6 if dtype == np.float32 else 1e-14
+
+
+@DTYPES
+def test_observe_and_merge(dtype: Any) -> None:
+    rows = some(ROWS, FEATURES, dtype=dtype) + dtype(1000)  # far from zero
+    parts = np.zeros((4, 3, FEATURES))
+    for part, (a, b) in zip(parts, ((0, 5), (5, 5), (5, 6), (6, ROWS)), strict=True):
+        part[0] = b - a
+        kernels.observe(np.ascontiguousarray(rows[a:b]), part)
+    whole = np.full((3, FEATURES), np.nan)
+    kernels.merge(parts, whole)
+    wide = rows.astype(np.float64)
+    np.testing.assert_allclose(whole, [np.full(FEATURES, ROWS), wide.mean(0), wide.var(0)], rtol=1e-10)
+    kernels.merge(parts[1:2], whole)
+    assert (whole == 0).all()
+
+
+@DTYPES
+def test_normalise_and_follow(dtype: Any) -> None:
+    mean, var = some(FEATURES), some(FEATURES, key=1) ** 2
+    weight, bias = (some(FEATURES, dtype=dtype, key=key) for key in (2, 3))
+    inverse_std, scale, shift = np.zeros(FEATURES), np.zeros(FEATURES, dtype), np.zeros(FEATURES, dtype)
+    kernels.normalise(mean, var, 1e-5, weight, bias, inverse_std, scale, shift)
+    rows = some(ROWS, FEATURES)
+    expected = torch.nn.functional.batch_norm(
+        torch.from_numpy(rows), torch.from_numpy(mean), torch.from_numpy(var),
+        torch.from_numpy(weight).double(), torch.from_numpy(bias).double(),
+    )  # fmt: skip
+    np.testing.assert_allclose(rows * scale + shift, expected, rtol=10 * tolerance(dtype), atol=10 * tolerance(dtype))
+    average = np.ones(FEATURES, dtype)
+    kernels.follow(average, mean, 2.0, 0.25)
+    np.testing.assert_allclose(average, 0.75 + 0.5 * mean, rtol=tolerance(dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [1, 4, 7, 256])
+@pytest.mark.parametrize("threshold", [NOTHING_DROPPED, -12000, 32767])
+def test_activate_draws_the_bits_of_the_rows(dtype: Any, features: int, threshold: int) -> None:
+    random = RowRandom(4)
+    random.begin(3, 5_000_000_000)
+    bits = random.bits16("dropout", ROWS, features, torch.device("cpu")).numpy()
+    rows, scale, shift = some(ROWS, features, dtype=dtype), some(features, dtype=dtype), some(features, dtype=dtype)
+    out = np.full_like(rows, np.nan)
+    kernels.activate(rows, scale, shift, random.start_of("dropout", features), threshold, out)
+    expected = np.where(bits >= threshold, np.maximum(rows * scale + shift, 0), 0)
+    np.testing.assert_array_equal(out, expected.astype(dtype))
+    # A row is the same whichever rows are beside it: with vector instructions or without.
+    random.begin(3, 5_000_000_000 + 11)
+    alone = np.zeros((1, features), dtype)
+    kernels.activate(rows[11:12].copy(), scale, shift, random.start_of("dropout", features), threshold, alone)
+    np.testing.assert_array_equal(alone[0], out[11])
+
+
+def test_activate_shows_what_is_not_a_number() -> None:
+    rows = np.array([[np.nan, np.inf, -np.inf, -1.0, 2.0]])
+    out = np.zeros_like(rows)
+    kernels.activate(rows, np.ones(5), np.zeros(5), 0, NOTHING_DROPPED, out)
+    np.testing.assert_array_equal(out, [[np.nan, np.inf, 0, 0, 2]])
+
+
+@DTYPES
+def test_withdraw(dtype: Any) -> None:
+    gradient, sums, hidden = (some(ROWS, FEATURES, dtype=dtype, key=key) for key in range(3))
+    kept = np.where(hidden > 0, gradient, 0)
+    totals = np.ones((2, FEATURES))
+    kernels.withdraw(gradient, sums, hidden, totals)
+    np.testing.assert_array_equal(hidden, kept)
+    wide = kept.astype(np.float64)
+    np.testing.assert_allclose(totals, [1 + wide.sum(0), 1 + (wide * sums).sum(0)], rtol=1e-12)
+
+
+@DTYPES
+def test_gradient_of_a_batch_norm(dtype: Any) -> None:
+    """`project`, `correct` and `propagate` together are autograd's gradient of torch's own BatchNorm."""
+    rows, gradient, weight = some(ROWS, FEATURES), some(ROWS, FEATURES, key=1), some(FEATURES, key=2)
+    x = torch.from_numpy(rows).requires_grad_()
+    w = torch.from_numpy(weight).requires_grad_()
+    torch.nn.functional.batch_norm(x, None, None, w, training=True).backward(torch.from_numpy(gradient))
+    assert x.grad is not None
+    assert w.grad is not None
+    mean, inverse_std = rows.mean(0), 1 / np.sqrt(rows.var(0) + 1e-5)
+    halves = [np.stack([g.sum(0), (g * r).sum(0)]) for g, r in ((gradient[:9], rows[:9]), (gradient[9:], rows[9:]))]
+    totals = np.stack(halves)
+    kernels.project(totals, mean, inverse_std)
+    added = np.zeros(FEATURES, dtype)
+    for own in totals:
+        kernels.add(added, own[1])
+    np.testing.assert_allclose(added, w.grad, rtol=100 * tolerance(dtype), atol=100 * tolerance(dtype))
+    scale, of_sum, constant = (np.zeros(FEATURES, dtype) for _ in range(3))
+    scale[:] = inverse_std * weight
+    kernels.correct(totals.sum(0), float(ROWS), mean, inverse_std, weight, of_sum, constant)
+    found = gradient.astype(dtype)
+    kernels.propagate(found, rows.astype(dtype), scale, of_sum, constant)
+    np.testing.assert_allclose(found, x.grad, rtol=1e3 * tolerance(dtype), atol=10 * tolerance(dtype))
+
+
+def test_without_a_place_for_machine_code_each_process_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    njit = numba.njit
+
+    def nowhere(*arguments: Any, **options: Any) -> Any:
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*arguments, **options)
+
+    monkeypatch.setattr(numba, "njit", lambda *a, **o: (lambda f: nowhere(f, **o)) if not a else nowhere(*a, **o))
+
+    def double(x: float) -> float:
+        return 2 * x
+
+    assert compiled(double)(4.0) == 8.0
