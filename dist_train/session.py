@@ -241,7 +241,6 @@ class Session:
         """
         replicated.eval()  # neither statistics nor dropout
         replicated(*self.dataset.splits["train"].slice(0, 1)).sum().backward()
-        self.model.zero_grad()
         replicated.train()
 
     def _class_weights(self, collectives: Collectives) -> Tensor | None:

@@ -71,7 +71,7 @@ class FusedSequential(nn.Sequential):
         first = self.layers[0].linear.weight.data_ptr()  # parameters may have been moved
         work = self._spare.pop() if self._spare else None
         if work is None or work.lengths != lengths or work.dtype != dtype or work.first_weight != first:
-            work = _Work(lengths, self.layers, parts[0], self.slices.gradients)
+            work = _Work(lengths, self.layers, parts[0], self.trained, self.slices.gradients)
         return work
 
     def give_back(self, work: _Work) -> None:
@@ -105,6 +105,7 @@ class _Gradients:
 
     def __init__(self, tensors: Mapping[Any, Tensor]) -> None:
         self.tensors = tensors
+        self.all = list(tensors.values())
         self._arrays: dict[Any, Any] = {parameter: tensor.numpy() for parameter, tensor in tensors.items()}
 
     def add(self, parameter: Tensor | None, totals: Any) -> None:
@@ -143,9 +144,13 @@ class _Work:
         lengths: list[int],
         layers: Sequence[_Layer],
         like: Tensor,
+        trained: Sequence[nn.Parameter],
         gradients: Sequence[Mapping[nn.Parameter, Tensor]] | None,
     ) -> None:
-        self.kept = [_Gradients(of_slice) for of_slice in gradients or ()]
+        # Where nobody keeps gradients for each slice, autograd is given them, out of memory that is used again.
+        self.for_autograd = gradients is None
+        of_slices = gradients or [{p: torch.zeros_like(p) for p in trained}]
+        self.gradients = [_Gradients(of_slice) for of_slice in of_slices]
         self.lengths = lengths
         self.dtype = like.dtype
         self.first_weight = layers[0].linear.weight.data_ptr()
@@ -320,7 +325,9 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sequence, work, wants_input = ctx.sequence, ctx.work, ctx.needs_input_grad[0]
         layers, slices, between = sequence.layers, sequence.slices, work.between
-        found = work.kept or [_Gradients({p: torch.zeros_like(p) for p in sequence.trained})]
+        found = work.gradients
+        if work.for_autograd:
+            torch._foreach_zero_(found[0].all)
         for block, of_outputs in zip(work.blocks, work.pieces(slices.split(grad)), strict=True):
             block.hidden[-1].tensor.copy_(of_outputs)
         of_inputs: list[Tensor] = []
@@ -344,7 +351,7 @@ class _Fused(torch.autograd.Function):
             for index in range(max(first - 1, 0), last):
                 between[index].finish(found)
         sequence.give_back(work)
-        left = [None] if work.kept else [found[0].tensors[p] for p in sequence.trained]
+        left = found[0].all if work.for_autograd else [None]
         return torch.cat(of_inputs[::-1]) if wants_input else None, None, *left
 
 

@@ -53,8 +53,7 @@ class AveragedInBackward:
 
     def begin(self) -> None:
         """Forget the gradients of the step before."""
-        for parameter in self._parameters.parameters:
-            parameter.grad = None
+        torch._foreach_zero_(self._gradients())
 
     def backward_of(self, *, last: bool) -> AbstractContextManager[Any]:
         """Communicate in the last backward pass alone."""
@@ -67,9 +66,12 @@ class AveragedInBackward:
 
     def finish(self) -> Tensor:
         """Out of DistributedDataParallel's buckets."""
-        gradients = [p.grad for p in self._parameters.parameters if p.grad is not None]
-        torch._foreach_copy_(self._views, gradients)
+        torch._foreach_copy_(self._views, self._gradients())
         return self._flat
+
+    def _gradients(self) -> list[Tensor]:
+        """Views of the buckets, which are laid out by now."""
+        return [p.grad for p in self._parameters.parameters if p.grad is not None]
 
 
 class FoldedSlices:

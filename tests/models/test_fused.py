@@ -144,6 +144,20 @@ def test_a_pass_that_is_not_followed_by_its_backward_pass_disturbs_no_other() ->
     second.sum().backward()
 
 
+def test_gradients_that_were_handed_out_are_not_written_to_again() -> None:
+    model = build(lambda: FinancialClassifier(7, 8, 3), (6,), fused=True, sliced=False)
+    (x,) = inputs_of(model, 6)
+    model(x).sum().backward()
+    handed_out = [p.grad for p in model.parameters()]
+    copies = [g.clone() for g in handed_out if g is not None]
+    model.zero_grad(set_to_none=True)
+    model(x * 3).sum().backward()
+    assert len(copies) == 8
+    for gradient, copy in zip(handed_out, copies, strict=True):
+        assert gradient is not None
+        assert torch.equal(gradient, copy)
+
+
 def test_a_model_of_other_modules_stays_as_it_is() -> None:
     for last in (nn.ReLU(), nn.Tanh()):
         model = nn.Sequential(nn.Linear(3, 3), last)
