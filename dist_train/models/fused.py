@@ -9,22 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_train.models import kernels
 from dist_train.models.batch_norm import GatheredBatchNorm1d
-from dist_train.models.dropout import NOTHING_DROPPED, KeyedDropout
+from dist_train.models.dropout import KeyedDropout
+from dist_train.models.fused_layers import Block, Layer, Work
 from dist_train.models.virtual_ranks import SlicedSequential
-from dist_train.runtime.position import cut
 from dist_train.runtime.slices import Slices
-
-# Large enough that calls cost little, small enough that most of what a layer makes of a block stays in a core's cache;
-# docs/log.md has what other sizes cost.
-BLOCK_ROWS = 512
 
 
 def fuse_sequences(model: nn.Module, slices: Slices) -> nn.Module:
@@ -48,14 +42,14 @@ class FusedSequential(nn.Sequential):
     other numbers agree to rounding. What a slice goes through depends on that slice alone, as the exact mode needs it.
     """
 
-    def set_up(self, layers: Sequence[_Layer], slices: Slices) -> None:
+    def set_up(self, layers: Sequence[Layer], slices: Slices) -> None:
         """What it consists of, and who knows which rows come next."""
         self.layers = layers
         self.runs = _runs(layers)
         self.slices = slices
         # Kept, since walking through the modules takes longer than a kernel.
         self.trained = tuple(p for p in self.parameters() if p.requires_grad)
-        self._spare: list[_Work] = []  # at most one; setting an attribute of a module takes as long as a kernel
+        self._spare: list[Work] = []  # at most one; setting an attribute of a module takes as long as a kernel
 
     def forward(self, input: Tensor) -> Tensor:
         """Outputs of the rows."""
@@ -65,234 +59,18 @@ class FusedSequential(nn.Sequential):
         parameters = self.trained[:1] if self.slices.gradients else self.trained
         return cast(Tensor, _Fused.apply(input, self, *parameters))
 
-    def work_for(self, parts: Sequence[Tensor]) -> _Work:
+    def work_for(self, parts: Sequence[Tensor]) -> Work:
         """Memory for slices of such lengths: that of the step before, unless the lengths differ or it is in use."""
         lengths, dtype = [len(part) for part in parts], parts[0].dtype
         first = self.layers[0].linear.weight.data_ptr()  # parameters may have been moved
         work = self._spare.pop() if self._spare else None
         if work is None or work.lengths != lengths or work.dtype != dtype or work.first_weight != first:
-            work = _Work(lengths, self.layers, parts[0], self.trained, self.slices.gradients)
+            work = Work(lengths, self.layers, parts[0], self.trained, self.slices.gradients)
         return work
 
-    def give_back(self, work: _Work) -> None:
+    def give_back(self, work: Work) -> None:
         """The next step may have the memory."""
         self._spare[:] = [work]
-
-
-class _Layer(NamedTuple):
-    """A Linear and what follows it up to the next one. The last has neither BatchNorm nor ReLU.
-
-    `scale` is what dropout multiplies kept numbers by; the products that they enter do that on the way.
-    """
-
-    linear: nn.Linear
-    norm: GatheredBatchNorm1d | None
-    dropout: KeyedDropout | None
-    scale: float
-
-
-class _Memory:
-    """Numbers of a block, (rows, features), in the ways in which they are looked at: making a view takes a while."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.transposed = tensor.t()
-        self.array = tensor.numpy()
-
-
-class _Gradients:
-    """The gradients of a slice, by parameter."""
-
-    def __init__(self, tensors: Mapping[Any, Tensor]) -> None:
-        self.tensors = tensors
-        self.all = list(tensors.values())
-        self._arrays: dict[Any, Any] = {parameter: tensor.numpy() for parameter, tensor in tensors.items()}
-
-    def add(self, parameter: Tensor | None, totals: Any) -> None:
-        """Add numpy's totals to the gradient of a parameter, if that is wanted."""
-        array = self._arrays.get(parameter)
-        if array is not None:
-            kernels.add(array, totals)
-
-
-class _Block:
-    """Some rows of one slice, and what each layer has made of them.
-
-    `sums[i]` are the outputs of layer i's Linear, `hidden[i]` what BatchNorm, ReLU and dropout (not yet scaled) make
-    of them, and in the backward pass the gradient. `room[i]`, of the same shape, is shared by all blocks.
-    """
-
-    def __init__(self, index: int, place: int, num_rows: int, room: Sequence[Tensor]) -> None:
-        self.slice = index
-        self.place = place
-        self.num_rows = num_rows
-        self.room = [_Memory(memory[:num_rows]) for memory in room]
-        self.sums = [_Memory(torch.empty_like(r.tensor)) for r in self.room]
-        self.hidden = [_Memory(torch.empty_like(r.tensor)) for r in self.room]
-        self.inputs = torch.empty(0)
-
-    def input_of(self, index: int) -> Tensor:
-        """What layer `index` reads."""
-        return self.hidden[index - 1].tensor if index else self.inputs
-
-
-class _Work:
-    """The blocks of a pass, and what follows each Linear but the last."""
-
-    def __init__(
-        self,
-        lengths: list[int],
-        layers: Sequence[_Layer],
-        like: Tensor,
-        trained: Sequence[nn.Parameter],
-        gradients: Sequence[Mapping[nn.Parameter, Tensor]] | None,
-    ) -> None:
-        # Where nobody keeps gradients for each slice, autograd is given them, out of memory that is used again.
-        self.for_autograd = gradients is None
-        of_slices = gradients or [{p: torch.zeros_like(p) for p in trained}]
-        self.gradients = [_Gradients(of_slice) for of_slice in of_slices]
-        self.lengths = lengths
-        self.dtype = like.dtype
-        self.first_weight = layers[0].linear.weight.data_ptr()
-        self.transposed_weights = [layer.linear.weight.detach().t() for layer in layers]
-        pieces = [cut(0, length, max(1, -(-length // BLOCK_ROWS))) for length in lengths]
-        self._counts = [[b - a for a, b in of_slice] for of_slice in pieces]
-        most = max(max(counts) for counts in self._counts)
-        room = [like.new_empty((most, layer.linear.out_features)) for layer in layers]
-        starts = np.cumsum([0, *lengths]).tolist()
-        self.blocks = [
-            _Block(index, start + a, b - a, room)
-            for index, (start, of_slice) in enumerate(zip(starts, pieces, strict=False))
-            for a, b in of_slice
-        ]
-        self.between = [
-            (_Normalised if layer.norm else _Activation)(layer, index, self.blocks)
-            for index, layer in enumerate(layers[:-1])
-        ]
-
-    def fill(self, inputs: Sequence[Tensor]) -> None:
-        """Hand each slice's rows to its blocks."""
-        for block, rows in zip(self.blocks, self.pieces(inputs), strict=True):
-            block.inputs = rows
-
-    def pieces(self, slices: Sequence[Tensor]) -> list[Tensor]:
-        """Rows of each slice, cut as the blocks are."""
-        if len(slices) == len(self.blocks):
-            return list(slices)
-        return [piece for rows, counts in zip(slices, self._counts, strict=True) for piece in rows.split(counts)]
-
-
-class _Activation:
-    """What is between two Linears, over the blocks of a pass: ReLU and dropout."""
-
-    def __init__(self, layer: _Layer, index: int, blocks: Sequence[_Block]) -> None:
-        self._layer = layer
-        self._index = index
-        self._blocks = blocks
-        self._threshold = layer.dropout.threshold if layer.dropout else NOTHING_DROPPED
-        features, num_slices = layer.linear.out_features, blocks[-1].slice + 1
-        dtype = blocks[0].sums[index].array.dtype
-        self._scale, self._shift = np.ones(features, dtype), np.zeros(features, dtype)
-        # Of each slice, over its rows: the gradient of what ReLU is given, and its product with the Linear's sums.
-        self._totals = np.zeros((num_slices, 2, features))
-        self._totals_of = list(self._totals)
-        self._totals_tensor = torch.from_numpy(self._totals)
-
-    def observe(self, block: _Block) -> None:
-        """The Linear's sums of a block are there."""
-
-    def prepare(self) -> None:
-        """Those of all blocks are there."""
-
-    def activate(self, block: _Block) -> None:
-        """From a block's sums to what the next Linear reads."""
-        dropout, sums = self._layer.dropout, block.sums[self._index].array
-        start = int(dropout.random.start_of(dropout.purpose, sums.shape[1])) if dropout else 0
-        kernels.activate(sums, self._scale, self._shift, start, self._threshold, block.hidden[self._index].array)
-
-    def withdraw(self, block: _Block) -> None:
-        """From the gradient of what the next Linear reads, in `room`, to that of what ReLU is given, in `hidden`.
-
-        What came through ReLU and dropout is greater than 0, all else is 0, so it is the mask of both; it is needed no
-        more and makes room for the gradient.
-        """
-        index = self._index
-        kernels.withdraw(
-            block.room[index].array, block.sums[index].array, block.hidden[index].array, self._totals_of[block.slice]
-        )
-
-    def finish(self, found: Sequence[_Gradients]) -> None:
-        """All blocks have been through `withdraw`: leave the gradients of vectors, and find what `propagate` needs."""
-        for of_slice, totals in zip(found, self._totals, strict=True):
-            of_slice.add(self._layer.linear.bias, totals[0])
-        self._totals.fill(0)
-
-    def propagate(self, block: _Block) -> None:
-        """From the gradient of what ReLU is given to that of the Linear's sums, in `hidden`."""
-
-
-class _Normalised(_Activation):
-    """BatchNorm before them, whose arithmetic on a few numbers for each feature is in float64.
-
-    In float64, so that world sizes, whose blocks differ, round to the same scale and shift: see models/batch_norm.py.
-    """
-
-    def __init__(self, layer: _Layer, index: int, blocks: Sequence[_Block]) -> None:
-        super().__init__(layer, index, blocks)
-        self._norm = norm = cast(GatheredBatchNorm1d, layer.norm)
-        num_slices, _, features = self._totals.shape
-        # Count, mean and variance of each feature: of each block, of each slice, of all slices of all ranks.
-        of_blocks = np.zeros((len(blocks), 3, features))
-        of_blocks[:, 0] = np.array([[block.num_rows] for block in blocks])
-        self._statistics_of = dict(zip(blocks, of_blocks, strict=True))
-        self._of_slices = of_blocks if len(blocks) == num_slices else np.zeros((num_slices, 3, features))
-        borders = np.cumsum(np.bincount([block.slice for block in blocks]))[:-1]
-        self._blocks_of = np.split(of_blocks, borders)
-        self._slices_tensor = torch.from_numpy(self._of_slices)
-        self._of_all = np.zeros((3, features))
-        self._mean, self._inverse_std = self._of_all[1], np.zeros(features)
-        self._constant, self._of_sum = np.zeros_like(self._shift), np.zeros_like(self._shift)
-        # Scale and shift are 1 and 0 so far, which is what stands for no weight and bias.
-        given = (p if p is None else p.detach().numpy() for p in (norm.weight, norm.bias))
-        plain = (self._scale.copy(), self._shift.copy())
-        self._weight, self._bias = (p if g is None else g for g, p in zip(given, plain, strict=True))
-
-    def observe(self, block: _Block) -> None:
-        """Take a block's statistics, while it is in the cache."""
-        kernels.observe(block.sums[self._index].array, self._statistics_of[block])
-
-    def prepare(self) -> None:
-        """Find scale and shift, over all rows of all ranks."""
-        norm = self._norm
-        if len(self._of_slices) < len(self._blocks):
-            for of_blocks, of_slice in zip(self._blocks_of, self._of_slices, strict=True):
-                kernels.merge(of_blocks, of_slice)
-        kernels.merge(norm.collectives.slices(self._slices_tensor).numpy(), self._of_all)
-        counts, _, var = self._of_all
-        self._count = norm.require_rows(counts[0])
-        share = norm.count_batch()
-        if share is not None:
-            kernels.follow(cast(Tensor, norm.running_mean).numpy(), self._mean, 1.0, share)
-            kernels.follow(cast(Tensor, norm.running_var).numpy(), var, self._count / (self._count - 1), share)
-        kernels.normalise(
-            self._mean, var, norm.eps, self._weight, self._bias, self._inverse_std, self._scale, self._shift
-        )
-
-    def finish(self, found: Sequence[_Gradients]) -> None:
-        """The factors of `propagate` take the sums over all rows of all ranks."""
-        norm, totals = self._norm, self._totals
-        kernels.project(totals, self._mean, self._inverse_std)
-        for of_slice, own in zip(found, totals, strict=True):
-            of_slice.add(norm.bias, own[0])
-            of_slice.add(norm.weight, own[1])
-        of_all = norm.collectives.fold(self._totals_tensor).numpy()
-        kernels.correct(of_all, self._count, self._mean, self._inverse_std, self._weight, self._of_sum, self._constant)
-        totals.fill(0)
-
-    def propagate(self, block: _Block) -> None:
-        """The gradient of the sums, of which BatchNorm's mean and variance are made as well."""
-        index = self._index
-        kernels.propagate(block.hidden[index].array, block.sums[index].array, self._scale, self._of_sum, self._constant)
 
 
 class _Fused(torch.autograd.Function):
@@ -355,7 +133,7 @@ class _Fused(torch.autograd.Function):
         return torch.cat(of_inputs[::-1]) if wants_input else None, None, *left
 
 
-def _multiply(block: _Block, index: int, layers: Sequence[_Layer], work: _Work) -> None:
+def _multiply(block: Block, index: int, layers: Sequence[Layer], work: Work) -> None:
     """A block through the Linear of a layer."""
     bias, alpha = layers[index].linear.bias, layers[index - 1].scale if index else 1.0
     source, weight, out = block.input_of(index), work.transposed_weights[index], block.sums[index].tensor
@@ -365,7 +143,7 @@ def _multiply(block: _Block, index: int, layers: Sequence[_Layer], work: _Work) 
         torch.addmm(bias, source, weight, alpha=alpha, out=out)
 
 
-def _collect(block: _Block, index: int, layer: _Layer, alpha: float, found: Mapping[Any, Tensor]) -> None:
+def _collect(block: Block, index: int, layer: Layer, alpha: float, found: Mapping[Any, Tensor]) -> None:
     """Add what a block contributes to the gradients of a layer's Linear; `alpha` scales what the layer has read."""
     weight, bias, gradient = layer.linear.weight, layer.linear.bias, block.hidden[index]
     if weight.requires_grad:
@@ -375,31 +153,31 @@ def _collect(block: _Block, index: int, layer: _Layer, alpha: float, found: Mapp
         found[bias].add_(gradient.tensor.sum(0))
 
 
-def _propagate(block: _Block, index: int, layers: Sequence[_Layer]) -> None:
+def _propagate(block: Block, index: int, layers: Sequence[Layer]) -> None:
     """From the gradient of layer `index`'s sums to that of what it has read, in `room`."""
     block.room[index - 1].tensor.addmm_(
         block.hidden[index].tensor, layers[index].linear.weight, beta=0, alpha=layers[index - 1].scale
     )
 
 
-def _runs(layers: Sequence[_Layer]) -> list[tuple[int, int]]:
+def _runs(layers: Sequence[Layer]) -> list[tuple[int, int]]:
     """First and last layer of each run that ends with a BatchNorm to come, or with the last layer."""
     ends = [index for index, layer in enumerate(layers) if layer.norm or index == len(layers) - 1]
     return [(before + 1, end) for before, end in pairwise([-1, *ends])]
 
 
-def _layers_of(sequence: nn.Module) -> list[_Layer] | None:
+def _layers_of(sequence: nn.Module) -> list[Layer] | None:
     """The layers of a sequence; None when it is not such a one."""
     modules = list(sequence.children())
-    layers: list[_Layer] = []
+    layers: list[Layer] = []
     while modules and type(modules[0]) is nn.Linear:
         linear = cast(nn.Linear, modules.pop(0))
         if not modules:
-            return [*layers, _Layer(linear, None, None, 1.0)]
+            return [*layers, Layer(linear, None, None, 1.0)]
         norm = modules.pop(0) if isinstance(modules[0], GatheredBatchNorm1d) else None
         if not modules or type(modules.pop(0)) is not nn.ReLU:
             return None
         dropout = modules.pop(0) if modules and isinstance(modules[0], KeyedDropout) else None
         scale = dropout.scale if isinstance(dropout, KeyedDropout) else 1.0
-        layers.append(_Layer(linear, cast(Any, norm), cast(Any, dropout), scale))
+        layers.append(Layer(linear, cast(Any, norm), cast(Any, dropout), scale))
     return None

@@ -53,7 +53,9 @@ class AveragedInBackward:
 
     def begin(self) -> None:
         """Forget the gradients of the step before."""
-        torch._foreach_zero_(self._gradients())
+        gradients = self._gradients()
+        if gradients:
+            torch._foreach_zero_(gradients)
 
     def backward_of(self, *, last: bool) -> AbstractContextManager[Any]:
         """Communicate in the last backward pass alone."""
@@ -70,7 +72,7 @@ class AveragedInBackward:
         return self._flat
 
     def _gradients(self) -> list[Tensor]:
-        """Views of the buckets, which are laid out by now."""
+        """Views of the buckets; before the first backward pass there are none."""
         return [p.grad for p in self._parameters.parameters if p.grad is not None]
 
 

@@ -62,6 +62,8 @@ class Stage:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # A shell cannot trap a signal that is ignored when it starts, as SIGINT is of tests in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def train(self, *arguments: object, script: str = "train.sbatch", **more: str) -> tuple[int, str]:

@@ -59,7 +59,9 @@ class TheOptimizer:
         parameters = self.stateful.parameters
         loss = self.model(torch.ones(5, 3)).square().sum()
         gradients = torch.autograd.grad(loss, parameters.parameters)
-        self.stateful.step(parameters.gather(gradients, parameters.zeros()), 0.1, torch.tensor(True))
+        flat = parameters.zeros()
+        torch._foreach_copy_(parameters.views(flat), list(gradients))
+        self.stateful.step(flat, 0.1, torch.tensor(True))
         with seeded("a model"):  # the weights are another part's business: a step starts from the same ones
             self.model.reset_parameters()  # type: ignore[operator]
 

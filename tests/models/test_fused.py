@@ -12,7 +12,8 @@ from dist_train.models.batch_norm import sync_batch_norm
 from dist_train.models.dropout import convert_dropout
 from dist_train.models.embedded import Embedded
 from dist_train.models.financial_classifier import FinancialClassifier
-from dist_train.models.fused import BLOCK_ROWS, FusedSequential, fuse_sequences
+from dist_train.models.fused import FusedSequential, fuse_sequences
+from dist_train.models.fused_layers import BLOCK_ROWS
 from dist_train.models.virtual_ranks import convert_virtual_ranks
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.flat import FlatParameters

@@ -1,0 +1,235 @@
+"""What a fused network is made of: its layers, blocks of rows, and what lies between two matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dist_train.models import kernels
+from dist_train.models.batch_norm import GatheredBatchNorm1d
+from dist_train.models.dropout import NOTHING_DROPPED, KeyedDropout
+from dist_train.runtime.position import cut
+
+# Large enough that calls cost little, small enough that most of what a layer makes of a block stays in a core's cache;
+# docs/log.md has what other sizes cost.
+BLOCK_ROWS = 512
+
+
+class Layer(NamedTuple):
+    """A Linear and what follows it up to the next one. The last has neither BatchNorm nor ReLU.
+
+    `scale` is what dropout multiplies kept numbers by; the products that they enter do that on the way.
+    """
+
+    linear: nn.Linear
+    norm: GatheredBatchNorm1d | None
+    dropout: KeyedDropout | None
+    scale: float
+
+
+class Memory:
+    """Numbers of a block, (rows, features), in the ways in which they are looked at: making a view takes a while."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.transposed = tensor.t()
+        self.array = tensor.numpy()
+
+
+class Gradients:
+    """The gradients of a slice, by parameter."""
+
+    def __init__(self, tensors: Mapping[Any, Tensor]) -> None:
+        self.tensors = tensors
+        self.all = list(tensors.values())
+        self._arrays: dict[Any, Any] = {parameter: tensor.numpy() for parameter, tensor in tensors.items()}
+
+    def add(self, parameter: Tensor | None, totals: Any) -> None:
+        """Add numpy's totals to the gradient of a parameter, if that is wanted."""
+        array = self._arrays.get(parameter)
+        if array is not None:
+            kernels.add(array, totals)
+
+
+class Block:
+    """Some rows of one slice, and what each layer has made of them.
+
+    `sums[i]` are the outputs of layer i's Linear, `hidden[i]` what BatchNorm, ReLU and dropout (not yet scaled) make
+    of them, and in the backward pass the gradient. `room[i]`, of the same shape, is shared by all blocks.
+    """
+
+    def __init__(self, index: int, place: int, num_rows: int, room: Sequence[Tensor]) -> None:
+        self.slice = index
+        self.place = place
+        self.num_rows = num_rows
+        self.room = [Memory(memory[:num_rows]) for memory in room]
+        self.sums = [Memory(torch.empty_like(r.tensor)) for r in self.room]
+        self.hidden = [Memory(torch.empty_like(r.tensor)) for r in self.room]
+        self.inputs = torch.empty(0)
+
+    def input_of(self, index: int) -> Tensor:
+        """What layer `index` reads."""
+        return self.hidden[index - 1].tensor if index else self.inputs
+
+
+class Work:
+    """The blocks of a pass, and what follows each Linear but the last."""
+
+    def __init__(
+        self,
+        lengths: list[int],
+        layers: Sequence[Layer],
+        like: Tensor,
+        trained: Sequence[nn.Parameter],
+        gradients: Sequence[Mapping[nn.Parameter, Tensor]] | None,
+    ) -> None:
+        # Where nobody keeps gradients for each slice, autograd is given them, out of memory that is used again.
+        self.for_autograd = gradients is None
+        of_slices = gradients or [{p: torch.zeros_like(p) for p in trained}]
+        self.gradients = [Gradients(of_slice) for of_slice in of_slices]
+        self.lengths = lengths
+        self.dtype = like.dtype
+        self.first_weight = layers[0].linear.weight.data_ptr()
+        self.transposed_weights = [layer.linear.weight.detach().t() for layer in layers]
+        pieces = [cut(0, length, max(1, -(-length // BLOCK_ROWS))) for length in lengths]
+        self._counts = [[b - a for a, b in of_slice] for of_slice in pieces]
+        most = max(max(counts) for counts in self._counts)
+        room = [like.new_empty((most, layer.linear.out_features)) for layer in layers]
+        starts = np.cumsum([0, *lengths]).tolist()
+        self.blocks = [
+            Block(index, start + a, b - a, room)
+            for index, (start, of_slice) in enumerate(zip(starts, pieces, strict=False))
+            for a, b in of_slice
+        ]
+        self.between = [
+            (Normalised if layer.norm else Activation)(layer, index, self.blocks)
+            for index, layer in enumerate(layers[:-1])
+        ]
+
+    def fill(self, inputs: Sequence[Tensor]) -> None:
+        """Hand each slice's rows to its blocks."""
+        for block, rows in zip(self.blocks, self.pieces(inputs), strict=True):
+            block.inputs = rows
+
+    def pieces(self, slices: Sequence[Tensor]) -> list[Tensor]:
+        """Rows of each slice, cut as the blocks are."""
+        if len(slices) == len(self.blocks):
+            return list(slices)
+        return [piece for rows, counts in zip(slices, self._counts, strict=True) for piece in rows.split(counts)]
+
+
+class Activation:
+    """What is between two Linears, over the blocks of a pass: ReLU and dropout."""
+
+    def __init__(self, layer: Layer, index: int, blocks: Sequence[Block]) -> None:
+        self._layer = layer
+        self._index = index
+        self._blocks = blocks
+        self._threshold = layer.dropout.threshold if layer.dropout else NOTHING_DROPPED
+        features, num_slices = layer.linear.out_features, blocks[-1].slice + 1
+        dtype = blocks[0].sums[index].array.dtype
+        self._scale, self._shift = np.ones(features, dtype), np.zeros(features, dtype)
+        # Of each slice, over its rows: the gradient of what ReLU is given, and its product with the Linear's sums.
+        self._totals = np.zeros((num_slices, 2, features))
+        self._totals_of = list(self._totals)
+        self._totals_tensor = torch.from_numpy(self._totals)
+
+    def observe(self, block: Block) -> None:
+        """The Linear's sums of a block are there."""
+
+    def prepare(self) -> None:
+        """Those of all blocks are there."""
+
+    def activate(self, block: Block) -> None:
+        """From a block's sums to what the next Linear reads."""
+        dropout, sums = self._layer.dropout, block.sums[self._index].array
+        start = int(dropout.random.start_of(dropout.purpose, sums.shape[1])) if dropout else 0
+        kernels.activate(sums, self._scale, self._shift, start, self._threshold, block.hidden[self._index].array)
+
+    def withdraw(self, block: Block) -> None:
+        """From the gradient of what the next Linear reads, in `room`, to that of what ReLU is given, in `hidden`.
+
+        What came through ReLU and dropout is greater than 0, all else is 0, so it is the mask of both; it is needed no
+        more and makes room for the gradient.
+        """
+        index = self._index
+        kernels.withdraw(
+            block.room[index].array, block.sums[index].array, block.hidden[index].array, self._totals_of[block.slice]
+        )
+
+    def finish(self, found: Sequence[Gradients]) -> None:
+        """All blocks have been through `withdraw`: leave the gradients of vectors, and find what `propagate` needs."""
+        for of_slice, totals in zip(found, self._totals, strict=True):
+            of_slice.add(self._layer.linear.bias, totals[0])
+        self._totals.fill(0)
+
+    def propagate(self, block: Block) -> None:
+        """From the gradient of what ReLU is given to that of the Linear's sums, in `hidden`."""
+
+
+class Normalised(Activation):
+    """BatchNorm before them, whose arithmetic on a few numbers for each feature is in float64.
+
+    In float64, so that world sizes, whose blocks differ, round to the same scale and shift: see models/batch_norm.py.
+    """
+
+    def __init__(self, layer: Layer, index: int, blocks: Sequence[Block]) -> None:
+        super().__init__(layer, index, blocks)
+        self._norm = norm = cast(GatheredBatchNorm1d, layer.norm)
+        num_slices, _, features = self._totals.shape
+        # Count, mean and variance of each feature: of each block, of each slice, of all slices of all ranks.
+        of_blocks = np.zeros((len(blocks), 3, features))
+        of_blocks[:, 0] = np.array([[block.num_rows] for block in blocks])
+        self._statistics_of = dict(zip(blocks, of_blocks, strict=True))
+        self._of_slices = of_blocks if len(blocks) == num_slices else np.zeros((num_slices, 3, features))
+        borders = np.cumsum(np.bincount([block.slice for block in blocks]))[:-1]
+        self._blocks_of = np.split(of_blocks, borders)
+        self._slices_tensor = torch.from_numpy(self._of_slices)
+        self._of_all = np.zeros((3, features))
+        self._mean, self._inverse_std = self._of_all[1], np.zeros(features)
+        self._constant, self._of_sum = np.zeros_like(self._shift), np.zeros_like(self._shift)
+        # Scale and shift are 1 and 0 so far, which is what stands for no weight and bias.
+        given = (p if p is None else p.detach().numpy() for p in (norm.weight, norm.bias))
+        plain = (self._scale.copy(), self._shift.copy())
+        self._weight, self._bias = (p if g is None else g for g, p in zip(given, plain, strict=True))
+
+    def observe(self, block: Block) -> None:
+        """Take a block's statistics, while it is in the cache."""
+        kernels.observe(block.sums[self._index].array, self._statistics_of[block])
+
+    def prepare(self) -> None:
+        """Find scale and shift, over all rows of all ranks."""
+        norm = self._norm
+        if len(self._of_slices) < len(self._blocks):
+            for of_blocks, of_slice in zip(self._blocks_of, self._of_slices, strict=True):
+                kernels.merge(of_blocks, of_slice)
+        kernels.merge(norm.collectives.slices(self._slices_tensor).numpy(), self._of_all)
+        counts, _, var = self._of_all
+        self._count = norm.require_rows(counts[0])
+        share = norm.count_batch()
+        if share is not None:
+            kernels.follow(cast(Tensor, norm.running_mean).numpy(), self._mean, 1.0, share)
+            kernels.follow(cast(Tensor, norm.running_var).numpy(), var, self._count / (self._count - 1), share)
+        kernels.normalise(
+            self._mean, var, norm.eps, self._weight, self._bias, self._inverse_std, self._scale, self._shift
+        )
+
+    def finish(self, found: Sequence[Gradients]) -> None:
+        """The factors of `propagate` take the sums over all rows of all ranks."""
+        norm, totals = self._norm, self._totals
+        kernels.project(totals, self._mean, self._inverse_std)
+        for of_slice, own in zip(found, totals, strict=True):
+            of_slice.add(norm.bias, own[0])
+            of_slice.add(norm.weight, own[1])
+        of_all = norm.collectives.fold(self._totals_tensor).numpy()
+        kernels.correct(of_all, self._count, self._mean, self._inverse_std, self._weight, self._of_sum, self._constant)
+        totals.fill(0)
+
+    def propagate(self, block: Block) -> None:
+        """The gradient of the sums, of which BatchNorm's mean and variance are made as well."""
+        index = self._index
+        kernels.propagate(block.hidden[index].array, block.sums[index].array, self._scale, self._of_sum, self._constant)
