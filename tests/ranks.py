@@ -23,9 +23,10 @@ TIMEOUT_SECONDS = 60.0
 @cache
 def _server() -> Any:
     context = mp.get_context("forkserver")
-    # The last two are loaded by the first step and the first evaluation: two seconds of each rank of each job.
+    # Those of the second line are loaded by the first step and the first evaluation: seconds of each rank of each job.
     context.set_forkserver_preload(
-        ["torch", "torch.distributed", "dist_train.job", "dist_train.predictor", "torch._dynamo", "sklearn.metrics"]
+        ["torch", "torch.distributed", "dist_train.job", "dist_train.predictor"]
+        + ["torch._dynamo", "sklearn.metrics", "tests.compiled"]
     )
     return context
 

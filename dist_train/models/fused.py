@@ -91,7 +91,7 @@ class _Fused(torch.autograd.Function):
                 for index in range(first, last + 1):
                     if index:
                         work.between[index - 1].activate(block)
-                    _multiply(block, index, sequence.layers, work)
+                    _multiply(block, index, sequence.layers[index], work)
                 if last < len(work.between):
                     work.between[last].observe(block)
             if last < len(work.between):
@@ -114,15 +114,9 @@ class _Fused(torch.autograd.Function):
                 if last < len(between):
                     between[last].propagate(block)
                 for index in range(last, first - 1, -1):
-                    _collect(
-                        block,
-                        index,
-                        layers[index],
-                        layers[index - 1].scale if index else 1.0,
-                        found[block.slice].tensors,
-                    )
+                    _collect(block, index, layers[index], found[block.slice].tensors)
                     if index:
-                        _propagate(block, index, layers)
+                        _propagate(block, index, layers[index])
                         between[index - 1].withdraw(block)
                     elif wants_input:
                         of_inputs.append(block.hidden[0].tensor @ layers[0].linear.weight)
@@ -133,9 +127,9 @@ class _Fused(torch.autograd.Function):
         return torch.cat(of_inputs[::-1]) if wants_input else None, None, *left
 
 
-def _multiply(block: Block, index: int, layers: Sequence[Layer], work: Work) -> None:
+def _multiply(block: Block, index: int, layer: Layer, work: Work) -> None:
     """A block through the Linear of a layer."""
-    bias, alpha = layers[index].linear.bias, layers[index - 1].scale if index else 1.0
+    bias, alpha = layer.linear.bias, layer.input_scale
     source, weight, out = block.input_of(index), work.transposed_weights[index], block.sums[index].tensor
     if bias is None:
         out.addmm_(source, weight, beta=0, alpha=alpha)
@@ -143,21 +137,20 @@ def _multiply(block: Block, index: int, layers: Sequence[Layer], work: Work) -> 
         torch.addmm(bias, source, weight, alpha=alpha, out=out)
 
 
-def _collect(block: Block, index: int, layer: Layer, alpha: float, found: Mapping[Any, Tensor]) -> None:
-    """Add what a block contributes to the gradients of a layer's Linear; `alpha` scales what the layer has read."""
+def _collect(block: Block, index: int, layer: Layer, found: Mapping[Any, Tensor]) -> None:
+    """Add what a block contributes to the gradients of a layer's Linear."""
     weight, bias, gradient = layer.linear.weight, layer.linear.bias, block.hidden[index]
     if weight.requires_grad:
-        found[weight].addmm_(gradient.transposed, block.input_of(index), alpha=alpha)
+        found[weight].addmm_(gradient.transposed, block.input_of(index), alpha=layer.input_scale)
     # What follows a Linear finds the gradient of its bias; nothing follows the last.
     if index == len(block.hidden) - 1 and bias is not None and bias.requires_grad:
         found[bias].add_(gradient.tensor.sum(0))
 
 
-def _propagate(block: Block, index: int, layers: Sequence[Layer]) -> None:
-    """From the gradient of layer `index`'s sums to that of what it has read, in `room`."""
-    block.room[index - 1].tensor.addmm_(
-        block.hidden[index].tensor, layers[index].linear.weight, beta=0, alpha=layers[index - 1].scale
-    )
+def _propagate(block: Block, index: int, layer: Layer) -> None:
+    """From the gradient of a layer's sums to that of what it has read, in the `room` of the layer before."""
+    room, gradient = block.room[index - 1].tensor, block.hidden[index].tensor
+    room.addmm_(gradient, layer.linear.weight, beta=0, alpha=layer.input_scale)
 
 
 def _runs(layers: Sequence[Layer]) -> list[tuple[int, int]]:
@@ -170,14 +163,15 @@ def _layers_of(sequence: nn.Module) -> list[Layer] | None:
     """The layers of a sequence; None when it is not such a one."""
     modules = list(sequence.children())
     layers: list[Layer] = []
+    scale = 1.0
     while modules and type(modules[0]) is nn.Linear:
         linear = cast(nn.Linear, modules.pop(0))
         if not modules:
-            return [*layers, Layer(linear, None, None, 1.0)]
+            return [*layers, Layer(linear, scale, None, None)]
         norm = modules.pop(0) if isinstance(modules[0], GatheredBatchNorm1d) else None
         if not modules or type(modules.pop(0)) is not nn.ReLU:
             return None
         dropout = modules.pop(0) if modules and isinstance(modules[0], KeyedDropout) else None
+        layers.append(Layer(linear, scale, cast(Any, norm), cast(Any, dropout)))
         scale = dropout.scale if isinstance(dropout, KeyedDropout) else 1.0
-        layers.append(Layer(linear, cast(Any, norm), cast(Any, dropout), scale))
     return None

@@ -22,13 +22,13 @@ BLOCK_ROWS = 512
 class Layer(NamedTuple):
     """A Linear and what follows it up to the next one. The last has neither BatchNorm nor ReLU.
 
-    `scale` is what dropout multiplies kept numbers by; the products that they enter do that on the way.
+    `input_scale` is what dropout before it multiplies kept numbers by; its products do that on the way.
     """
 
     linear: nn.Linear
+    input_scale: float
     norm: GatheredBatchNorm1d | None
     dropout: KeyedDropout | None
-    scale: float
 
 
 class Memory:
