@@ -23,11 +23,9 @@ TIMEOUT_SECONDS = 60.0
 @cache
 def _server() -> Any:
     context = mp.get_context("forkserver")
-    # Those of the second line are loaded by the first step and the first evaluation: seconds of each rank of each job.
-    context.set_forkserver_preload(
-        ["torch", "torch.distributed", "dist_train.job", "dist_train.predictor"]
-        + ["torch._dynamo", "sklearn.metrics", "tests.compiled"]
-    )
+    # The last three are loaded by the first step and the first evaluation: seconds of each rank of each job.
+    late = ["torch._dynamo", "sklearn.metrics", "tests.compiled"]
+    context.set_forkserver_preload(["torch", "torch.distributed", "dist_train.job", "dist_train.predictor", *late])
     return context
 
 
