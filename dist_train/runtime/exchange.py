@@ -10,9 +10,11 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -118,23 +120,34 @@ def open_exchange(rank: int, size: int, agree: Callable[[Callable[[], Any]], Seq
     """
     # Other processors may show a stamp before what was written before it.
     able = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
-    handle: int | None = None
+    name, handle = f"dist_train {secrets.token_hex(8)}", None
     if able and rank == 0:
-        handle = os.memfd_create("dist_train ranks")
+        handle = os.memfd_create(name)
         os.ftruncate(handle, _bytes_for(size))
-    known: Sequence[tuple[Process, int | None]] = agree(lambda: (Process.of(os.getpid()), handle))
-    processes = [process for process, _ in known]
-    first, shared = known[0]
-    if rank > 0 and able and shared is not None and first.host == processes[rank].host:
-        handle = first.open_file(shared, os.O_RDWR)
+    known: Sequence[tuple[Process, str, int | None]] = agree(lambda: (Process.of(os.getpid()), name, handle))
+    first, name, shared = known[0]
+    if rank > 0 and able and shared is not None:
+        handle = _memory_of(first, shared, name)
     exchange = None
     if all(agree(lambda: handle is not None)):
         assert handle is not None
-        exchange = Exchange(rank, processes, handle)
+        exchange = Exchange(rank, [process for process, _, _ in known], handle)
     agree(lambda: None)  # nobody closes it before all have opened it
     if handle is not None:
         os.close(handle)
     return exchange
+
+
+def _memory_of(process: Process, handle: int, name: str) -> int | None:
+    """The memory of that name that another process has open; None where it cannot be opened.
+
+    In another container the number of a process may be that of a stranger, and `handle` a file of its own.
+    """
+    opened = process.open_file(handle, os.O_RDWR)
+    if opened is not None and f"memfd:{name} " not in str(Path(f"/proc/self/fd/{opened}").readlink()):
+        os.close(opened)
+        return None
+    return opened
 
 
 def _bytes_for(size: int) -> int:

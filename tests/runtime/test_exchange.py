@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -154,5 +155,18 @@ def test_another_processor_has_no_exchange(monkeypatch: pytest.MonkeyPatch) -> N
     assert open_exchange(0, 2, agree) is None
     monkeypatch.undo()
     assert open_exchange(0, 2, agree) is not None
-    elsewhere = Process("another host", 1, "1")
-    assert open_exchange(1, 2, lambda act: [(elsewhere, 5), act()] if isinstance(act(), tuple) else [act()]) is None
+
+
+def test_memory_of_a_stranger_is_left_alone(tmp_path: Path) -> None:
+    """Containers count their processes from 1: what rank 0 has open may be another file in another one."""
+    with (tmp_path / "precious").open("w+") as file:
+        file.write("precious")
+        file.flush()
+        mine = Process.of(os.getpid())
+
+        def agree(act: Callable[[], Any]) -> list[Any]:
+            answer = act()
+            return [(mine, "dist_train 1234", file.fileno()), answer] if isinstance(answer, tuple) else [answer]
+
+        assert open_exchange(1, 2, agree) is None
+    assert (tmp_path / "precious").read_text() == "precious"
