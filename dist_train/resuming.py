@@ -136,9 +136,24 @@ def changes_since(found: Found | None, config: JobConfig, dataset: Dataset, coll
     changes = harmful + [line for line in harmless if line.startswith(_CHANGES_THE_RECORD)]
     if state["data_sha256"] != dataset.sha256:
         changes.append(f"the data: SHA-256 was {state['data_sha256']}, is {dataset.sha256}")
-    if config.train.virtual_ranks is None and state["world_size"] != collectives.size:
-        changes.append(f"world size in the fast mode: was {state['world_size']}, is {collectives.size}")
+    regrouped = _regrouped(config, state, collectives)
+    if regrouped:
+        changes.append(regrouped)
     return changes
+
+
+def _regrouped(config: JobConfig, state: Mapping[str, Any], collectives: Collectives) -> str | None:
+    """How the ranks differ from those of a checkpoint, where the fast mode adds gradients up in another order on them.
+
+    Ranks of one host add up in another way than those of several (`Collectives.sum`); of two there is one order.
+    """
+    size, local_size = collectives.size, collectives.local_size
+    was, was_local = state["world_size"], state.get("ranks_per_host", local_size)
+    if config.train.virtual_ranks is None and was != size:
+        return f"world size in the fast mode: was {was}, is {size}"
+    if config.train.virtual_ranks is None and size > 2 and was_local != local_size:
+        return f"ranks of a host in the fast mode: were {was_local}, are {local_size}"
+    return None
 
 
 def _as_json(config: JobConfig) -> Any:
@@ -216,13 +231,9 @@ def matching_dataset(found: Found | None, config: JobConfig, dataset: Dataset, c
 
 def _note_other_bits(state: Mapping[str, Any], config: JobConfig, collectives: Collectives) -> None:
     """Say so where the run cannot end in the bits of one that was never interrupted."""
-    if config.train.virtual_ranks is None and state["world_size"] != collectives.size:
-        log.warning(
-            "the checkpoint was trained on %d ranks, this is a world of %d: results agree to rounding, not to the bit "
-            "(train.virtual_ranks would make them)",
-            state["world_size"],
-            collectives.size,
-        )
+    regrouped = _regrouped(config, state, collectives)
+    if regrouped:
+        log.warning("%s: results agree to rounding, not to the bit (train.virtual_ranks would make them)", regrouped)
     for name, value in describe_machine(collectives.device).items():
         if state["machine"].get(name) != value:
             log.warning(

@@ -38,6 +38,7 @@ def checkpoint_parts(
         "encoder": encoder.describe(),
         "data_sha256": session.dataset.sha256,
         "world_size": world.size,
+        "ranks_per_host": world.local_size,
         "job": attempt.job if attempt else None,
         "dist_train": __version__,
         "machine": describe_machine(world.device),

@@ -27,6 +27,7 @@ class Collectives:
     def __init__(self, world: World, wants_stop: Callable[[], bool] | None = None) -> None:
         self.rank = world.rank
         self.size = world.size
+        self.local_size = world.local_size
         self.device = world.device
         # Whether a collective is a kernel on the GPU among others, so that nobody waits for it on the host.
         self.runs_on_device = world.device.type == "cuda" and (world.size == 1 or world.backend == "nccl")

@@ -6,18 +6,19 @@ import os
 import platform
 import resource
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
-    """Names of what computes: `torch`, `device`, `processor`, `instructions`, `threads`."""
+    """Names of what computes: `torch`, `device`, `processor`, and on a CPU `instructions`, `threads`, `numba`."""
     if device.type == "cuda":
         compute = {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
     else:
         instructions, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-        compute = {"device": "cpu", "instructions": instructions, "threads": str(threads)}
+        compute = {"device": "cpu", "instructions": instructions, "threads": str(threads), "numba": _version("numba")}
     return {"torch": torch.__version__, "processor": _processor()} | compute
 
 
@@ -61,6 +62,13 @@ def pin_arithmetic(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _processor() -> str:

@@ -17,6 +17,10 @@ from dist_train.checkpoint import checkpoints as checkpoints_module
 from dist_train.checkpoint.commit import MANIFEST, commit, read_verified
 from dist_train.checkpoint.lock import RunLock, this_process
 from dist_train.checkpoint.state import read_parts, weights_sha256
+from dist_train.config.load import load_config
+from dist_train.resuming import _regrouped
+from dist_train.runtime.collectives import Collectives
+from dist_train.runtime.world import World
 from dist_train.session import scored_weights
 from tests.checkpoint.test_state import Intruder
 from tests.cli.in_process import Outcome, command
@@ -411,7 +415,7 @@ def test_another_world_size_goes_on_and_says_what_it_means(table: Path, tmp_path
     assert run_job(arguments, 2, Trap(step=12)).killed
     ended = run_job(arguments, 1)
     assert ended.codes == [0], ended.errors
-    assert "trained on 2 ranks, this is a world of 1: results agree to rounding" in ended.errors[0]
+    assert "world size in the fast mode: was 2, is 1: results agree to rounding" in ended.errors[0]
     assert outcome(tmp_path / "run")["steps"] == 14
 
 
@@ -424,3 +428,23 @@ def test_a_kill_between_two_folders_of_the_model_brings_the_model_back(runs: Pat
     assert set(read_verified(run_dir / "model")) >= {"model.pth", "encoder.json"}
     finish(arguments)
     assert not list(run_dir.glob(".partial*"))
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "virtual_ranks", "expected"),
+    [
+        ((4, 4), (4, 4), None, None),
+        ((4, 4), (4, 2), None, "ranks of a host in the fast mode: were 4, are 2"),
+        ((2, 2), (2, 1), None, None),  # there is one order to add up two numbers
+        ((2, 2), (4, 2), None, "world size in the fast mode: was 2, is 4"),
+        ((4, 4), (8, 2), 8, None),
+        ((4, None), (4, 2), None, None),  # an old checkpoint does not say
+    ],
+)
+def test_where_the_fast_mode_adds_up_in_another_order(
+    was: tuple[int, int | None], now: tuple[int, int], virtual_ranks: int | None, expected: str | None
+) -> None:
+    state = {"world_size": was[0]} | ({"ranks_per_host": was[1]} if was[1] else {})
+    config = load_config([f"train.virtual_ranks={'null' if virtual_ranks is None else virtual_ranks}"])
+    ranks = Collectives(World(size=now[0], local_size=now[1]))
+    assert _regrouped(config, state, ranks) == expected
