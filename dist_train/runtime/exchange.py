@@ -32,6 +32,7 @@ _NAP_SECONDS = 0.00005
 _LOOK_SECONDS = 0.1
 
 _LENGTH_BITS = 24  # of a stamp, for the length in bytes and the kind of the call; the rest is the number of the call
+_MAX_VIEWS = 256  # a step has a few shapes, but the pieces of a large table may have any
 _STAMP_BYTES = 64  # a cache line of its own for each rank
 
 
@@ -73,8 +74,10 @@ class Exchange:
         key = (place, tensor.shape, tensor.dtype)
         views = self._views.get(key)
         if views is None:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
             views = self._views[key] = self._views_for(place, tensor)
-        views.own.copy_(tensor)
+        views.own.copy_(tensor.detach())
         # Ranks that are out of step do not see each other's stamps: they wait, and the watch finds out.
         stamp = (self._count << _LENGTH_BITS) + 2 * tensor.nbytes + kind
         at = self._at[place]

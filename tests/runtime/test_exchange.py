@@ -53,6 +53,8 @@ def as_gloo_does(c: Collectives) -> int:
     assert c.share_memory_for(torch.zeros(CAPACITY // 4))
     assert not c.share_memory_for(torch.zeros(CAPACITY // 4 + 1))
     assert not by_gloo.share_memory_for(torch.zeros(1))
+    for length in range(600):  # views of so many shapes are not kept
+        assert c.stack(torch.full((length,), float(c.rank), requires_grad=True)).sum() == length * sum(range(c.size))
     large = torch.full((CAPACITY,), float(c.rank))
     assert c.sum(large)[-1] == sum(range(c.size))
     return count
