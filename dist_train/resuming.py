@@ -147,11 +147,13 @@ def _regrouped(config: JobConfig, state: Mapping[str, Any], collectives: Collect
 
     Ranks of one host add up in another way than those of several (`Collectives.sum`); of two there is one order.
     """
+    if config.train.virtual_ranks is not None:
+        return None
     size, local_size = collectives.size, collectives.local_size
     was, was_local = state["world_size"], state.get("ranks_per_host", local_size)
-    if config.train.virtual_ranks is None and was != size:
+    if was != size:
         return f"world size in the fast mode: was {was}, is {size}"
-    if config.train.virtual_ranks is None and size > 2 and was_local != local_size:
+    if size > 2 and was_local != local_size:
         return f"ranks of a host in the fast mode: were {was_local}, are {local_size}"
     return None
 

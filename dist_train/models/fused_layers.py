@@ -128,7 +128,6 @@ class Activation:
     def __init__(self, layer: Layer, index: int, blocks: Sequence[Block]) -> None:
         self._layer = layer
         self._index = index
-        self._blocks = blocks
         self._threshold = layer.dropout.threshold if layer.dropout else NOTHING_DROPPED
         features, num_slices = layer.linear.out_features, blocks[-1].slice + 1
         dtype = blocks[0].sums[index].array.dtype
@@ -136,7 +135,6 @@ class Activation:
         # Of each slice, over its rows: the gradient of what ReLU is given, and its product with the Linear's sums.
         self._totals = np.zeros((num_slices, 2, features))
         self._totals_of = list(self._totals)
-        self._totals_tensor = torch.from_numpy(self._totals)
 
     def observe(self, block: Block) -> None:
         """The Linear's sums of a block are there."""
@@ -188,7 +186,7 @@ class Normalised(Activation):
         self._of_slices = of_blocks if len(blocks) == num_slices else np.zeros((num_slices, 3, features))
         borders = np.cumsum(np.bincount([block.slice for block in blocks]))[:-1]
         self._blocks_of = np.split(of_blocks, borders)
-        self._slices_tensor = torch.from_numpy(self._of_slices)
+        self._slices_tensor, self._totals_tensor = (torch.from_numpy(x) for x in (self._of_slices, self._totals))
         self._of_all = np.zeros((3, features))
         self._mean, self._inverse_std = self._of_all[1], np.zeros(features)
         self._constant, self._of_sum = np.zeros_like(self._shift), np.zeros_like(self._shift)
@@ -204,7 +202,7 @@ class Normalised(Activation):
     def prepare(self) -> None:
         """Find scale and shift, over all rows of all ranks."""
         norm = self._norm
-        if len(self._of_slices) < len(self._blocks):
+        if len(self._statistics_of) > len(self._of_slices):  # a slice has several blocks
             for of_blocks, of_slice in zip(self._blocks_of, self._of_slices, strict=True):
                 kernels.merge(of_blocks, of_slice)
         kernels.merge(norm.collectives.slices(self._slices_tensor).numpy(), self._of_all)

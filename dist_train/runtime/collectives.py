@@ -74,7 +74,7 @@ class Collectives:
 
     def share_memory_for(self, tensor: Tensor) -> bool:
         """Whether such a tensor goes through memory that all ranks share. Called by all of them."""
-        return self.size > 1 and self._exchange_for(tensor) is not None
+        return self._exchange_for(tensor) is not None
 
     def _exchange_for(self, tensor: Tensor) -> Exchange | None:
         """What small tensors go through where all ranks are on this host."""

@@ -100,11 +100,11 @@ class Watch:
         self._ended = threading.Event()
         self._alarmed = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
-        self._handles, self._ranks = zip(
+        handles, self._ranks = zip(
             *collectives.agree(lambda: (self._pulse.handle, Process.of(os.getpid()))), strict=True
         )
         self._neighbours = {
-            rank: who.open_file(self._handles[rank], os.O_RDONLY) for rank, who in self._of_this_host().items()
+            rank: who.open_file(handles[rank], os.O_RDONLY) for rank, who in self._of_this_host().items()
         }
         self._woken: set[int] = set()
         self._alone = len(self._ranks) == 1
