@@ -37,7 +37,7 @@ from dist_train.training.optimizer import AdamW, average_of
 from dist_train.training.parts import Batch, Save, Stateful, Track
 from dist_train.training.plan import Plan
 from dist_train.training.progress import Progress
-from dist_train.training.reduction import AveragedInBackward, FoldedSlices, Reduction
+from dist_train.training.reduction import FoldedSlices, ReducedInBackward, Reduction
 from dist_train.training.schedule import learning_rate
 from dist_train.training.step import EagerStep, Step
 
@@ -89,7 +89,7 @@ class Session:
         )
         self.feed = Feed(dataset.splits["train"], sampler)
         self.total_steps = min(train.epochs * self.feed.steps_per_epoch, train.max_steps or 2**63)
-        self.meter = Meter(collectives.device)
+        self.meter = Meter()
         self.progress = Progress()
         trained, reduction = self._reduced(slices, collectives)
 
@@ -222,25 +222,26 @@ class Session:
         """The model to call in training, and what sums its gradients over ranks."""
         virtual_ranks, parameters = self.config.train.virtual_ranks, self.optimizer.parameters
         if collectives.size == 1 or virtual_ranks:
-            slices.keep_gradients(parameters, (virtual_ranks or 1) // collectives.size)
-            return self.model, FoldedSlices(slices, parameters, collectives)
+            num_slices = (virtual_ranks or 1) // collectives.size
+            return self.model, FoldedSlices(slices, num_slices, parameters, collectives)
         # Buffers need no broadcast: synchronised BatchNorm leaves the same statistics on every rank.
         # The argument's name changed between torch 2.11 and 2.13.
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         replicated = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **{buffers: False})  # type: ignore[arg-type]
         self._settle_buckets(replicated)
-        return replicated, AveragedInBackward(replicated, parameters, collectives)
+        return replicated, ReducedInBackward(replicated, slices, parameters, collectives)
 
     def _settle_buckets(self, replicated: nn.Module) -> None:
         """Have the gradients laid out as they will stay, before the first step.
 
-        DistributedDataParallel lays its buckets out anew after its first backward pass, and where a gradient lies in
-        a bucket decides in which order more than two ranks are summed. Without this pass a resumed run's first step
-        would be summed in another order than the same step of a run that was never interrupted.
+        DistributedDataParallel lays its buckets out anew after its first backward pass, and gradients are in them after
+        the second. Where a gradient lies in a bucket decides in which order more than two ranks are summed: without
+        this a resumed run's first step would be summed in another order than that of a run that was never interrupted.
         """
         replicated.eval()  # neither statistics nor dropout
-        replicated(*self.dataset.splits["train"].slice(0, 1)).sum().backward()
+        for _ in range(2):
+            replicated(*self.dataset.splits["train"].slice(0, 1)).sum().backward()
         replicated.train()
 
     def _class_weights(self, collectives: Collectives) -> Tensor | None:

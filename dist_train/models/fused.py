@@ -24,8 +24,8 @@ from dist_train.runtime.slices import Slices
 def fuse_sequences(model: nn.Module, slices: Slices) -> nn.Module:
     """Fuse each Sequential in a model that is (Linear, BatchNorm?, ReLU, dropout?) repeated, then Linear; in place.
 
-    Its BatchNorm must be gathered and its dropout keyed by then, and `slices` must be told of each batch. Other modules
-    stay as they are, and state_dict keys do not change.
+    Its BatchNorm must be gathered and its dropout keyed by then. `slices` must be told of each batch, and by the first
+    backward pass where gradients go. Other modules stay as they are, and state_dict keys do not change.
     """
     for module in model.modules():
         layers = _layers_of(module) if type(module) in (nn.Sequential, SlicedSequential) else None
@@ -55,8 +55,8 @@ class FusedSequential(nn.Sequential):
         """Outputs of the rows."""
         if not (self.training and torch.is_grad_enabled()):
             return cast(Tensor, super().forward(input))
-        # Where gradients are kept aside, autograd need not know more than that there are some.
-        parameters = self.trained[:1] if self.slices.gradients else self.trained
+        # Autograd comes to each of these, empty-handed; one is enough for it to see that there are gradients at all.
+        parameters = self.trained if self.slices.announced else self.trained[:1]
         return cast(Tensor, _Fused.apply(input, self, *parameters))
 
     def work_for(self, parts: Sequence[Tensor]) -> Work:
@@ -65,7 +65,7 @@ class FusedSequential(nn.Sequential):
         first = self.layers[0].linear.weight.data_ptr()  # parameters may have been moved
         work = self._spare.pop() if self._spare else None
         if work is None or work.lengths != lengths or work.dtype != dtype or work.first_weight != first:
-            work = Work(lengths, self.layers, parts[0], self.trained, self.slices.gradients)
+            work = Work(lengths, self.layers, parts[0], self.slices.gradients or [])
         return work
 
     def give_back(self, work: Work) -> None:
@@ -104,8 +104,6 @@ class _Fused(torch.autograd.Function):
         sequence, work, wants_input = ctx.sequence, ctx.work, ctx.needs_input_grad[0]
         layers, slices, between = sequence.layers, sequence.slices, work.between
         found = work.gradients
-        if work.for_autograd:
-            torch._foreach_zero_(found[0].all)
         for block, of_outputs in zip(work.blocks, work.pieces(slices.split(grad)), strict=True):
             block.hidden[-1].tensor.copy_(of_outputs)
         of_inputs: list[Tensor] = []
@@ -123,8 +121,8 @@ class _Fused(torch.autograd.Function):
             for index in range(max(first - 1, 0), last):
                 between[index].finish(found)
         sequence.give_back(work)
-        left = found[0].all if work.for_autograd else [None]
-        return torch.cat(of_inputs[::-1]) if wants_input else None, None, *left
+        nothing = [None] * (len(ctx.needs_input_grad) - 2)
+        return torch.cat(of_inputs[::-1]) if wants_input else None, None, *nothing
 
 
 def _multiply(block: Block, index: int, layer: Layer, work: Work) -> None:

@@ -45,7 +45,6 @@ class Gradients:
 
     def __init__(self, tensors: Mapping[Any, Tensor]) -> None:
         self.tensors = tensors
-        self.all = list(tensors.values())
         self._arrays: dict[Any, Any] = {parameter: tensor.numpy() for parameter, tensor in tensors.items()}
 
     def add(self, parameter: Tensor | None, totals: Any) -> None:
@@ -84,13 +83,9 @@ class Work:
         lengths: list[int],
         layers: Sequence[Layer],
         like: Tensor,
-        trained: Sequence[nn.Parameter],
-        gradients: Sequence[Mapping[nn.Parameter, Tensor]] | None,
+        gradients: Sequence[Mapping[nn.Parameter, Tensor]],
     ) -> None:
-        # Where nobody keeps gradients for each slice, autograd is given them, out of memory that is used again.
-        self.for_autograd = gradients is None
-        of_slices = gradients or [{p: torch.zeros_like(p) for p in trained}]
-        self.gradients = [Gradients(of_slice) for of_slice in of_slices]
+        self.gradients = [Gradients(of_slice) for of_slice in gradients]
         self.lengths = lengths
         self.dtype = like.dtype
         self.first_weight = layers[0].linear.weight.data_ptr()

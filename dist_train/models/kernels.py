@@ -24,23 +24,31 @@ _SHIFT3 = np.uint64(keyed_random.LAST_SHIFT)
 
 @compiled
 def observe(block: Array, statistics: Array) -> None:
-    """Mean and variance of each feature, into rows 1 and 2 of (3, features). Of no rows: nothing."""
+    """Mean and variance of each feature, into rows 1 and 2 of (3, features). Of no rows: nothing.
+
+    In one pass, over what the rows differ by from the first (Chan, Golub and LeVeque 1983), four of them at a time.
+    """
     rows, features = block.shape
     if rows == 0:
         return
-    mean, var = np.zeros(features), np.zeros(features)
-    for row in range(rows):
+    first = block[0].astype(np.float64)
+    sums, squares = np.zeros(features), np.zeros(features)
+    for row in range(0, rows - 3, 4):
         for feature in range(features):
-            mean[feature] += block[row, feature]
-    for feature in range(features):
-        mean[feature] /= rows
-    for row in range(rows):
+            origin = first[feature]
+            a, b = block[row, feature] - origin, block[row + 1, feature] - origin
+            c, d = block[row + 2, feature] - origin, block[row + 3, feature] - origin
+            sums[feature] = sums[feature] + a + b + c + d
+            squares[feature] = squares[feature] + a * a + b * b + c * c + d * d
+    for row in range(rows - rows % 4, rows):
         for feature in range(features):
-            deviation = block[row, feature] - mean[feature]
-            var[feature] += deviation * deviation
+            apart = block[row, feature] - first[feature]
+            sums[feature] += apart
+            squares[feature] += apart * apart
     for feature in range(features):
-        statistics[1, feature] = mean[feature]
-        statistics[2, feature] = var[feature] / rows
+        shift = sums[feature] / rows
+        statistics[1, feature] = first[feature] + shift
+        statistics[2, feature] = max(squares[feature] / rows - shift * shift, 0.0)
 
 
 @compiled

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_train.errors import PeerFailed, Stopped, TrainingFault, UserError
-from dist_train.runtime.exchange import CAPACITY, Exchange, open_exchange
+from dist_train.runtime.exchange import CAPACITY, Exchange, bytes_for, open_exchange
 from dist_train.runtime.pulse import Pulse
 from dist_train.runtime.world import World
 
@@ -49,15 +49,16 @@ class Collectives:
         """Whether this is rank 0, the one that writes."""
         return self.rank == 0
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place; every rank gets the same bits."""
+    def sum(self, tensor: Tensor, *more: Tensor) -> Tensor:
+        """Sum over ranks of each tensor, in place; every rank gets the same bits. The first one comes back."""
         if self.size > 1:
-            exchange = self._exchange_for(tensor)
+            exchange = self._exchange_for(tensor, *more)
             with self.pulse.waiting("all_reduce"):
                 if exchange:
-                    exchange.add(tensor)
+                    exchange.add(tensor, *more)
                 else:
-                    dist.all_reduce(tensor)
+                    for own in (tensor, *more):
+                        dist.all_reduce(own)
         return tensor
 
     def stack(self, tensor: Tensor) -> Tensor:
@@ -72,13 +73,13 @@ class Collectives:
             dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         return gathered
 
-    def share_memory_for(self, tensor: Tensor) -> bool:
-        """Whether such a tensor goes through memory that all ranks share. Called by all of them."""
-        return self._exchange_for(tensor) is not None
+    def share_memory_for(self, *tensors: Tensor) -> bool:
+        """Whether such tensors go together through memory that all ranks share. Called by all of them."""
+        return self._exchange_for(*tensors) is not None
 
-    def _exchange_for(self, tensor: Tensor) -> Exchange | None:
+    def _exchange_for(self, *tensors: Tensor) -> Exchange | None:
         """What small tensors go through where all ranks are on this host."""
-        if not self._may_share or tensor.nbytes > CAPACITY:
+        if not self._may_share or sum(bytes_for(tensor) for tensor in tensors) > CAPACITY:
             return None
         if self._exchange is None:
             self._exchange = open_exchange(self.rank, self.size, self.agree)

@@ -24,7 +24,7 @@ from torch import Tensor
 from dist_train.runtime.processes import Process
 
 CAPACITY = 1 << 20
-"""Bytes of a tensor that can be exchanged; gloo is as good for larger ones."""
+"""Bytes that a rank can exchange in one call; gloo is as good for more."""
 
 # A rank that is ready looks for the others without a pause for so long, if each has a processor, and then in naps.
 _SPIN_SECONDS = 0.002
@@ -39,7 +39,7 @@ _STAMP_BYTES = 64  # a cache line of its own for each rank
 class Exchange:
     """Memory of all ranks. All of them must make the same calls in the same order.
 
-    There are two places for a tensor of each rank, used in turn: whoever writes to one for the second time has seen
+    There are two places for what each rank brings, used in turn: whoever writes to one for the second time has seen
     that all ranks have come to the call between, and so are done with the first.
     """
 
@@ -61,25 +61,28 @@ class Exchange:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, stacked in their order: (...) -> (size, ...)."""
-        return self._meet(tensor, 0).clone()
+        (every,) = self._meet([tensor], 0)
+        return every.clone()
 
-    def add(self, tensor: Tensor) -> Tensor:
-        """Their sum, in place, in the order of the ranks: the same bits on each."""
-        return torch.sum(self._meet(tensor, 1), 0, out=tensor)
+    def add(self, *tensors: Tensor) -> None:
+        """The sum of each over the ranks, in place, in the order of the ranks: the same bits on each."""
+        for tensor, every in zip(tensors, self._meet(tensors, 1), strict=True):
+            torch.sum(every, 0, out=tensor)
 
-    def _meet(self, tensor: Tensor, kind: int) -> Tensor:
-        """Every rank's tensor, (size, ...), good until the call after the next."""
+    def _meet(self, tensors: Sequence[Tensor], kind: int) -> Sequence[Tensor]:
+        """Of each tensor every rank's, (size, ...), good until the call after the next."""
         place = self._count % 2
         self._count += 1
-        key = (place, tensor.shape, tensor.dtype)
+        key = (place, *[(tensor.shape, tensor.dtype) for tensor in tensors])
         views = self._views.get(key)
         if views is None:
             if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()
-            views = self._views[key] = self._views_for(place, tensor)
-        views.own.copy_(tensor.detach())
+            views = self._views[key] = self._views_for(place, tensors)
+        for own, tensor in zip(views.own, tensors, strict=True):
+            own.copy_(tensor.detach())
         # Ranks that are out of step do not see each other's stamps: they wait, and the watch finds out.
-        stamp = (self._count << _LENGTH_BITS) + 2 * tensor.nbytes + kind
+        stamp = (self._count << _LENGTH_BITS) + 2 * views.num_bytes + kind
         at = self._at[place]
         self._stamps[at[self._rank]] = stamp
         missing = [r for r, where in enumerate(at) if self._stamps[where] != stamp]
@@ -87,10 +90,13 @@ class Exchange:
             self._wait(missing, at, stamp)
         return views.all
 
-    def _views_for(self, place: int, tensor: Tensor) -> _Views:
-        numbers = self._room[place, :, : tensor.nbytes].view(tensor.dtype)
-        every = numbers.unflatten(1, tensor.shape) if tensor.ndim else numbers.squeeze(1)
-        return _Views(every[self._rank], every)
+    def _views_for(self, place: int, tensors: Sequence[Tensor]) -> _Views:
+        every, start = [], 0
+        for tensor in tensors:
+            numbers = self._room[place, :, start : start + tensor.nbytes].view(tensor.dtype)
+            every.append(numbers.unflatten(1, tensor.shape) if tensor.ndim else numbers.squeeze(1))
+            start += bytes_for(tensor)
+        return _Views([of_all[self._rank] for of_all in every], every, sum(tensor.nbytes for tensor in tensors))
 
     def _wait(self, missing: list[int], at: list[int], stamp: int) -> None:
         stamps, start = self._stamps, time.perf_counter()
@@ -112,8 +118,14 @@ class Exchange:
 
 
 class _Views(NamedTuple):
-    own: Tensor
-    all: Tensor
+    own: Sequence[Tensor]
+    all: Sequence[Tensor]
+    num_bytes: int
+
+
+def bytes_for(tensor: Tensor) -> int:
+    """How much of CAPACITY a tensor takes: where the next one begins, numbers of any type can."""
+    return -(-tensor.nbytes // 8) * 8
 
 
 def open_exchange(rank: int, size: int, agree: Callable[[Callable[[], Any]], Sequence[Any]]) -> Exchange | None:

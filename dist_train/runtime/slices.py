@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from dist_train.runtime.flat import FlatParameters
@@ -14,16 +13,15 @@ from dist_train.runtime.keyed_random import RowRandom
 class Slices:
     """How the rows on the table are cut; shared by the modules that compute slice by slice.
 
-    Where `gradients` is set, it holds for each slice of this rank the gradient of each parameter, all of them views of
-    `flat`, (slices, size): modules add to it in their backward pass instead of handing sums to autograd. In the fast
-    mode a rank has one slice, all its rows; on several ranks `gradients` is None there, since DistributedDataParallel
-    reduces what autograd gets.
+    Where `gradients` is set, it holds for each slice of this rank the gradient of each parameter: modules add to it in
+    their backward pass instead of handing sums to autograd. In the fast mode a rank has one slice, all its rows; where
+    DistributedDataParallel reduces it, `announced` says that autograd must still come to each parameter.
     """
 
     def __init__(self, random: RowRandom | None = None) -> None:
         self.lengths: tuple[int, ...] = ()
         self.gradients: list[dict[nn.Parameter, Tensor]] | None = None
-        self.flat = torch.empty(0)
+        self.announced = False
         self._random = random or RowRandom(0)
         self._place = (0, 0)
 
@@ -33,10 +31,11 @@ class Slices:
         self._place = (epoch, first_row)
         self._random.begin(epoch, first_row)
 
-    def keep_gradients(self, parameters: FlatParameters, num_slices: int) -> None:
-        """Keep the gradients of each slice apart."""
-        self.flat = parameters.zeros(num_slices)
-        self.gradients = [{p: parameters.view(own, p) for p in parameters.parameters} for own in self.flat]
+    def keep_gradients(self, parameters: FlatParameters, num_slices: int) -> Tensor:
+        """Keep the gradients of each slice apart, as views of the tensor that is returned: (slices, size)."""
+        flat = parameters.zeros(num_slices)
+        self.gradients = [{p: parameters.view(own, p) for p in parameters.parameters} for own in flat]
+        return flat
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Each slice's rows as a tensor of its own.

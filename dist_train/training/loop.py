@@ -107,7 +107,6 @@ class Loop:
             progress.step += 1
             self._sent.append(_Sent(progress.step, progress.position.epoch, batches, outcome.rows, numbers))
             progress.position = position
-            self.meter.add(outcome)
             self.after_update()
             progress.evaluation_due = self._evaluation_due()
             stop = self._read(0 if self._is_landmark() else self.rhythm.steps_ahead)
@@ -118,7 +117,7 @@ class Loop:
         return Ending.FINISHED if self._finished() else Ending.EARLY_STOP
 
     def _read(self, left: int) -> bool:
-        """Find out how steps have ended, of all but the `left` last ones; true when a rank has voted to stop.
+        """Find out how steps have ended, of all but the `left` last ones, and count them; true on a vote to stop.
 
         TrainingFault where a loss or gradient was not finite. On a vote all steps are waited for.
         """
@@ -128,6 +127,7 @@ class Loop:
             loss, weight, votes, norm, finite = sent.numbers()
             if not finite:
                 raise TrainingFault(self._blame(sent, loss / weight, norm))
+            self.meter.add(loss, weight)
             if votes > 0:
                 stop, left = True, 0
         return stop

@@ -7,29 +7,28 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dist_train.training.step import Outcome
-
 
 class Meter:
-    """Loss as numerator and denominator, float64 on the device, added in the order of the steps."""
+    """Loss as numerator and denominator, in float64, added in the order of the steps."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+    def __init__(self) -> None:
+        self._loss = self._weight = 0.0
 
-    def add(self, outcome: Outcome) -> None:
-        """Count one step."""
-        self._sums += outcome.totals[:2]
+    def add(self, loss: float, weight: float) -> None:
+        """Count one step: its loss, summed over rows, and what to divide it by."""
+        self._loss += loss
+        self._weight += weight
 
     def take_loss(self) -> float:
         """Mean loss since the last call; starts anew."""
-        loss, weight = self._sums.tolist()
-        self._sums.zero_()
-        return float(loss / weight)
+        mean = self._loss / self._weight
+        self._loss = self._weight = 0.0
+        return mean
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums."""
-        return {"sums": self._sums}
+        return {"sums": torch.tensor([self._loss, self._weight], dtype=torch.float64)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from saved sums."""
-        self._sums.copy_(state["sums"])
+        self._loss, self._weight = state["sums"].tolist()

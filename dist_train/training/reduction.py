@@ -17,12 +17,15 @@ from dist_train.runtime.slices import Slices
 
 
 class Reduction(Protocol):
-    """Gradients summed over ranks, divided by `divisor`."""
+    """Gradients and a few numbers, summed over ranks; the gradients are divided by `divisor`."""
 
     divisor: int
 
-    def begin(self) -> None:
-        """Forget the gradients of the step before."""
+    def begin(self, sums: Tensor) -> None:
+        """Forget the gradients of the step before.
+
+        `sums`, (slices, numbers), is to be added up as well; it must be complete before the last backward pass.
+        """
 
     def backward_of(self, *, last: bool) -> AbstractContextManager[Any]:
         """Surrounds the forward and backward pass of a batch, the `last` one of the step or not."""
@@ -30,50 +33,60 @@ class Reduction(Protocol):
     def backward(self, loss: Tensor, factor: float) -> None:
         """The backward pass itself, of the sum over slices of `loss`, (slices,), times `factor`."""
 
-    def finish(self) -> Tensor:
-        """All backward passes are done: the flat gradients, which the caller may change."""
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """All backward passes are done: `sums` over all slices, and the flat gradients; the caller may change both."""
 
 
-class AveragedInBackward:
-    """The fast mode on several ranks: DistributedDataParallel averages in the last backward pass.
+class ReducedInBackward:
+    """The fast mode on several ranks: DistributedDataParallel reduces in the last backward pass.
 
-    Where all ranks share memory and the gradients are small, they go through it instead of gloo's all-reduce.
+    Its buckets are where the gradients are from the beginning. Where all ranks share memory and the gradients are
+    small, they go through it, and the sums with them, instead of gloo's all-reduce. `model` must have been through two
+    backward passes by then, since it moves its buckets until the second.
     """
 
-    def __init__(self, model: DistributedDataParallel, parameters: FlatParameters, collectives: Collectives) -> None:
-        self.divisor = collectives.size
+    def __init__(
+        self, model: DistributedDataParallel, slices: Slices, parameters: FlatParameters, collectives: Collectives
+    ) -> None:
         self._model = model
-        self._parameters = parameters
+        self._collectives = collectives
         self._flat = parameters.zeros()
         self._views = parameters.views(self._flat)
-        self._collectives = collectives
-        if collectives.share_memory_for(self._flat):
+        of_bucket = {p: p.grad for p in parameters.parameters if p.grad is not None}
+        self._gradients = list(of_bucket.values())
+        slices.gradients, slices.announced = [of_bucket], True
+        self._sums = torch.empty(0)
+        self._together = collectives.share_memory_for(self._flat, torch.empty(3, dtype=torch.float64))
+        self.divisor = 1 if self._together else collectives.size
+        if self._together:
             # A lambda, since torch takes annotations that are text for wrong ones.
-            model.register_comm_hook(collectives, lambda state, bucket: _average(state, bucket))
+            model.register_comm_hook(self, lambda state, bucket: state._add(bucket))
 
-    def begin(self) -> None:
+    def begin(self, sums: Tensor) -> None:
         """Forget the gradients of the step before."""
-        gradients = self._gradients()
-        if gradients:
-            torch._foreach_zero_(gradients)
+        self._sums = sums
+        torch._foreach_zero_(self._gradients)
 
     def backward_of(self, *, last: bool) -> AbstractContextManager[Any]:
         """Communicate in the last backward pass alone."""
         return nullcontext() if last else self._model.no_sync()
 
     def backward(self, loss: Tensor, factor: float) -> None:
-        """Gradients are averaged in here: a rank that waits for the others waits in here."""
+        """Gradients are reduced in here: a rank that waits for the others waits in here."""
         with self._collectives.pulse.backward("all_reduce of gradients in the backward pass"):
             loss.backward(torch.full_like(loss, factor))
 
-    def finish(self) -> Tensor:
+    def finish(self) -> tuple[Tensor, Tensor]:
         """Out of DistributedDataParallel's buckets."""
-        torch._foreach_copy_(self._views, self._gradients())
-        return self._flat
+        torch._foreach_copy_(self._views, self._gradients)
+        totals = self._sums[0] if self._together else self._collectives.fold(self._sums)
+        return totals, self._flat
 
-    def _gradients(self) -> list[Tensor]:
-        """Views of the buckets; before the first backward pass there are none."""
-        return [p.grad for p in self._parameters.parameters if p.grad is not None]
+    def _add(self, bucket: GradBucket) -> Future[Tensor]:
+        """Add up a bucket over the ranks, and what else there is with the last one."""
+        done: Future[Tensor] = Future()
+        done.set_result(self._collectives.sum(bucket.buffer(), *([self._sums] if bucket.is_last() else [])))
+        return done
 
 
 class FoldedSlices:
@@ -85,16 +98,18 @@ class FoldedSlices:
 
     divisor = 1
 
-    def __init__(self, slices: Slices, parameters: FlatParameters, collectives: Collectives) -> None:
-        self._slices = slices
+    def __init__(self, slices: Slices, num_slices: int, parameters: FlatParameters, collectives: Collectives) -> None:
         self._collectives = collectives
-        if len(slices.flat) == 1:
+        self._flat = slices.keep_gradients(parameters, num_slices)
+        self._sums = torch.empty(0)
+        if num_slices == 1:
             for parameter in parameters.parameters:
-                parameter.grad = parameters.view(slices.flat[0], parameter)
+                parameter.grad = parameters.view(self._flat[0], parameter)
 
-    def begin(self) -> None:
+    def begin(self, sums: Tensor) -> None:
         """Forget the gradients of the step before."""
-        self._slices.flat.zero_()
+        self._sums = sums
+        self._flat.zero_()
 
     def backward_of(self, *, last: bool) -> AbstractContextManager[Any]:  # noqa: ARG002
         """Nothing is communicated in a backward pass but BatchNorm's sums."""
@@ -104,13 +119,6 @@ class FoldedSlices:
         """The modules leave the gradients of their slices."""
         loss.backward(torch.full_like(loss, factor))
 
-    def finish(self) -> Tensor:
-        """Gather every slice's gradient and add them up, the same bits on every rank and for every world size."""
-        return self._collectives.fold(self._slices.flat)
-
-
-def _average(collectives: Collectives, bucket: GradBucket) -> Future[Tensor]:
-    """What DistributedDataParallel's own all-reduce does to a bucket."""
-    average: Future[Tensor] = Future()
-    average.set_result(collectives.sum(bucket.buffer().div_(collectives.size)))
-    return average
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Gather every slice's part and add them up, the same bits on every rank and for every world size."""
+        return self._collectives.fold(self._sums), self._collectives.fold(self._flat)

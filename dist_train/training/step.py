@@ -87,18 +87,17 @@ class EagerStep:
         sums = torch.zeros((len(batches[0].slices), 3), dtype=torch.float64, device=self.collectives.device)
         losses, weights, votes = sums.unbind(1)
         votes += vote
-        self.reduction.begin()
+        self.reduction.begin(sums)
         for index, batch in enumerate(batches):
             self.begin(batch)
             with self.reduction.backward_of(last=index == len(batches) - 1):
                 with self._precision():
                     loss, weight = self.objective(self.model, batch)
+                losses += loss.detach()
+                weights += weight
                 # Divided by rows, the sum is the mean when rows weigh 1.
                 self.reduction.backward(loss, self.reduction.divisor / rows)
-            losses += loss.detach()
-            weights += weight
-        totals = self.collectives.fold(sums)
-        gradients = self.reduction.finish()
+        totals, gradients = self.reduction.finish()
         sum_of_losses, sum_of_weights, _ = self._numbers(totals)
         # The sum over rows becomes the mean over weights.
         factor: Number = rows / sum_of_weights

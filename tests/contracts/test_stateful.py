@@ -24,7 +24,6 @@ from dist_train.training.meter import Meter
 from dist_train.training.optimizer import AdamW, average_of
 from dist_train.training.parts import Stateful
 from dist_train.training.progress import Progress
-from dist_train.training.step import Outcome
 from tests.dist.sessions import BUILTIN, build
 
 
@@ -86,11 +85,10 @@ class TheAverage:
 
 class TheMeter:
     def __init__(self) -> None:
-        self.stateful = Meter(torch.device("cpu"))
+        self.stateful = Meter()
 
     def act(self) -> None:
-        totals = torch.tensor([1.3, 3.0, 0.0], dtype=torch.float64)
-        self.stateful.add(Outcome(totals, torch.tensor(1.0), torch.tensor(True), 0.1, 3))
+        self.stateful.add(1.3, 3.0)
 
     def stand(self) -> Any:
         return self.stateful.state_dict()["sums"].tolist()
@@ -180,7 +178,7 @@ def steps(session: Session, count: int) -> None:
         outcome = session.step(batches, session.progress.step, wants_stop=False)
         session.progress.step += 1
         session.progress.position = position
-        session.meter.add(outcome)
+        session.meter.add(*outcome.totals[:2].tolist())
         session.after_update()
         count -= 1
         if count == 0:

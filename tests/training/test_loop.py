@@ -41,7 +41,7 @@ class Rig:
     def __post_init__(self) -> None:
         self.step = FakeStep(self.losses)
         self.feed = FakeFeed(self.steps_per_epoch)
-        self.meter = Meter(torch.device("cpu"))
+        self.meter = Meter()
 
     def run(self, **rhythm: Any) -> Ending:
         """Train; every rhythm that is not given is `never`."""

@@ -27,7 +27,7 @@ from dist_train.training.meter import Meter
 from dist_train.training.objective import CrossEntropy, LossSum, balanced_weights
 from dist_train.training.optimizer import AdamW, average_of
 from dist_train.training.progress import Progress
-from dist_train.training.reduction import AveragedInBackward, FoldedSlices, Reduction
+from dist_train.training.reduction import FoldedSlices, ReducedInBackward, Reduction
 from dist_train.training.step import EagerStep, Outcome
 from tests.ranks import on_ranks
 from tests.training.fakes import FakeBatch, FakeFeed, fake_batch
@@ -64,12 +64,14 @@ def build_step(
     crit = CrossEntropy(**objective)
     reduction: Reduction
     if collectives.size > 1:
-        model = DistributedDataParallel(model)
-        reduction = AveragedInBackward(model, optimizer.parameters, collectives)
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model.eval()
+        for _ in range(2):
+            model(data(0, 1)[0].to(next(model.parameters()).dtype)).sum().backward()
+        model.train()
+        reduction = ReducedInBackward(model, Slices(), optimizer.parameters, collectives)
     else:
-        slices = Slices()
-        slices.keep_gradients(optimizer.parameters, 1)
-        reduction = FoldedSlices(slices, optimizer.parameters, collectives)
+        reduction = FoldedSlices(Slices(), 1, optimizer.parameters, collectives)
     return EagerStep(model, crit, optimizer, rate, lambda _: None, reduction, collectives, max_grad_norm=max_grad_norm)
 
 
@@ -254,7 +256,7 @@ def poisoned_run(collectives: Collectives, learning_rate: float) -> tuple[str, b
         watched,
         PoisonedFeed(collectives),
         Progress(),
-        Meter(torch.device("cpu")),
+        Meter(),
         Rhythm(total_steps=5, log_steps=1, save_steps=99, evaluate_steps=99, patience=None),
         collectives,
         evaluate=lambda: None,
@@ -317,12 +319,11 @@ def test_moving_average_is_the_recursion_and_buffers_follow() -> None:
 
 
 def test_meter_weighs_steps_by_their_rows() -> None:
-    meter = Meter(torch.device("cpu"))
-    for loss, weight in ((3.0, 1.0), (1.0, 3.0)):
-        totals = torch.tensor([loss, weight, 1.0], dtype=F64)
-        meter.add(Outcome(totals, torch.tensor(0.0), torch.tensor(True), 0.0, 1))
+    meter = Meter()
+    meter.add(3.0, 1.0)
+    meter.add(1.0, 3.0)
     assert meter.take_loss() == 1.0
-    meter.add(Outcome(torch.tensor([8.0, 4.0, 0.0], dtype=F64), torch.tensor(0.0), torch.tensor(True), 0.0, 1))
+    meter.add(8.0, 4.0)
     assert meter.take_loss() == 2.0
 
 
