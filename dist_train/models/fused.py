@@ -7,7 +7,7 @@ place, some hundred rows at a time: torch's matrix products, and between two of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dist_train.models.batch_norm import GatheredBatchNorm1d
 from dist_train.models.dropout import KeyedDropout
-from dist_train.models.fused_layers import Block, Layer, Work
+from dist_train.models.fused_layers import Block, Gradients, Layer, Work
 from dist_train.models.virtual_ranks import SlicedSequential
 from dist_train.runtime.slices import Slices
 
@@ -112,7 +112,7 @@ class _Fused(torch.autograd.Function):
                 if last < len(between):
                     between[last].propagate(block)
                 for index in range(last, first - 1, -1):
-                    _collect(block, index, layers[index], found[block.slice].tensors)
+                    _collect(block, index, layers[index], found[block.slice])
                     if index:
                         _propagate(block, index, layers[index])
                         between[index - 1].withdraw(block)
@@ -126,23 +126,23 @@ class _Fused(torch.autograd.Function):
 
 
 def _multiply(block: Block, index: int, layer: Layer, work: Work) -> None:
-    """A block through the Linear of a layer."""
+    """A block through the product of a layer; what follows it adds the bias, and nothing follows the last."""
     bias, alpha = layer.linear.bias, layer.input_scale
     source, weight, out = block.input_of(index), work.transposed_weights[index], block.sums[index].tensor
-    if bias is None:
+    if bias is None or index < len(work.between):
         out.addmm_(source, weight, beta=0, alpha=alpha)
     else:
         torch.addmm(bias, source, weight, alpha=alpha, out=out)
 
 
-def _collect(block: Block, index: int, layer: Layer, found: Mapping[Any, Tensor]) -> None:
+def _collect(block: Block, index: int, layer: Layer, found: Gradients) -> None:
     """Add what a block contributes to the gradients of a layer's Linear."""
-    weight, bias, gradient = layer.linear.weight, layer.linear.bias, block.hidden[index]
+    weight, gradient = layer.linear.weight, block.hidden[index]
     if weight.requires_grad:
-        found[weight].addmm_(gradient.transposed, block.input_of(index), alpha=layer.input_scale)
-    # What follows a Linear finds the gradient of its bias; nothing follows the last.
-    if index == len(block.hidden) - 1 and bias is not None and bias.requires_grad:
-        found[bias].add_(gradient.tensor.sum(0))
+        found.tensors[weight].addmm_(gradient.transposed, block.input_of(index), alpha=layer.input_scale)
+    # What follows a product finds the gradient of its bias; nothing follows the last.
+    if index == len(block.hidden) - 1:
+        found.add_rows(layer.linear.bias, gradient.array)
 
 
 def _propagate(block: Block, index: int, layer: Layer) -> None:

@@ -48,17 +48,24 @@ class Gradients:
         self._arrays: dict[Any, Any] = {parameter: tensor.numpy() for parameter, tensor in tensors.items()}
 
     def add(self, parameter: Tensor | None, totals: Any) -> None:
-        """Add numpy's totals to the gradient of a parameter, if that is wanted."""
+        """Add totals, (features,), to the gradient of a parameter, if that is wanted."""
         array = self._arrays.get(parameter)
         if array is not None:
             kernels.add(array, totals)
+
+    def add_rows(self, parameter: Tensor | None, rows: Any) -> None:
+        """Add the sum of rows, (rows, features), to the gradient of a parameter, if that is wanted."""
+        array = self._arrays.get(parameter)
+        if array is not None:
+            kernels.add_rows(array, rows)
 
 
 class Block:
     """Some rows of one slice, and what each layer has made of them.
 
-    `sums[i]` are the outputs of layer i's Linear, `hidden[i]` what BatchNorm, ReLU and dropout (not yet scaled) make
-    of them, and in the backward pass the gradient. `room[i]`, of the same shape, is shared by all blocks.
+    `sums[i]` are the outputs of layer i's Linear, but for the last without its bias, `hidden[i]` what bias, BatchNorm,
+    ReLU and dropout (not yet scaled) make of them, and in the backward pass the gradient. `room[i]`, of the same shape,
+    is shared by all blocks.
     """
 
     def __init__(self, index: int, place: int, num_rows: int, room: Sequence[Tensor]) -> None:
@@ -118,7 +125,7 @@ class Work:
 
 
 class Activation:
-    """What is between two Linears, over the blocks of a pass: ReLU and dropout."""
+    """What is between two matrix products, over the blocks of a pass: the Linear's bias, ReLU and dropout."""
 
     def __init__(self, layer: Layer, index: int, blocks: Sequence[Block]) -> None:
         self._layer = layer
@@ -126,13 +133,15 @@ class Activation:
         self._threshold = layer.dropout.threshold if layer.dropout else NOTHING_DROPPED
         features, num_slices = layer.linear.out_features, blocks[-1].slice + 1
         dtype = blocks[0].sums[index].array.dtype
-        self._scale, self._shift = np.ones(features, dtype), np.zeros(features, dtype)
+        bias = layer.linear.bias
+        self._added = np.zeros(features, dtype) if bias is None else bias.detach().numpy()
+        self._scale, self._shift = np.ones(features, dtype), self._added
         # Of each slice, over its rows: the gradient of what ReLU is given, and its product with the Linear's sums.
         self._totals = np.zeros((num_slices, 2, features))
         self._totals_of = list(self._totals)
 
     def observe(self, block: Block) -> None:
-        """The Linear's sums of a block are there."""
+        """The sums of a block are there."""
 
     def prepare(self) -> None:
         """Those of all blocks are there."""
@@ -165,7 +174,9 @@ class Activation:
 
 
 class Normalised(Activation):
-    """BatchNorm before them, whose arithmetic on a few numbers for each feature is in float64.
+    """BatchNorm before ReLU, whose arithmetic on a few numbers for each feature is in float64.
+
+    It takes a bias away again: only its running mean is to know of it.
 
     In float64, so that world sizes, whose blocks differ, round to the same scale and shift: see models/batch_norm.py.
     """
@@ -184,11 +195,9 @@ class Normalised(Activation):
         self._slices_tensor, self._totals_tensor = (torch.from_numpy(x) for x in (self._of_slices, self._totals))
         self._of_all = np.zeros((3, features))
         self._mean, self._inverse_std = self._of_all[1], np.zeros(features)
-        self._constant, self._of_sum = np.zeros_like(self._shift), np.zeros_like(self._shift)
-        # Scale and shift are 1 and 0 so far, which is what stands for no weight and bias.
-        given = (p if p is None else p.detach().numpy() for p in (norm.weight, norm.bias))
-        plain = (self._scale.copy(), self._shift.copy())
-        self._weight, self._bias = (p if g is None else g for g, p in zip(given, plain, strict=True))
+        self._shift, self._constant, self._of_sum = (np.zeros_like(self._scale) for _ in range(3))
+        self._weight = np.ones_like(self._scale) if norm.weight is None else norm.weight.detach().numpy()
+        self._bias = np.zeros_like(self._scale) if norm.bias is None else norm.bias.detach().numpy()
 
     def observe(self, block: Block) -> None:
         """Take a block's statistics, while it is in the cache."""
@@ -200,16 +209,15 @@ class Normalised(Activation):
         if len(self._statistics_of) > len(self._of_slices):  # a slice has several blocks
             for of_blocks, of_slice in zip(self._blocks_of, self._of_slices, strict=True):
                 kernels.merge(of_blocks, of_slice)
-        kernels.merge(norm.collectives.slices(self._slices_tensor).numpy(), self._of_all)
-        counts, _, var = self._of_all
-        self._count = norm.require_rows(counts[0])
+        parts = norm.collectives.slices(self._slices_tensor).numpy()
+        count = kernels.normalise(
+            parts, self._of_all, norm.eps, self._weight, self._bias, self._inverse_std, self._scale, self._shift
+        )
+        self._count = norm.require_rows(count)
         share = norm.count_batch()
         if share is not None:
-            kernels.follow(cast(Tensor, norm.running_mean).numpy(), self._mean, 1.0, share)
-            kernels.follow(cast(Tensor, norm.running_var).numpy(), var, self._count / (self._count - 1), share)
-        kernels.normalise(
-            self._mean, var, norm.eps, self._weight, self._bias, self._inverse_std, self._scale, self._shift
-        )
+            mean, var = (cast(Tensor, buffer).numpy() for buffer in (norm.running_mean, norm.running_var))
+            kernels.follow(mean, var, self._of_all, self._added, share)
 
     def finish(self, found: Sequence[Gradients]) -> None:
         """The factors of `propagate` take the sums over all rows of all ranks."""

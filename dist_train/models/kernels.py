@@ -75,21 +75,29 @@ def merge(parts: Array, whole: Array) -> None:
 
 @compiled
 def normalise(
-    mean: Array, var: Array, eps: float, weight: Array, bias: Array, inverse_std: Array, scale: Array, shift: Array
-) -> None:
-    """What BatchNorm multiplies and adds: scale = weight / sqrt(var + eps), shift = bias - mean * scale."""
+    parts: Array, whole: Array, eps: float, weight: Array, bias: Array, inverse_std: Array, scale: Array, shift: Array
+) -> float:
+    """What BatchNorm multiplies and adds: scale = weight / sqrt(var + eps), shift = bias - mean * scale.
+
+    Mean and variance are those of `merge`; their count comes back.
+    """
+    merge(parts, whole)
+    mean, var = whole[1], whole[2]
     for feature in range(len(mean)):
         inverse_std[feature] = 1 / np.sqrt(var[feature] + eps)
         wide = inverse_std[feature] * weight[feature]
         scale[feature] = wide
         shift[feature] = bias[feature] - mean[feature] * wide
+    return float(whole[0, 0])
 
 
 @compiled
-def follow(average: Array, now: Array, factor: float, share: float) -> None:
-    """Let a running statistic follow `now`, which is multiplied by a factor first."""
-    for feature in range(len(average)):
-        average[feature] += (now[feature] * factor - average[feature]) * share
+def follow(running_mean: Array, running_var: Array, whole: Array, offset: Array, share: float) -> None:
+    """Let the running statistics follow those of `merge`, the mean plus an offset, the variance without bias."""
+    for feature in range(len(running_mean)):
+        unbiased = whole[2, feature] * (whole[0, feature] / (whole[0, feature] - 1))
+        running_mean[feature] += (whole[1, feature] + offset[feature] - running_mean[feature]) * share
+        running_var[feature] += (unbiased - running_var[feature]) * share
 
 
 @compiled
@@ -139,6 +147,17 @@ def withdraw(gradient: Array, sums: Array, hidden: Array, totals: Array) -> None
 def add(gradient: Array, totals: Array) -> None:
     """gradient + totals, in place: both (features,)."""
     for feature in range(len(gradient)):
+        gradient[feature] += totals[feature]
+
+
+@compiled
+def add_rows(gradient: Array, rows: Array) -> None:
+    """gradient + the sum of all rows, in place: (features,) and (rows, features)."""
+    totals = np.zeros(len(gradient))
+    for row in range(len(rows)):
+        for feature in range(len(totals)):
+            totals[feature] += rows[row, feature]
+    for feature in range(len(totals)):
         gradient[feature] += totals[feature]
 
 

@@ -93,7 +93,7 @@ class Collectives:
         partial is that partial itself, not a copy.
         """
         stacked = self.slices(partials)
-        return stacked[0] if len(stacked) == 1 else stacked.sum(0)
+        return stacked.squeeze(0) if len(stacked) == 1 else stacked.sum(0)
 
     def slices(self, own: Tensor) -> Tensor:
         """What the slices of all ranks have, in order: (slices of this rank, ...) -> (slices of all ranks, ...)."""

@@ -58,9 +58,12 @@ def test_an_epoch_on_two_ranks_is_the_epoch_on_one_in_float64() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_dropout_masks_follow_the_rows_to_whichever_rank(seed: int) -> None:
-    """Stronger than with dropout off: rank 1 draws for its rows what one process draws for them."""
-    alone, together = compare([*BUILTIN, f"run.seed={seed}", "train.max_steps=40"], 2)
-    assert_close_in_float32(alone, together)
+    """Stronger than with dropout off: rank 1 draws for its rows what one process draws for them.
+
+    In float64: in float32 rounding turns a ReLU of some row on or off in one of some 20 such runs.
+    """
+    alone, together = compare([*BUILTIN, f"run.seed={seed}", "train.max_steps=40", "train.precision=float64"], 2)
+    assert_close_in_float64(alone, together)
 
 
 def test_three_ranks_with_everything_on_in_float32() -> None:

@@ -43,19 +43,25 @@ def test_observe_and_merge(dtype: Any) -> None:
 
 @DTYPES
 def test_normalise_and_follow(dtype: Any) -> None:
-    mean, var = some(FEATURES), some(FEATURES, key=1) ** 2
-    weight, bias = (some(FEATURES, dtype=dtype, key=key) for key in (2, 3))
+    whole, merged = (
+        np.stack([np.full(FEATURES, ROWS), some(FEATURES), some(FEATURES, key=1) ** 2]),
+        np.zeros((3, FEATURES)),
+    )
+    _, mean, var = whole
+    weight, bias, offset = (some(FEATURES, dtype=dtype, key=key) for key in (2, 3, 4))
     inverse_std, scale, shift = np.zeros(FEATURES), np.zeros(FEATURES, dtype), np.zeros(FEATURES, dtype)
-    kernels.normalise(mean, var, 1e-5, weight, bias, inverse_std, scale, shift)
+    assert kernels.normalise(whole[None], merged, 1e-5, weight, bias, inverse_std, scale, shift) == ROWS
+    np.testing.assert_allclose(merged, whole, rtol=1e-14)
     rows = some(ROWS, FEATURES)
     expected = torch.nn.functional.batch_norm(
         torch.from_numpy(rows), torch.from_numpy(mean), torch.from_numpy(var),
         torch.from_numpy(weight).double(), torch.from_numpy(bias).double(),
     )  # fmt: skip
     np.testing.assert_allclose(rows * scale + shift, expected, rtol=10 * tolerance(dtype), atol=10 * tolerance(dtype))
-    average = np.ones(FEATURES, dtype)
-    kernels.follow(average, mean, 2.0, 0.25)
-    np.testing.assert_allclose(average, 0.75 + 0.5 * mean, rtol=tolerance(dtype))
+    running = [np.ones(FEATURES, dtype) for _ in range(2)]
+    kernels.follow(*running, whole, offset, 0.25)
+    for average, now in zip(running, (mean + offset, var * ROWS / (ROWS - 1)), strict=True):
+        np.testing.assert_allclose(average, 0.75 + 0.25 * now, rtol=tolerance(dtype), atol=tolerance(dtype))
 
 
 @DTYPES
@@ -94,6 +100,15 @@ def test_withdraw(dtype: Any) -> None:
     np.testing.assert_array_equal(hidden, kept)
     wide = kept.astype(np.float64)
     np.testing.assert_allclose(totals, [1 + wide.sum(0), 1 + (wide * sums).sum(0)], rtol=1e-12)
+
+
+@DTYPES
+def test_add_rows(dtype: Any) -> None:
+    rows, gradient = some(ROWS, FEATURES, dtype=dtype), np.ones(FEATURES, dtype)
+    kernels.add_rows(gradient, rows)
+    np.testing.assert_allclose(
+        gradient, 1 + rows.astype(np.float64).sum(0), rtol=tolerance(dtype), atol=tolerance(dtype)
+    )
 
 
 @DTYPES
