@@ -48,10 +48,19 @@ def as_gloo_does(c: Collectives) -> int:
             assert total is own
             assert torch.equal(total, stacked.sum(0, dtype=dtype))
             assert c.size > 2 or torch.equal(total, by_gloo.sum(kept))
+            several = [
+                kept.clone().contiguous(),
+                torch.tensor([c.rank] * 3, dtype=torch.int32),
+                torch.tensor(0.1 + c.rank),
+            ]
+            expected = [c.sum(tensor.clone()) for tensor in several]
+            assert c.sum(*several) is several[0]
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(several, expected, strict=True))
             c.barrier()
             count += 1
     assert c.share_memory_for(torch.zeros(CAPACITY // 4))
     assert not c.share_memory_for(torch.zeros(CAPACITY // 4 + 1))
+    assert not c.share_memory_for(torch.zeros(CAPACITY // 4), torch.zeros(1))
     assert not by_gloo.share_memory_for(torch.zeros(1))
     for length in range(600):  # views of so many shapes are not kept
         assert c.stack(torch.full((length,), float(c.rank), requires_grad=True)).sum() == length * sum(range(c.size))
