@@ -139,18 +139,18 @@ def predict(
         raise ValueError(f"{ranks} ranks do not divide V = {virtual_ranks}")
     rows = batch_size / ranks
     own_slices = 1 if virtual_ranks is None else virtual_ranks // ranks
-    gathered = [sent.batch_norm_forward, sent.batch_norm_backward, sent.votes]
+    gathered = [sent.batch_norm_forward, sent.batch_norm_backward]
     summed = []
     if virtual_ranks is None:
         alone, busy = compute.fast(batch_size), compute.fast(rows)
-        summed.append(sent.gradients)
+        summed += [sent.gradients, sent.votes]
         if cluster.own_batch_norm:
             gathered.remove(sent.batch_norm_backward)
             summed.append(sent.batch_norm_backward)
     else:
         alone = compute.exact(batch_size, virtual_ranks, virtual_ranks)
         busy = compute.exact(rows, own_slices, virtual_ranks)
-        gathered.append(sent.gradients)
+        gathered += [sent.gradients, sent.votes]
     collectives = sum(cluster.all_gather(own_slices * size, ranks) for size in gathered)
     collectives += sum(cluster.all_reduce(size, ranks) for size in summed)
     busy *= cluster.sharing(ranks)

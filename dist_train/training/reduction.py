@@ -79,8 +79,9 @@ class ReducedInBackward:
     def finish(self) -> tuple[Tensor, Tensor]:
         """Out of DistributedDataParallel's buckets."""
         torch._foreach_copy_(self._views, self._gradients)
-        totals = self._sums[0] if self._together else self._collectives.fold(self._sums)
-        return totals, self._flat
+        if not self._together:
+            self._collectives.sum(self._sums)
+        return self._sums[0], self._flat
 
     def _add(self, bucket: GradBucket) -> Future[Tensor]:
         """Add up a bucket over the ranks, and what else there is with the last one."""

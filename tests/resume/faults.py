@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -105,6 +106,9 @@ def lay(fault: Fault, mark: Path) -> None:
 
     EagerStep.__call__ = counted  # type: ignore[method-assign]
 
+    def note() -> None:
+        mark.write_text(str(step))
+
     def reached(collectives: Collectives) -> bool:
         nonlocal seen
         if collectives.pulse.read().phase != fault.phase:
@@ -112,31 +116,32 @@ def lay(fault: Fault, mark: Path) -> None:
         seen += 1
         if seen != fault.nth:
             return False
-        mark.write_text(str(step))
+        note()
         return True
 
     for name in ("sum", "stack", "slices", "agree"):
-        before_each(name, lambda collectives: _go_wrong(fault) if reached(collectives) else None)
+        before_each(name, lambda collectives: _go_wrong(fault, note) if reached(collectives) else None)
 
 
-def _go_wrong(fault: Fault) -> None:
+def _go_wrong(fault: Fault, note: Callable[[], None]) -> None:
     if fault.kind == "raise":
         raise ZeroDivisionError("injected")
     if fault.kind == "sleep":
         time.sleep(LONGEST_SECONDS)
     elif fault.kind == "skip":
-        _skip_one()
+        _skip_one(note)
     elif fault.kind == "ask":
         signal.raise_signal(signal.SIGUSR1)
     else:
         os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
 
 
-def _skip_one() -> None:
-    """The next collective of this rank, whichever it is, is not taken part in."""
+def _skip_one(note: Callable[[], None]) -> None:
+    """The next collective of this rank by way of torch, whichever it is, is not taken part in; then `note` is called."""
     originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "all_gather_object")}
 
     def skipped(received: Any, *_arguments: Any, **_named: Any) -> None:
+        note()
         for name, function in originals.items():
             setattr(dist, name, function)
         for tensor in received if isinstance(received, list) else []:
