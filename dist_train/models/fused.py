@@ -24,8 +24,8 @@ from dist_train.runtime.slices import Slices
 def fuse_sequences(model: nn.Module, slices: Slices) -> nn.Module:
     """Fuse each Sequential in a model that is (Linear, BatchNorm?, ReLU, dropout?) repeated, then Linear; in place.
 
-    Its BatchNorm must be gathered and its dropout keyed by then. `slices` must be told of each batch, and by the first
-    backward pass where gradients go. Other modules stay as they are, and state_dict keys do not change.
+    Its BatchNorm must be gathered and its dropout keyed by then. `slices` must be told where gradients go before the
+    first pass in training, and of each batch. Other modules stay as they are, and state_dict keys do not change.
     """
     for module in model.modules():
         layers = _layers_of(module) if type(module) in (nn.Sequential, SlicedSequential) else None

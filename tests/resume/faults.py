@@ -137,7 +137,7 @@ def _go_wrong(fault: Fault, note: Callable[[], None]) -> None:
 
 
 def _skip_one(note: Callable[[], None]) -> None:
-    """The next collective of this rank by way of torch, whichever it is, is not taken part in; then `note` is called."""
+    """The next collective of this rank by way of torch is not taken part in, whichever it is; `note` is called then."""
     originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "all_gather_object")}
 
     def skipped(received: Any, *_arguments: Any, **_named: Any) -> None:
