@@ -176,9 +176,8 @@ class Activation:
 class Normalised(Activation):
     """BatchNorm before ReLU, whose arithmetic on a few numbers for each feature is in float64.
 
-    It takes a bias away again: only its running mean is to know of it.
-
     In float64, so that world sizes, whose blocks differ, round to the same scale and shift: see models/batch_norm.py.
+    The Linear's bias it would take away again, so only its running mean is told of it.
     """
 
     def __init__(self, layer: Layer, index: int, blocks: Sequence[Block]) -> None:
