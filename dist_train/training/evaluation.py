@@ -28,16 +28,18 @@ def probabilities(model: nn.Module, rows: Rows, batch_size: int, num_classes: in
     model.eval()
     num_passes = -(-len(rows) // batch_size)
     first, last = cut(0, num_passes, collectives.size)[collectives.rank]
-    parts = [torch.empty((0, num_classes), dtype=torch.float64, device=collectives.device)]
+    ends = [min(len(rows), number * batch_size) for number in range(first, last + 1)]
+    # One tensor for all: many small ones that stay, made between large ones that go, tear the heap to pieces.
+    own = torch.empty((ends[-1] - ends[0], num_classes), dtype=torch.float64, device=collectives.device)
     for number in range(-(-num_passes // collectives.size)):  # the same for every rank; one may have a pass less
         if number % PASSES_BETWEEN_VOTES == 0:
             collectives.may_stop()
         index = first + number
         if index < last:
-            logits = model(*rows.slice(index * batch_size, min(len(rows), (index + 1) * batch_size)))
-            parts.append(logits.double().softmax(1))
+            start, stop = ends[number], ends[number + 1]
+            own[start - ends[0] : stop - ends[0]] = model(*rows.slice(start, stop)).double().softmax(1)
     model.train(was_training)
-    return collectives.concatenate(torch.cat(parts)).cpu()
+    return collectives.concatenate(own).cpu()
 
 
 def evaluate(
