@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.patience import PATIENCE_SECONDS
+
 REPOSITORY = Path(__file__).parent.parent
-TIMEOUT_SECONDS = 120.0
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -36,7 +37,7 @@ def run(script: str, *arguments: object, ranks: int = 1, **more: str) -> subproc
         env=environment(**more),
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_SECONDS,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
 

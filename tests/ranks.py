@@ -16,8 +16,7 @@ import torch.distributed as dist
 
 from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.world import World, process_group
-
-TIMEOUT_SECONDS = 60.0
+from tests.patience import PATIENCE_SECONDS
 
 
 @cache
@@ -60,8 +59,8 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> 
 
 
 def _answer(pipe: Connection, rank: int) -> tuple[bool, Any]:
-    if not pipe.poll(TIMEOUT_SECONDS):
-        return False, f"no answer within {TIMEOUT_SECONDS} s"
+    if not pipe.poll(PATIENCE_SECONDS):
+        return False, f"no answer within {PATIENCE_SECONDS} s"
     try:
         return pipe.recv()  # type: ignore[no-any-return]
     except EOFError:
@@ -79,7 +78,7 @@ def _rank(
     torch.set_num_threads(1)
     world = World(rank=rank, size=world_size, local_rank=rank, local_size=world_size, rendezvous=rendezvous)
     try:
-        with process_group(world, TIMEOUT_SECONDS):
+        with process_group(world, PATIENCE_SECONDS):
             dist.barrier()  # a function without collectives must not end before the others have connected
             answer = True, function(Collectives(world), *arguments)
     except BaseException:

@@ -14,6 +14,7 @@ import pytest
 import dist_train
 import launch
 from tests.commands import REPOSITORY, environment
+from tests.patience import PATIENCE_SECONDS
 
 FILES = sorted((REPOSITORY / "dist_train").rglob("*.py")) + sorted((REPOSITORY / "launch").rglob("*.py"))
 MODULES = [
@@ -55,7 +56,7 @@ def python(program: str) -> subprocess.CompletedProcess[str]:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
 
@@ -66,7 +67,7 @@ def test_storeys_and_rooms() -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -19,6 +19,7 @@ from dist_train.checkpoint import commit as module
 from dist_train.checkpoint.commit import MANIFEST, Damaged, commit, read_verified, remove, sweep
 from dist_train.errors import TrainingFault
 from dist_train.runtime.files import write_atomically
+from tests.patience import PATIENCE_SECONDS
 from tests.ranks import _server
 from tests.resume.jobs import Operations, Trap
 
@@ -117,7 +118,7 @@ def test_a_kill_at_any_operation_leaves_the_old_or_the_new(tmp_path: Path, there
             remove(folder)
         process = _server().Process(target=_commit_and_die, args=(folder, number))
         process.start()
-        process.join(30)
+        process.join(PATIENCE_SECONDS)
         assert process.exitcode in (0, -signal.SIGKILL)
         if not folder.exists():
             sweep(tmp_path)  # what a resumed run does first

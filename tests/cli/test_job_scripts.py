@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from tests import commands
+from tests.patience import PATIENCE_SECONDS, wait_until
 
 CONFIG = "configs/credit_risk.yaml"
 SCRIPTS = sorted(path for path in (commands.REPOSITORY / "slurm").iterdir() if path.suffix in (".sbatch", ".sh"))
@@ -69,7 +69,7 @@ class Stage:
     def train(self, *arguments: object, script: str = "train.sbatch", **more: str) -> tuple[int, str]:
         """Exit code and last line of a training job."""
         job = self.start(script, CONFIG, f"run.dir={self.folder / 'runs'}", *arguments, **more)
-        said, _ = job.communicate(timeout=commands.TIMEOUT_SECONDS)
+        said, _ = job.communicate(timeout=PATIENCE_SECONDS)
         return job.returncode, said.splitlines()[-1]
 
 
@@ -187,9 +187,9 @@ def test_a_signal_becomes_the_stop_file_and_the_job_waits_for_the_save(number: i
         "srun", f'until [ -s "$RUN/stop" ]; do sleep 0.05; done; cp "$RUN/stop" "$RUN/seen"; {MARKER}; exit 7'
     )
     job = stage.start("train.sbatch", CONFIG, f"run.dir={stage.folder / 'runs'}")
-    wait_until(lambda: stage.asked("srun"))
+    wait_until(lambda: stage.asked("srun"), "srun")
     job.send_signal(number)
-    said, _ = job.communicate(timeout=commands.TIMEOUT_SECONDS)
+    said, _ = job.communicate(timeout=PATIENCE_SECONDS)
     assert (stage.folder / "runs/credit_risk/seen").read_text() == "12.0\n"
     assert stage.asked("scontrol") == ["requeue 12"], said
 
@@ -200,7 +200,7 @@ def pipeline(stage: Stage, *arguments: object) -> tuple[int, list[str]]:
         "sbatch", f'asked={stage.folder}/sbatch.asked; cat >"{stage.folder}/job$(wc -l <"$asked")"; wc -l <"$asked"'
     )
     asked = stage.start("pipeline.sh", *arguments)
-    said, _ = asked.communicate(timeout=commands.TIMEOUT_SECONDS)
+    said, _ = asked.communicate(timeout=PATIENCE_SECONDS)
     return asked.returncode, said.splitlines()
 
 
@@ -255,7 +255,7 @@ def node(stage: Stage, text: str, **environ: str) -> subprocess.Popen[str]:
 )
 def test_a_node_starts_its_ranks(environ: dict[str, str], ranks: int, threads: int, stage: Stage) -> None:
     job = node(stage, AGENT, **environ)
-    said, _ = job.communicate(timeout=commands.TIMEOUT_SECONDS)
+    said, _ = job.communicate(timeout=PATIENCE_SECONDS)
     assert job.returncode == 3
     assert said.startswith(f"threads {threads}, ")
     assert "SIGUSR1" in said
@@ -271,21 +271,13 @@ def test_a_node_that_is_told_twice_tells_the_run_and_leaves_torchrun_alone(stage
     job = node(
         stage, f'trap "exit 99" TERM; echo ready; until [ -s "{stop}" ]; do sleep 0.05; done; sleep 1; echo saved'
     )
-    wait_until(lambda: stage.asked("python"))
+    wait_until(lambda: stage.asked("python"), "python")
     time.sleep(0.2)
     for _ in range(2):
         job.send_signal(signal.SIGTERM)
         time.sleep(0.2)
-    said, _ = job.communicate(timeout=commands.TIMEOUT_SECONDS)
+    said, _ = job.communicate(timeout=PATIENCE_SECONDS)
     assert job.returncode == 0, said
     assert said.endswith("saved\n")
     assert said.count("got SIGTERM") == 1
     assert stop.read_text() == "12.0\n"
-
-
-def wait_until(happened: Callable[[], object]) -> None:
-    """Wait until something has happened."""
-    end = time.monotonic() + commands.TIMEOUT_SECONDS
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.05)

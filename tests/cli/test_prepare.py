@@ -23,6 +23,7 @@ from tests.cli.test_mistakes import assert_one_message
 from tests.commands import REPOSITORY, run
 from tests.data.stores import prepare_on_rank, table, write_parts
 from tests.dist.sessions import train
+from tests.patience import PATIENCE_SECONDS
 from tests.ranks import _server, on_ranks
 
 CREDIT_RISK = REPOSITORY / "configs" / "credit_risk.yaml"
@@ -268,7 +269,7 @@ def prepare_and_die(
     process = _server().Process(target=_killed_at, args=(theirs, operation, names, files, output, arguments))
     process.start()
     theirs.close()
-    process.join(60)
+    process.join(PATIENCE_SECONDS)
     assert process.exitcode in (0, -signal.SIGKILL)
     return ours.recv() if process.exitcode == 0 else None
 

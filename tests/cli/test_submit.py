@@ -13,6 +13,7 @@ import pytest
 from tests import commands
 from tests.cli.in_process import Outcome, command, contents
 from tests.cli.test_mistakes import assert_one_message
+from tests.patience import PATIENCE_SECONDS
 
 CONFIG = "configs/credit_risk.yaml"
 
@@ -171,5 +172,7 @@ def test_without_slurm_and_in_another_folder(tmp_path: Path, monkeypatch: pytest
 
 def test_torch_is_not_imported() -> None:
     program = "import sys, launch.submit, dist_train.config.run_folder; sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=commands.REPOSITORY, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=commands.REPOSITORY, check=False, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 0

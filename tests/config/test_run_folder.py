@@ -10,6 +10,7 @@ import pytest
 
 from dist_train.config.run_folder import main
 from tests.commands import REPOSITORY, environment
+from tests.patience import PATIENCE_SECONDS
 
 
 def test_the_run_folder_is_printed_and_nothing_else(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -32,5 +33,7 @@ def test_all_mistakes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_it_starts_without_torch() -> None:
     program = "import sys, dist_train.config.run_folder; sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, env=environment(), check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, env=environment(), check=False, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 0

@@ -21,10 +21,10 @@ from typing import IO
 from tests.commands import REPOSITORY, environment
 from tests.hosts.init import BRIDGE, port
 from tests.hosts.requirements import SEARCH_PATH
+from tests.patience import PATIENCE_SECONDS
 from tests.resume.processes import children
 
 INIT = Path(__file__).with_name("init.py")
-SECONDS = 60.0
 NAMESPACES = ("--mount", "--pid", "--net", "--uts")
 
 
@@ -69,7 +69,7 @@ class Hosts:
         assert self._owner.stdout
         self._owner.stdin.close()
         try:
-            self._owner.wait(SECONDS)
+            self._owner.wait(PATIENCE_SECONDS)
         finally:
             if self._owner.poll() is None and self._init:  # it hangs: without its PID 1 the kernel ends the rest
                 os.kill(self._init, signal.SIGKILL)
@@ -77,7 +77,7 @@ class Hosts:
             self._owner.wait()
             self._owner.stdout.close()
         for process in self._started:
-            process.wait(SECONDS)
+            process.wait(PATIENCE_SECONDS)
 
     def path(self, inside: str) -> Path:
         """Where a file of the hosts (their /run is their own) is found from here."""
@@ -109,7 +109,7 @@ class Hosts:
         environ: Mapping[str, str] | None = None,
         cwd: Path = REPOSITORY,
         check: bool = True,
-        timeout: float = SECONDS,
+        timeout: float = PATIENCE_SECONDS,
     ) -> str:
         """Run a command on a host to its end; its stdout. With `check`, a non-zero end fails the test."""
         done = subprocess.run(
@@ -147,7 +147,7 @@ class Hosts:
     def _bridge(self, *command: str) -> None:
         subprocess.run(
             ["nsenter", f"--target={self._init}", "--net", "ip", *command],
-            check=True, timeout=SECONDS, env=_environment(None),
+            check=True, timeout=PATIENCE_SECONDS, env=_environment(None),
         )  # fmt: skip
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import Popen
@@ -19,14 +18,12 @@ from tests.commands import REPOSITORY
 from tests.hosts.network import Hosts
 from tests.hosts.requirements import FOR_HOSTS, require
 from tests.pace import AS_IT_COMES, Pace
+from tests.patience import PATIENCE_SECONDS, SLACK_SECONDS, wait_until
 from tests.resume.jobs import finish, outcome, tiny_job, write_table
-from tests.resume.processes import SECONDS, wait_until
 
 FIRST, SECOND = "first", "second"
 # Not less: the first evaluation loads a library, and a busy machine takes its time.
-TIMEOUT_SECONDS = 12.0
-# A loaded machine may take its time to look: this much is no finding.
-SLACK_SECONDS = 10.0
+TIMEOUT_SECONDS = 20.0
 IN_THE_MIDDLE = Pace(slow_from=10, step_seconds=0.3)
 SETTINGS = ("train.max_steps=60", "train.early_stopping_patience=null")
 
@@ -77,15 +74,12 @@ class Job:
 
     def wait(self) -> dict[str, int]:
         """Exit codes of the launchers, once nothing of the job is left on any host."""
-        self.wait_until_gone(self.hosts.processes, SECONDS)
+        self.wait_until_gone(self.hosts.processes)
         return {host: agent.wait() for host, agent in self._agents.items()}
 
-    def wait_until_gone(self, processes: Callable[[str], list[int]], seconds: float) -> None:
+    def wait_until_gone(self, processes: Callable[[str], list[int]], seconds: float = PATIENCE_SECONDS) -> None:
         """Wait until a host has none of these processes any more, and no other host has."""
-        deadline = time.monotonic() + seconds
-        while any(map(processes, self._agents)):
-            assert time.monotonic() < deadline, f"still there after {seconds} s: {self.logs()}"
-            time.sleep(0.2)
+        wait_until(lambda: not any(map(processes, self._agents)), "their end", self.logs, seconds=seconds, pause=0.2)
 
     def logs(self) -> str:
         """What was printed, host by host."""

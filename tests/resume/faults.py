@@ -20,13 +20,13 @@ from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.console import run_command
 from dist_train.runtime.world import World
 from dist_train.training.step import EagerStep
+from tests.patience import PATIENCE_SECONDS
 from tests.ranks import _server
 from tests.resume.collectives import before_each
 from tests.resume.jobs import become
 
 Kind = Literal["raise", "sleep", "kill", "stop", "skip", "ask"]
 """`stop` is SIGSTOP; `skip`: a collective is not taken part in; `ask`: nothing is wrong, the rank gets SIGUSR1."""
-LONGEST_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def run_with_fault(arguments: list[str], ranks: int, fault: Fault) -> Aftermath:
     try:
         alive = {process.sentinel for process in processes}
         while alive:
-            ready = wait(list(alive), LONGEST_SECONDS)
+            ready = wait(list(alive), PATIENCE_SECONDS)
             assert ready, [log.read_text() for log in logs]
             alive -= set(ready)  # type: ignore[arg-type]
         end = time.time()
@@ -127,7 +127,7 @@ def _go_wrong(fault: Fault, note: Callable[[], None]) -> None:
     if fault.kind == "raise":
         raise ZeroDivisionError("injected")
     if fault.kind == "sleep":
-        time.sleep(LONGEST_SECONDS)
+        time.sleep(PATIENCE_SECONDS)
     elif fault.kind == "skip":
         _skip_one(note)
     elif fault.kind == "ask":

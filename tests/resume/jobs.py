@@ -30,9 +30,8 @@ from dist_train.job import train
 from dist_train.runtime.console import run_command
 from dist_train.runtime.world import World
 from dist_train.training.step import EagerStep
+from tests.patience import PATIENCE_SECONDS
 from tests.ranks import _server
-
-JOB_SECONDS = 60.0
 
 COMPARED = ("step", "epoch", "samples", "split", "loss")
 
@@ -129,8 +128,8 @@ def _run_job(arguments: list[str], ranks: int, trap: Trap | None, environ: Mappi
     try:
         alive = {process.sentinel: process for process in processes}
         while alive:
-            ready = wait(list(alive), JOB_SECONDS)
-            assert ready, f"the job takes longer than {JOB_SECONDS} s: {[log.read_text() for log in logs]}"
+            ready = wait(list(alive), PATIENCE_SECONDS)
+            assert ready, f"the job takes longer than {PATIENCE_SECONDS} s: {[log.read_text() for log in logs]}"
             for sentinel in ready:
                 if alive.pop(sentinel).exitcode == -signal.SIGKILL:  # type: ignore[call-overload]
                     for other in processes:

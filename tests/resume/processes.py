@@ -7,15 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tests.commands import REPOSITORY, environment
-
-SECONDS = 60.0
+from tests.patience import PATIENCE_SECONDS, wait_until
 
 
 def children(parent: int) -> list[int]:
@@ -47,15 +45,6 @@ def processes_of(arguments: list[str]) -> list[int]:
     return found
 
 
-def wait_until(condition: Callable[[], Any], what: str) -> Any:
-    """What `condition` returns once it is true."""
-    deadline = time.monotonic() + SECONDS
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {SECONDS} s for {what}"
-        time.sleep(0.01)
-    return value
-
-
 class Job:
     """A training job under torchrun."""
 
@@ -81,7 +70,7 @@ class Job:
 
     def wait_for_step(self, step: int) -> None:
         """Wait until a line of that step or a later one has been written by this job."""
-        wait_until(lambda: self._reached(step), f"a line of step {step} in {self._metrics}")
+        wait_until(lambda: self._reached(step), f"a line of step {step} in {self._metrics}", self.log)
         self.ranks = sorted(filter(_is_rank, children(self.launcher)), key=_rank_of)
         assert len(self.ranks) == self._num_ranks
 
@@ -101,8 +90,8 @@ class Job:
 
     def wait(self) -> int:
         """Exit code of the launcher, once every rank has gone as well."""
-        code = self._process.wait(SECONDS)
-        wait_until(lambda: not any(running(rank) for rank in self.ranks), f"the ranks to leave: {self.log()}")
+        code = self._process.wait(PATIENCE_SECONDS)
+        wait_until(lambda: not any(running(rank) for rank in self.ranks), "the ranks to leave", self.log)
         return code
 
     def log(self) -> str:

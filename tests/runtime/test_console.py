@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.commands import REPOSITORY, environment
+from tests.patience import PATIENCE_SECONDS
 
 PROGRAM = """
 import logging, os, sys
@@ -31,7 +32,7 @@ def run(body: str, **variables: str) -> subprocess.CompletedProcess[str]:
         env=environment(**variables),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
 
@@ -96,7 +97,8 @@ def test_a_reader_that_has_gone_is_no_fault_of_the_program() -> None:
     try:
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM.format(body="sys.stdout.flush()")],
-            cwd=REPOSITORY, env=environment(), stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+            cwd=REPOSITORY, env=environment(), stdout=write, stderr=subprocess.PIPE, text=True,
+            timeout=PATIENCE_SECONDS, check=False,
         )  # fmt: skip
     finally:
         os.close(write)

@@ -22,6 +22,7 @@ from dist_train.runtime.collectives import Collectives
 from dist_train.runtime.exchange import CAPACITY, Exchange, _bytes_for, open_exchange
 from dist_train.runtime.processes import Process
 from dist_train.runtime.world import World
+from tests.patience import PATIENCE_SECONDS
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.skipif(
@@ -152,8 +153,8 @@ def test_ranks_that_are_out_of_step_wait_for_the_watch(call: Callable[[Exchange]
         time.sleep(0.4)
         assert thread.is_alive()
         assert waits.is_alive()
-    thread.join(10)
-    waits.join(10)
+    thread.join(PATIENCE_SECONDS)
+    waits.join(PATIENCE_SECONDS)
     assert not answers
     assert not thread.is_alive()
 

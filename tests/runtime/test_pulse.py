@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch
 
 from dist_train.runtime.pulse import STACK_SIGNAL, Pulse, read
 from tests.commands import REPOSITORY, environment
+from tests.patience import wait_until
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="/proc and real-time signals")
 
@@ -97,10 +97,7 @@ def test_another_process_reads_it_when_it_hangs_and_when_it_has_died(body: str) 
         child.stdin.flush()
         if "sleep" in body:
             os.kill(child.pid, STACK_SIGNAL or 0)
-        deadline = time.monotonic() + 30
-        while "in stuck" not in read(memory).stack:
-            assert time.monotonic() < deadline, read(memory)
-            time.sleep(0.01)
+        wait_until(lambda: "in stuck" in read(memory).stack, "the stack", lambda: read(memory))
         child.kill()
         child.wait()
     found = read(memory)

@@ -15,6 +15,7 @@ from dist_train.runtime.processes import Process
 from dist_train.runtime.pulse import STACK_SIGNAL
 from dist_train.runtime.watch import Watch
 from dist_train.runtime.world import World
+from tests.patience import PATIENCE_SECONDS
 
 RANK = f"""
 import signal, time
@@ -39,7 +40,7 @@ def test_a_stopped_rank_is_ended_even_if_it_has_not_come_to_stop_again(monkeypat
         monkeypatch.setattr(Process, "state", lambda _: "running")  # the kernel has not stopped it yet
         over._end_neighbours()
         try:
-            assert stopped.wait(60) == -signal.SIGKILL
+            assert stopped.wait(PATIENCE_SECONDS) == -signal.SIGKILL
         finally:
             stopped.kill()
     over.end()

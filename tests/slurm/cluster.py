@@ -10,7 +10,6 @@ from __future__ import annotations
 import secrets
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from types import TracebackType
 
 from tests.commands import REPOSITORY
 from tests.hosts.network import Hosts
-from tests.resume.processes import wait_until
+from tests.patience import wait_until
 
 HEAD = "head"
 ETC = "/run/slurm"
@@ -26,9 +25,6 @@ CPUS = 8
 GPUS = 4
 GRACE_SECONDS = 20
 NODE_LOST_SECONDS = 10
-SECONDS = 240.0
-"""Longest wait for anything: several jobs share this machine's cores."""
-
 POLL_SECONDS = 0.7
 """Between two looks at a job: many are waited for at once, and each look starts a program."""
 
@@ -85,7 +81,7 @@ class Cluster:
         self._daemon(HEAD, "slurmctld", "-D")
         for node in self.nodes:
             self._daemon(node, "slurmd", "-D", "-N", node)
-        wait_until(lambda: set(self.node_states().values()) == {"idle"}, f"idle nodes: {self.logs()}")
+        wait_until(lambda: set(self.node_states().values()) == {"idle"}, "idle nodes", self.logs)
 
     def _daemon(self, host: str, *command: str) -> None:
         self.hosts.start(host, command, log=self._console, environ=self._environment({}))
@@ -128,17 +124,20 @@ class Cluster:
         text = self.command("scontrol", "--oneliner", "show", "job", job)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait_for(self, job: str, condition: Callable[[Job], object], what: str, seconds: float = SECONDS) -> Job:
+    def wait_for(self, job: str, condition: Callable[[Job], object], what: str) -> Job:
         """Poll a job until `condition` holds."""
-        deadline = time.monotonic() + seconds
-        while not condition(known := self.job(job)):
-            assert time.monotonic() < deadline, f"waited {seconds} s for job {job} {what}: {known}{self.logs(job)}"
-            time.sleep(POLL_SECONDS)
+
+        def polled() -> Job | None:
+            known = self.job(job)
+            return known if condition(known) else None
+
+        known = wait_until(polled, f"job {job} {what}", lambda: f"{self.job(job)}{self.logs(job)}", pause=POLL_SECONDS)
+        assert known
         return known
 
-    def wait_for_end(self, job: str, seconds: float = SECONDS) -> Job:
+    def wait_for_end(self, job: str) -> Job:
         """Wait until a job has ended for good."""
-        return self.wait_for(job, lambda known: known["JobState"] in ENDED, "to end", seconds)
+        return self.wait_for(job, lambda known: known["JobState"] in ENDED, "to end")
 
     def nodes_of(self, job: str) -> list[str]:
         """Hosts of a running job; its batch script runs on the first."""

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from tests.commands import REPOSITORY, environment
 from tests.hosts.requirements import FOR_SLURM, require
+from tests.patience import PATIENCE_SECONDS, wait_until
 from tests.slurm.cluster import Cluster
 
 HOLDER = """
@@ -59,16 +59,13 @@ def test_nothing_is_left(kill: bool, tmp_path: Path) -> None:
             os.kill(holder.pid, signal.SIGKILL)
         else:
             holder.stdin.close()
-        holder.wait(30)
+        holder.wait(PATIENCE_SECONDS)
     finally:
         holder.kill()
         holder.wait()
         holder.stdout.close()
         holder.stdin.close()
-    deadline = time.monotonic() + 20
-    while (left := traces(token)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left
+    wait_until(lambda: not traces(token), "its end", lambda: traces(token))
     assert not list(temporary.iterdir())
 
 

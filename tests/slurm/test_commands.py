@@ -11,8 +11,6 @@ from tests.pace import SLOW
 from tests.slurm.stories import Stage, side_by_side
 from tests.slurm.submissions import Training, arguments, checkout
 
-pytestmark = pytest.mark.timeout(400)
-
 
 @side_by_side
 def test_submit_checks_and_submits_a_job_that_trains(stage: Stage) -> None:

@@ -8,8 +8,6 @@ from tests.pace import SLOW, Pace
 from tests.slurm.stories import Stage, side_by_side
 from tests.slurm.submissions import preempt, submit, uninterrupted
 
-pytestmark = pytest.mark.timeout(400)
-
 
 @side_by_side
 def test_a_cancelled_job_has_saved_and_stays_cancelled(stage: Stage) -> None:

@@ -11,8 +11,6 @@ from tests.pace import SLOW, Pace
 from tests.slurm.stories import Stage, side_by_side
 from tests.slurm.submissions import preempt, submit
 
-pytestmark = pytest.mark.timeout(400)
-
 WANDB = "wandb.mode=offline"
 
 

@@ -14,8 +14,6 @@ from tests.resume.jobs import outcome
 from tests.slurm.stories import Stage, side_by_side
 from tests.slurm.submissions import arguments, checkout, plain_script, submit
 
-pytestmark = pytest.mark.timeout(400)
-
 
 @side_by_side
 def test_two_nodes_train_as_one_process(stage: Stage) -> None:

@@ -1,0 +1,29 @@
+"""How long tests wait. No test measures time: these bounds only end what hangs, on a machine that is busy with more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+PATIENCE_SECONDS = 300.0
+SLACK_SECONDS = 60.0
+"""What a busy machine may add to a time within which the product promises something."""
+
+T = TypeVar("T")
+
+
+def wait_until(
+    condition: Callable[[], T],
+    what: str,
+    seen: Callable[[], object] = str,
+    *,
+    seconds: float = PATIENCE_SECONDS,
+    pause: float = 0.01,
+) -> T:
+    """What `condition` returns once that is true. A failure tells `what` was waited for and what `seen` returns."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}: {seen()}"
+        time.sleep(pause)
+    return value
