@@ -30,8 +30,11 @@ class Reduction(Protocol):
     def backward_of(self, *, last: bool) -> AbstractContextManager[Any]:
         """Surrounds the forward and backward pass of a batch, the `last` one of the step or not."""
 
-    def backward(self, loss: Tensor, factor: float) -> None:
-        """The backward pass itself, of the sum over slices of `loss`, (slices,), times `factor`."""
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass itself, of the sum over slices of `loss`, (slices,).
+
+        Of the sum: for a gradient that is handed in torch imports sympy, half a second before the first step.
+        """
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """All backward passes are done: `sums` over all slices, and the flat gradients; the caller may change both."""
@@ -71,10 +74,10 @@ class ReducedInBackward:
         """Communicate in the last backward pass alone."""
         return nullcontext() if last else self._model.no_sync()
 
-    def backward(self, loss: Tensor, factor: float) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Gradients are reduced in here: a rank that waits for the others waits in here."""
         with self._collectives.pulse.backward("all_reduce of gradients in the backward pass"):
-            loss.backward(torch.full_like(loss, factor))
+            loss.sum().backward()
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Out of DistributedDataParallel's buckets."""
@@ -116,9 +119,9 @@ class FoldedSlices:
         """Nothing is communicated in a backward pass but BatchNorm's sums."""
         return nullcontext()
 
-    def backward(self, loss: Tensor, factor: float) -> None:
+    def backward(self, loss: Tensor) -> None:
         """The modules leave the gradients of their slices."""
-        loss.backward(torch.full_like(loss, factor))
+        loss.sum().backward()
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Gather every slice's part and add them up, the same bits on every rank and for every world size."""

@@ -82,7 +82,6 @@ class EagerStep:
         self, batches: Sequence[Batch], lr: float | Tensor, vote: float | Tensor
     ) -> tuple[Tensor, Number, Tensor | bool]:
         """The step itself: totals, gradient norm, and whether both were finite. Nothing in it waits for a GPU."""
-        rows = sum(batch.global_rows for batch in batches)
         # Of each slice: loss, weight, and the vote to stop.
         sums = torch.zeros((len(batches[0].slices), 3), dtype=torch.float64, device=self.collectives.device)
         losses, weights, votes = sums.unbind(1)
@@ -95,12 +94,11 @@ class EagerStep:
                     loss, weight = self.objective(self.model, batch)
                 losses += loss.detach()
                 weights += weight
-                # Divided by rows, the sum is the mean when rows weigh 1.
-                self.reduction.backward(loss, self.reduction.divisor / rows)
+                self.reduction.backward(loss)
         totals, gradients = self.reduction.finish()
         sum_of_losses, sum_of_weights, _ = self._numbers(totals)
         # The sum over rows becomes the mean over weights.
-        factor: Number = rows / sum_of_weights
+        factor: Number = self.reduction.divisor / sum_of_weights
         norm: Number = self._numbers(torch.linalg.vector_norm(gradients))[0] * factor
         if self.max_grad_norm is not None:
             factor = factor * at_most_one(self.max_grad_norm / (norm + 1e-6))
