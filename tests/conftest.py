@@ -12,15 +12,15 @@ from xdist.scheduler import LoadScopeScheduling
 # As torchrun gives its ranks: a sum over two threads rounds in another order, and threads of several tests fight.
 torch.set_num_threads(1)
 
-# Tests in these folders share what takes long to set up.
-SHARING = ("tests/slurm/", "tests/hosts/")
+# Tests in each of these share what takes long to set up.
+SHARING = ("tests/slurm/", "tests/hosts/", "tests/cli/test_train.py", "tests/cli/test_verify.py")
 
 
 class Scheduling(LoadScopeScheduling):
-    """Each test goes to whichever pytest worker is free; those of a folder in SHARING go to one together, and first."""
+    """Each test goes to whichever pytest worker is free; those of an entry of SHARING go to one together, and first."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return next((folder for folder in SHARING if nodeid.startswith(folder)), nodeid)
+        return next((part for part in SHARING if nodeid.startswith(part)), nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Any:

@@ -37,23 +37,31 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> 
         return [function(Collectives(World()), *arguments)]
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"file://{Path(folder) / 'store'}"
-        pipes, processes = [], []
-        for rank in range(world_size):
-            ours, theirs = mp.Pipe(duplex=False)
-            process = _server().Process(target=_rank, args=(theirs, rank, world_size, rendezvous, function, arguments))
-            process.start()
-            theirs.close()
-            pipes.append(ours)
-            processes.append(process)
-        try:
-            answers = [_answer(pipe, rank) for rank, pipe in enumerate(pipes)]
-        finally:
-            for process in processes:
-                process.join(5)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
-    failures = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        return in_processes(world_size, _with_collectives, world_size, rendezvous, function, arguments)
+
+
+def in_processes(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(number, *arguments)` in processes of their own, from 0; what each returned, in their order.
+
+    `function` must be importable. A failure in any of them fails the test with its traceback.
+    """
+    pipes, processes = [], []
+    for number in range(count):
+        ours, theirs = mp.Pipe(duplex=False)
+        process = _server().Process(target=_process, args=(theirs, number, function, arguments))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        answers = [_answer(pipe, number) for number, pipe in enumerate(pipes)]
+    finally:
+        for process in processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    failures = [f"rank {number}: {text}" for number, (ok, text) in enumerate(answers) if not ok]
     assert not failures, "\n".join(failures)
     return [value for _, value in answers]
 
@@ -67,21 +75,20 @@ def _answer(pipe: Connection, rank: int) -> tuple[bool, Any]:
         return False, f"rank {rank} died without an answer"
 
 
-def _rank(
-    pipe: Connection,
-    rank: int,
-    world_size: int,
-    rendezvous: str,
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-) -> None:
+def _process(pipe: Connection, number: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    world = World(rank=rank, size=world_size, local_rank=rank, local_size=world_size, rendezvous=rendezvous)
     try:
-        with process_group(world, PATIENCE_SECONDS):
-            dist.barrier()  # a function without collectives must not end before the others have connected
-            answer = True, function(Collectives(world), *arguments)
+        answer = True, function(number, *arguments)
     except BaseException:
         answer = False, traceback.format_exc()
     pipe.send(answer)
     pipe.close()
+
+
+def _with_collectives(
+    rank: int, world_size: int, rendezvous: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Any:
+    world = World(rank=rank, size=world_size, local_rank=rank, local_size=world_size, rendezvous=rendezvous)
+    with process_group(world, PATIENCE_SECONDS):
+        dist.barrier()  # a function without collectives must not end before the others have connected
+        return function(Collectives(world), *arguments)

@@ -11,11 +11,13 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from socket import socket
 from typing import NoReturn
 from unittest.mock import patch
 
 from dist_train.runtime import console
 from tests.commands import environment
+from tests.ranks import in_processes
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,19 @@ def command(script: str, *arguments: object, **environ: str) -> Outcome:
             console.run_command(main)
         except Left as left:
             return Outcome(left.code, out.getvalue(), err.getvalue())
+
+
+def command_on_ranks(ranks: int, script: str, *arguments: object) -> list[Outcome]:
+    """The same on several ranks, in rank order: processes with the environment that torchrun gives, but forked."""
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return in_processes(ranks, _rank, ranks, port, script, arguments)
+
+
+def _rank(rank: int, ranks: int, port: int, script: str, arguments: tuple[object, ...]) -> Outcome:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    return command(script, *arguments, MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in place.items()})
 
 
 def _leave(code: int) -> NoReturn:

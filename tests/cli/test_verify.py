@@ -14,8 +14,7 @@ from dist_train.checkpoint.commit import commit
 from dist_train.checkpoint.state import encode_parts, read_parts, weights_sha256
 from dist_train.config.load import read_config
 from dist_train.data.dataset import load_labelled
-from tests.cli.in_process import command
-from tests.commands import run
+from tests.cli.in_process import command, command_on_ranks
 from tests.resume.jobs import finish, folder_of, tiny_job, write_table
 
 STEPS = 24
@@ -67,9 +66,10 @@ def test_an_honest_run_is_believed_on_one_process(honest: Path) -> None:
 
 def test_part_of_it_on_another_world_size(honest: Path) -> None:
     first, _, last = saves(honest)[-3:]
-    done = run("verify", honest, "--steps", f"{first}:{last}", ranks=4)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    done = command_on_ranks(4, "verify", honest, "--steps", f"{first}:{last}")
+    assert [rank.code for rank in done] == [0] * 4, done
+    assert [rank.out for rank in done[1:]] == [""] * 3
+    report = json.loads(done[0].out)
     assert (report["first_step"], report["last_step"], report["difference"]) == (first, last, None)
     assert 0 < report["checkpoints"] < len(saves(honest))
 
@@ -229,8 +229,8 @@ def test_a_run_in_the_fast_mode_needs_its_own_world_size(tmp_path: Path) -> None
     seen = command("verify", folder_of(arguments))
     assert seen.code == 2
     assert "on 2 ranks" in seen.err
-    done = run("verify", folder_of(arguments), ranks=2)
-    assert done.returncode == 0, done.stderr
+    done = command_on_ranks(2, "verify", folder_of(arguments))
+    assert [rank.code for rank in done] == [0, 0], done
 
 
 @pytest.mark.parametrize("steps", ["5", "a:b", "9:3", "100:"])
@@ -242,8 +242,10 @@ def test_a_range_without_steps_is_refused(honest: Path, steps: str) -> None:
 
 def test_a_world_size_that_does_not_divide_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     table = write_table(tmp_path / "clients.csv")
-    done = run("train", *tiny_job(table, tmp_path / "run", "train.virtual_ranks=8"), ranks=3)
-    assert done.stderr.count("error: train.virtual_ranks=8 cannot be shared by 3 ranks; it works on 1, 2, 4 or 8") == 1
+    done = command_on_ranks(3, "train", *tiny_job(table, tmp_path / "run", "train.virtual_ranks=8"))
+    assert [rank.code for rank in done] == [2] * 3
+    told = "error: train.virtual_ranks=8 cannot be shared by 3 ranks; it works on 1, 2, 4 or 8\n"
+    assert [rank.err for rank in done] == [told] * 3
     assert not (tmp_path / "run").exists()
 
 
