@@ -50,7 +50,8 @@ def read_config(path: Path) -> JobConfig:
 
 def config_to_yaml(config: JobConfig) -> str:
     """The resolved configuration as YAML; `read_config` gives back the same object."""
-    return str(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+    # Not by way of yaml itself: a name like 1e5 is text to it, and stays without quotes, but a number to OmegaConf.
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
 def _writable(tree: DictConfig) -> DictConfig:

@@ -171,6 +171,13 @@ def test_config_yaml_reads_back_as_the_same_object(
     assert read_config(path) == config
 
 
+@pytest.mark.parametrize("name", ["1e5", "0E0", "1_0", "+1e3", "0x1F", "1:30", "nan", "on", "null", "2024-01-01", "é"])
+def test_a_name_that_looks_like_something_else_stays_a_name(tmp_path: Path, name: str) -> None:
+    config = load_config([f"run.name='{name}'"])
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    assert read_config(tmp_path / "config.yaml").run.name == name
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(["optim.lr", "optim", "model.dropout", "train.class_weights", "data.drop", "run.name", "x", ""]),
