@@ -1,4 +1,4 @@
-"""How long tests wait. No test measures time: these bounds only end what hangs, on a machine that is busy with more."""
+"""How long tests wait: bounds that end what hangs, on a machine that is busy with more, and say nothing of speed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 PATIENCE_SECONDS = 300.0
-SLACK_SECONDS = 60.0
-"""What a busy machine may add to a time within which the product promises something."""
 
 T = TypeVar("T")
 

@@ -33,7 +33,7 @@ class Reduction(Protocol):
     def backward(self, loss: Tensor) -> None:
         """The backward pass itself, of the sum over slices of `loss`, (slices,).
 
-        Of the sum: for a gradient that is handed in torch imports sympy, half a second before the first step.
+        Of the sum: for a gradient that is handed in torch imports sympy, half a second of the first step.
         """
 
     def finish(self) -> tuple[Tensor, Tensor]:

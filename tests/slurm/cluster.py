@@ -127,13 +127,13 @@ class Cluster:
     def wait_for(self, job: str, condition: Callable[[Job], object], what: str) -> Job:
         """Poll a job until `condition` holds."""
 
-        def polled() -> Job | None:
+        def fulfilled() -> Job:
             known = self.job(job)
-            return known if condition(known) else None
+            return known if condition(known) else {}
 
-        known = wait_until(polled, f"job {job} {what}", lambda: f"{self.job(job)}{self.logs(job)}", pause=POLL_SECONDS)
-        assert known
-        return known
+        return wait_until(
+            fulfilled, f"job {job} {what}", lambda: f"{self.job(job)}{self.logs(job)}", pause=POLL_SECONDS
+        )
 
     def wait_for_end(self, job: str) -> Job:
         """Wait until a job has ended for good."""
