@@ -30,7 +30,6 @@ def test_two_ranks_take_the_memory_that_was_foretold(tmp_path: Path) -> None:
     assert train(tmp_path / "run", *arguments, ranks=2)["peak_memory_bytes"] == pytest.approx(foretold, rel=0.25)
 
 
-@pytest.mark.slow
 def test_large_batches_of_a_larger_table_take_the_memory_that_was_foretold(tmp_path: Path) -> None:
     """The activations of 65,536 rows are most of it, so a dry run that trains nothing is far off."""
     arguments = (

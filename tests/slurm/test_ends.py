@@ -37,7 +37,6 @@ def test_a_mistake_in_the_configuration_ends_the_job(stage: Stage) -> None:
     assert not job.run_dir.exists()
 
 
-@pytest.mark.slow
 @side_by_side
 def test_a_second_job_on_a_run_folder_is_refused_and_told_who_holds_it(stage: Stage) -> None:
     first = submit(stage, pace=SLOW)
