@@ -21,9 +21,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import workload
-from dist_train.runtime.collectives import Collectives
-from dist_train.session import Session, build_loop
-from dist_train.training.parts import Record
+from dist_train.distributed.collectives import Collectives
+from dist_train.run.session import Session, build_loop
+from dist_train.training.protocols import Record
 
 WARM_UP_STEPS, FEWEST_STEPS = 2, 4
 
@@ -135,7 +135,7 @@ def lightning(features: Tensor, targets: Tensor, batch_size: int, device: torch.
             scheduler = CosineAnnealingLR(optimizer, workload.TOTAL_STEPS)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    class Watch(L.Callback):
+    class Watchdog(L.Callback):
         def __init__(self, clock: Clock) -> None:
             self.clock = clock
 
@@ -156,7 +156,7 @@ def lightning(features: Tensor, targets: Tensor, batch_size: int, device: torch.
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[Watch(clock)],
+            callbacks=[Watchdog(clock)],
         )
         trainer.fit(classifier, loader)
         return clock.rate
@@ -196,7 +196,7 @@ class Ours:
 
         def over() -> bool:
             done = progress.step + 1 - first_step >= fewest_steps and time.perf_counter() - start >= seconds
-            return self.collectives.is_first and done
+            return self.collectives.is_main and done
 
         build_loop(session.config, session, self.collectives, save=lambda _: None, track=_forget, wants_stop=over).run()
         wait_for(self.collectives.device)

@@ -12,8 +12,8 @@ from benchmarks.report import Report, cell, measured, table, take_turns
 from benchmarks.workload import NEVER, TOTAL_STEPS
 from dist_train.config.load import load_config
 from dist_train.data.dataset import load_dataset
-from dist_train.runtime.collectives import Collectives
-from dist_train.session import Session
+from dist_train.distributed.collectives import Collectives
+from dist_train.run.session import Session
 
 VIRTUAL_RANKS = 8
 CASES = ((1, 256), (1, 1024), (1, 4096), (8, 4096))  # ranks, global batch size

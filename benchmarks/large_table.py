@@ -28,11 +28,11 @@ from benchmarks.table_files import write_table
 from dist_train.config.load import load_config
 from dist_train.data.feed import Feed, ResidentRows
 from dist_train.data.store import Store
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.machine import describe_machine
-from dist_train.runtime.position import Position
-from dist_train.runtime.world import World
-from dist_train.session import Session, load_data
+from dist_train.determinism.position import Position
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
+from dist_train.run.session import Session, load_data
+from dist_train.system.machine import describe_machine
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = Path(__file__).with_name("results") / "large_table.json"

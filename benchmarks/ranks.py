@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.console import leave
-from dist_train.runtime.world import World, process_group
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World, process_group
+from dist_train.system.console import leave
 
 TIMEOUT_SECONDS = 300
 

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dist_train.runtime.machine import describe_machine
+from dist_train.system.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "bench.json"
 _WIDTH = 170  # of a log, which has no width of its own

@@ -17,9 +17,9 @@ from benchmarks.contestants import Ours
 from benchmarks.ranks import on_ranks
 from benchmarks.report import Report, measured, table, take_turns
 from benchmarks.scaling import Cluster, Compute, Link, Messages, Prediction, fitted_link, messages, predict
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.world import World
-from dist_train.session import Session
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
+from dist_train.run.session import Session
 
 BATCH, VIRTUAL_RANKS = 4096, 8
 NUM_ROWS = 65536
@@ -149,7 +149,7 @@ def _times_alone(collectives: Collectives, seconds: float) -> dict[str, float]:
     def fold() -> float:
         start = time.perf_counter()
         for _ in range(REPEATS):
-            collectives.fold(partials)
+            collectives.ordered_sum(partials)
         return (time.perf_counter() - start) / REPEATS / VIRTUAL_RANKS
 
     racers["fold"] = fold
@@ -177,10 +177,10 @@ def _message_times(collectives: Collectives) -> list[float]:
 
 def _gather(collectives: Collectives, size: int) -> float:
     tensor, collectives = torch.zeros(size, dtype=torch.uint8), _as_between_hosts(collectives)
-    collectives.stack(tensor)
+    collectives.all_gather(tensor)
     start = time.perf_counter()
     for _ in range(REPEATS):
-        collectives.stack(tensor)
+        collectives.all_gather(tensor)
     return (time.perf_counter() - start) / REPEATS
 
 

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from benchmarks import contestants, limits, workload
 from benchmarks.report import Report, cell, measured, table, take_turns
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.world import World
-from dist_train.session import Session
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
+from dist_train.run.session import Session
 
 OURS, LIMIT = "dist_train", "products alone"
 

@@ -15,15 +15,15 @@ from typing import Any
 
 from benchmarks import workload
 from benchmarks.report import Report, cell, measured, table, take_turns
-from dist_train.checkpoint.checkpoints import Checkpoints
 from dist_train.data.dataset import load_labelled
 from dist_train.data.fitting import fit_encoder, pieces_of
 from dist_train.data.table import ColumnKinds
-from dist_train.predictor import Predictor
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.world import World
-from dist_train.session import Session, load_data
-from dist_train.shipping import checkpoint_parts
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
+from dist_train.run.checkpoint.checkpoints import Checkpoints
+from dist_train.run.export import checkpoint_parts
+from dist_train.run.predictor import Predictor
+from dist_train.run.session import Session, load_data
 
 REPOSITORY = Path(__file__).parent.parent
 QUIET = ("wandb.mode=disabled", "runtime.device=cpu", "run.resume=never")

@@ -10,9 +10,9 @@ from benchmarks import workload
 from benchmarks.contestants import Ours
 from benchmarks.ranks import on_ranks
 from benchmarks.report import Report, cell, measured, table, take_turns
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.world import World
-from dist_train.session import Session
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
+from dist_train.run.session import Session
 
 GLOBAL_BATCH = 4096
 ROUNDS = 3  # for each of the others': what else the machine does slows two ranks down on either core
@@ -38,7 +38,7 @@ def _measure(collectives: Collectives, rounds: int, seconds: float) -> dict[str,
     one = Ours(Session(config, data, lone), lone)
 
     def alone() -> float:
-        rate = one(seconds) if collectives.is_first else 0.0
+        rate = one(seconds) if collectives.is_main else 0.0
         collectives.barrier()
         return rate
 

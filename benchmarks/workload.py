@@ -18,8 +18,8 @@ from dist_train.config.schema import JobConfig
 from dist_train.data.dataset import Dataset
 from dist_train.data.encoder import Encoder, EncoderDescription
 from dist_train.data.feed import resident
+from dist_train.determinism.keyed_random import derive, seeded
 from dist_train.models.financial_classifier import FinancialClassifier
-from dist_train.runtime.keyed_random import derive, seeded
 
 NUM_FEATURES, HIDDEN, NUM_CLASSES = 50, 256, 3
 DROPOUT = (0.3, 0.2)

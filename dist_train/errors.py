@@ -31,7 +31,7 @@ class Stopped(Exception):
     """All ranks have agreed to stop at this place because one of them was asked to; nothing has gone wrong."""
 
 
-def guarded(write: Callable[[], T], what: str) -> T:
+def os_errors_as_faults(write: Callable[[], T], what: str) -> T:
     """Run `write`; a failing disk becomes a TrainingFault of one line. What was committed before is untouched."""
     try:
         return write()

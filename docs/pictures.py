@@ -35,7 +35,7 @@ def main() -> None:
 
 def record(runs: Path) -> tuple[list[Text], list[Text]]:
     """The screen while the bar is halfway, and the last lines at the end."""
-    screen = pyte.Screen(COLUMNS, LINES)
+    screen = pyte.ConsoleTracker(COLUMNS, LINES)
     stream = pyte.ByteStream(screen)
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -90,7 +90,7 @@ def curves(metrics: Path, file: Path) -> None:
     figure.savefig(file)
 
 
-def _lines(screen: pyte.Screen) -> list[Text]:
+def _lines(screen: pyte.ConsoleTracker) -> list[Text]:
     lines = []
     for y in range(screen.lines):
         cells = [screen.buffer[y][x] for x in range(screen.columns)]

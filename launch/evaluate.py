@@ -18,12 +18,12 @@ from typing import Any
 
 from rich.table import Table
 
-from dist_train.checkpoint.run_folder import opened_run
-from dist_train.predictor import Predictor
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.console import run_command, terminal
-from dist_train.runtime.watch import watched
-from dist_train.runtime.world import device_here, process_group, world_from_environment
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import device_here, process_group, world_from_environment
+from dist_train.run.checkpoint.run_folder import opened_run
+from dist_train.run.predictor import Predictor
+from dist_train.system.console import run_command, terminal
+from dist_train.watchdog.watchdog import watched
 
 
 def main() -> None:

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import polars as pl
 
-from dist_train.checkpoint.run_folder import opened_run
 from dist_train.data.table import locate
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import device_here, world_from_environment
 from dist_train.errors import UserError
-from dist_train.predictor import Predictor
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.console import log, run_command
-from dist_train.runtime.world import device_here, world_from_environment
+from dist_train.run.checkpoint.run_folder import opened_run
+from dist_train.run.predictor import Predictor
+from dist_train.system.console import log, run_command
 
 _WRITERS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
     ".csv": pl.DataFrame.write_csv,

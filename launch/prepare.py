@@ -20,11 +20,11 @@ import re
 from pathlib import Path
 
 from dist_train.config.load import load_config
+from dist_train.distributed.stopping import Launcher
+from dist_train.distributed.world import world_from_environment
 from dist_train.errors import UserError
-from dist_train.preparation import prepare, verify_store
-from dist_train.runtime.console import log, run_command
-from dist_train.runtime.stopping import Launcher
-from dist_train.runtime.world import world_from_environment
+from dist_train.run.preparation import prepare, verify_store
+from dist_train.system.console import log, run_command
 
 _OF_CONFIGURATION = re.compile(r".*\.ya?ml|[a-z_]+\.[a-z_.]+=.*", re.DOTALL)
 

@@ -32,9 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_train.config.load import load_config
-from dist_train.config.run_folder import path_of_run
+from dist_train.config.run_path import path_of_run
 from dist_train.errors import UserError
-from dist_train.runtime.console import run_command
+from dist_train.system.console import run_command
 
 # Options that are sbatch's own, under its own names: (name, meaning).
 SBATCH_OPTIONS = (
@@ -96,7 +96,7 @@ def main() -> None:
         return
     _sbatch(script, "--test-only")
     number = _sbatch(script, "--parsable").partition(";")[0]
-    each = "-*" if arguments.seeds or arguments.sweep else ""
+    each = "-*" if arguments.seeds or arguments.remove_stale else ""
     print(f"job {number} trains {path_of_run(load_config(arguments.config))}{each}", file=sys.stderr)
     print(number, flush=True)
 
@@ -129,9 +129,9 @@ def _job(arguments: argparse.Namespace) -> Job:
     config: list[str] = arguments.config
     name = load_config(config).run.name
     array: list[str] = []
-    if arguments.sweep:
+    if arguments.remove_stale:
         array = [f"--array=1-{_checked_sweep(arguments.sweep, config)}"]
-        config = [str(arguments.sweep), *config]
+        config = [str(arguments.remove_stale), *config]
     elif arguments.seeds:
         array = [f"--array={arguments.seeds}"]
     given = {name: getattr(arguments, name.replace("-", "_")) for name, _ in SBATCH_OPTIONS}

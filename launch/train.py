@@ -23,10 +23,10 @@ import argparse
 import os
 
 from dist_train.config.load import load_config
-from dist_train.job import train
-from dist_train.runtime.console import run_command
-from dist_train.runtime.stopping import Launcher
-from dist_train.runtime.world import world_from_environment
+from dist_train.distributed.stopping import Launcher
+from dist_train.distributed.world import world_from_environment
+from dist_train.run.job import train
+from dist_train.system.console import run_command
 
 
 def main() -> None:

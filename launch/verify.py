@@ -18,14 +18,14 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from dist_train.checkpoint.run_folder import opened_run
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import device_here, process_group, world_from_environment
 from dist_train.errors import TrainingFault, UserError
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.console import log, run_command
-from dist_train.runtime.machine import pin_arithmetic
-from dist_train.runtime.watch import watched
-from dist_train.runtime.world import device_here, process_group, world_from_environment
-from dist_train.verification import Report, verify
+from dist_train.run.checkpoint.run_folder import opened_run
+from dist_train.run.verification import Report, verify
+from dist_train.system.console import log, run_command
+from dist_train.system.machine import pin_arithmetic
+from dist_train.watchdog.watchdog import watched
 
 
 def main() -> None:

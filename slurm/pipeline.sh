@@ -22,7 +22,7 @@ while [[ ${1:-} == -* ]]; do
     esac
     shift
 done
-run_folder=$("$python" -m dist_train.config.run_folder "$@")
+run_folder=$("$python" -m dist_train.config.run_path "$@")
 
 # Submits a job that waits as `waits` says, and sets `job` to its number. The next one starts when this one has ended
 # well, and is withdrawn when it has not.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.world import World, process_group
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World, process_group
 from tests.patience import PATIENCE_SECONDS
 
 
@@ -24,7 +24,9 @@ def _server() -> Any:
     context = mp.get_context("forkserver")
     # The last three are loaded by the first step and the first evaluation: seconds of each rank of each job.
     late = ["torch._dynamo", "sklearn.metrics", "tests.compiled"]
-    context.set_forkserver_preload(["torch", "torch.distributed", "dist_train.job", "dist_train.predictor", *late])
+    context.set_forkserver_preload(
+        ["torch", "torch.distributed", "dist_train.run.job", "dist_train.run.predictor", *late]
+    )
     return context
 
 

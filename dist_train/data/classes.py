@@ -9,7 +9,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from dist_train.data.table import labels
+from dist_train.data.table import as_text
 from dist_train.errors import UserError
 
 MAX_CLASSES = 1000
@@ -17,7 +17,7 @@ MAX_CLASSES = 1000
 
 def target_text(column: pl.Series, source: str, first_row: int = 0) -> pl.Series:
     """A target column as text; UserError when a cell is missing. It begins with row `first_row` of the source."""
-    text = labels(column, source)
+    text = as_text(column, source)
     if text.null_count():
         row = first_row + int(text.is_null().arg_max() or 0)
         raise UserError(

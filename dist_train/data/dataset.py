@@ -34,11 +34,11 @@ from dist_train.data.table import (
     require_columns,
     sha256_of,
 )
+from dist_train.determinism.position import split_evenly
+from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
-from dist_train.runtime.bar import progress_bar
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.console import log
-from dist_train.runtime.position import cut
+from dist_train.system.console import log
+from dist_train.system.progress_bar import progress_bar
 
 
 @dataclass(frozen=True)
@@ -75,26 +75,26 @@ def load_dataset(
 
     Raises Stopped when the ranks have agreed to stop.
     """
-    pulse = collectives.pulse
-    if data.shuffle_block_rows and collectives.is_first:
+    heartbeat = collectives.heartbeat
+    if data.shuffle_block_rows and collectives.is_main:
         log.warning(
             "data.shuffle_block_rows=%d: neighbouring rows of the table meet in the same batches more often than by "
             "chance; docs/large-tables.md says what that costs",
             data.shuffle_block_rows,
         )
     if is_store(data.path):
-        with pulse.phase("opening the store"):
+        with heartbeat.phase("opening the store"):
             return _load_store(data, collectives, seed=seed, one_hot=one_hot, dtype=dtype, encoder=encoder)
-    with pulse.phase("reading the data"):
-        table = collectives.together(lambda: load_labelled(data, seed))
-    collectives.may_stop()
+    with heartbeat.phase("reading the data"):
+        table = collectives.run_on_all(lambda: load_labelled(data, seed))
+    collectives.raise_if_stop_agreed()
     if encoder is None:
-        with pulse.phase("encoder fitting"):
+        with heartbeat.phase("encoder fitting"):
             encoder = _fit(table, data, collectives, one_hot)
     fitted = encoder
-    with pulse.phase("encoding the data"):
-        inputs = collectives.together(lambda: encode(table.frame, fitted, table.source))
-    collectives.may_stop()
+    with heartbeat.phase("encoding the data"):
+        inputs = collectives.run_on_all(lambda: encode(table.frame, fitted, table.source))
+    collectives.raise_if_stop_agreed()
     targets = remap_targets(table, fitted.class_names)
     splits: dict[str, ResidentRows | MappedRows] = {
         n: resident(inputs, targets, table.split[n], collectives.device, dtype) for n in SPLITS
@@ -126,8 +126,8 @@ def open_store(
             )
         return store
 
-    store = collectives.together(opened)
-    with progress_bar("verifying the store", store.bytes_of(splits), "bytes", shown=collectives.is_first) as show:
+    store = collectives.run_on_all(opened)
+    with progress_bar("verifying the store", store.bytes_of(splits), "bytes", shown=collectives.is_main) as show:
         store.verify(splits, collectives, show)
     return store
 
@@ -143,7 +143,7 @@ def _load_store(
 ) -> Dataset:
     settings = Settings.of(data, seed=seed, one_hot=one_hot)
     store = open_store(data.path, collectives, SPLITS, encoder=encoder, settings=settings)
-    if seed != store.settings.seed and data.split_column is None and collectives.is_first:
+    if seed != store.settings.seed and data.split_column is None and collectives.is_main:
         log.warning("the split is that of the store, made with run.seed=%d", store.settings.seed)
     splits: dict[str, ResidentRows | MappedRows] = {
         name: MappedRows(store.tensors(name), collectives.device, dtype) for name in SPLITS
@@ -214,9 +214,9 @@ def remap_targets(table: LabelledTable, class_names: list[str]) -> Tensor:
 
 def _fit(table: LabelledTable, data: DataConfig, collectives: Collectives, one_hot: bool) -> Encoder:
     not_features = [data.target, *data.drop, *([data.split_column] if data.split_column else [])]
-    frame, kinds = collectives.together(lambda: _features(table, not_features, data.categorical))
+    frame, kinds = collectives.run_on_all(lambda: _features(table, not_features, data.categorical))
     rows = table.split["train"]
-    begin, end = cut(0, len(rows), collectives.size)[collectives.rank]
+    begin, end = split_evenly(0, len(rows), collectives.size)[collectives.rank]
     return fit_encoder(
         pieces_of(frame[rows[begin:end].numpy()]),
         kinds,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_train.data.table import labels, numbers, require_columns
+from dist_train.data.table import as_text, numbers, require_columns
 
 MISSING, UNKNOWN, FIRST_CATEGORY = 0, 1, 2
 
@@ -109,7 +109,7 @@ class Encoder(nn.Module):
 
 
 def _slots(column: pl.Series, words: Sequence[str], source: str) -> Tensor:
-    text = labels(column, source)
+    text = as_text(column, source)
     slots = text.replace_strict(
         {word: FIRST_CATEGORY + index for index, word in enumerate(words)}, default=UNKNOWN, return_dtype=pl.Int64
     ) if words else pl.Series([UNKNOWN] * len(text), dtype=pl.Int64)  # fmt: skip

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dist_train.data.sampler import PositionSampler, Share
-from dist_train.runtime.position import Position
+from dist_train.data.sampler import MicroBatchIndices, PositionSampler
+from dist_train.determinism.position import Position
 
 
 class Source(Protocol):
@@ -19,7 +19,7 @@ class Source(Protocol):
 
     @property
     def row_numbers(self) -> Tensor: ...
-    def gather(self, share: Share) -> Batch: ...
+    def gather(self, share: MicroBatchIndices) -> Batch: ...
     def read(self, index: Tensor) -> tuple[Tensor, ...]: ...
 
 
@@ -31,7 +31,7 @@ class Batch:
     counts all ranks' rows.
     """
 
-    def __init__(self, source: Source, share: Share, index: Tensor) -> None:
+    def __init__(self, source: Source, share: MicroBatchIndices, index: Tensor) -> None:
         self._source = source
         self.index = index
         self.slices = share.slices
@@ -91,7 +91,7 @@ class ResidentRows:
         """Model inputs of the rows from `start` to `stop`, in the order of the table."""
         return tuple(x[start:stop] for x in self.inputs)
 
-    def gather(self, share: Share) -> Batch:
+    def gather(self, share: MicroBatchIndices) -> Batch:
         """The batch of a share."""
         return Batch(self, share, share.rows)
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dist_train.data.encoder import MISSING, UNKNOWN, Encoder, EncoderDescription
 from dist_train.data.quantiles import exact_quantiles
-from dist_train.data.table import ColumnKinds, labels, numbers
+from dist_train.data.table import ColumnKinds, as_text, numbers
+from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.console import log
+from dist_train.system.console import log
 
 # The smallest float32. Numbers are refused beyond float32, so with this the encoder's squares stay within float64.
 SMALLEST_SPREAD = 2.0**-149
@@ -74,7 +74,7 @@ def _fit_numeric(encoder: Encoder, start: int, pieces: Pieces, collectives: Coll
             yield [_values(frame[name], source) for name in names]
 
     quantiles, present = exact_quantiles(columns, len(names), (0.0, 0.25, 0.5, 0.75, 1.0), collectives)
-    missing = collectives.sum(torch.tensor(num_rows)) - present
+    missing = collectives.all_reduce(torch.tensor(num_rows)) - present
     for index, (name, found) in enumerate(zip(names, quantiles.tolist(), strict=True), start):
         low, lower, median, upper, high = found
         empty = low != low  # NaN: not one value in the training rows
@@ -84,7 +84,7 @@ def _fit_numeric(encoder: Encoder, start: int, pieces: Pieces, collectives: Coll
         # to 0.
         spread = upper - lower if upper - lower >= SMALLEST_SPREAD else (high - low) / 2
         constant = spread < SMALLEST_SPREAD
-        if constant and collectives.is_first:
+        if constant and collectives.is_main:
             what = "has no values" if empty else "holds one number"
             log.warning("column %r %s in the training rows: it is ignored", name, what)
         encoder.median[index] = median
@@ -106,15 +106,15 @@ def _count_categories(
     def count() -> Iterator[int]:
         for frame in pieces(names):
             for name in names:
-                counts[name].update(dict(labels(frame[name], source).value_counts().iter_rows()))
+                counts[name].update(dict(as_text(frame[name], source).value_counts().iter_rows()))
                 _check_distinct(counts, name, source, limit)
             yield frame.height
 
     if not names:
         return counts
-    collectives.in_rounds(count())
+    collectives.lockstep(count())
     merged: dict[str, Counter[str | None]] = {name: Counter() for name in names}
-    for of_rank in collectives.agree(lambda: {name: dict(counter) for name, counter in counts.items()}):
+    for of_rank in collectives.all_gather_object(lambda: {name: dict(counter) for name, counter in counts.items()}):
         for name, counter in of_rank.items():
             merged[name].update(counter)
     for name in names:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_train.data.feed import Batch
-from dist_train.data.sampler import Share
+from dist_train.data.sampler import MicroBatchIndices
 
 
 class MappedRows:
@@ -51,7 +51,7 @@ class MappedRows:
         """Model inputs of the rows from `start` to `stop`, in the order of the table."""
         return tuple(self._as_input(x[start:stop].to(self._device)) for x in self._inputs)
 
-    def gather(self, share: Share) -> Batch:
+    def gather(self, share: MicroBatchIndices) -> Batch:
         """The batch of a share."""
         return Batch(self, share, share.rows)
 

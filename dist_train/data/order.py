@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dist_train.runtime.keyed_random import permutation
+from dist_train.determinism.keyed_random import permutation
 
 # Blocks whose rows are mixed with each other. A batch is drawn from so many places of the table.
 WINDOW_BLOCKS = 64

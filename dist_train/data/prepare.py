@@ -19,8 +19,8 @@ from dist_train.data.fitting import fit_encoder
 from dist_train.data.split import SPLITS, FractionSplit
 from dist_train.data.spool import Chunk, Spool
 from dist_train.data.store import num_blocks, pack_encoder, rows_of_block, tensor_files, unpack_encoder
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.position import cut
+from dist_train.determinism.position import split_evenly
+from dist_train.distributed.collectives import Collectives
 
 # Texts of a column that are counted; more take too much memory, and are no categories.
 MAX_DISTINCT = 1_000_000
@@ -84,7 +84,7 @@ def fit(
     `show` is told of the rows that this rank has gone through, each of them several times. Raises Stopped when the
     ranks have agreed to stop.
     """
-    begin, end = cut(0, len(spool.chunks), collectives.size)[collectives.rank]
+    begin, end = split_evenly(0, len(spool.chunks), collectives.size)[collectives.rank]
 
     def own() -> Iterator[Chunk]:
         for chunk in spool.chunks[begin:end]:
@@ -112,9 +112,9 @@ def fit(
             of_classes.add_(torch.bincount(targets[codes == _TRAIN], minlength=len(class_names)))
             yield chunk.num_rows
 
-    collectives.in_rounds(count())
-    check_training_rows(collectives.sum(of_classes), class_names, "the table")
-    ends = collectives.sum(of_chunks).cumsum(0)
+    collectives.lockstep(count())
+    check_training_rows(collectives.all_reduce(of_classes), class_names, "the table")
+    ends = collectives.all_reduce(of_chunks).cumsum(0)
     before = torch.cat([torch.zeros_like(ends[:1]), ends])
 
     def pieces(names: Sequence[str]) -> Iterator[pl.DataFrame]:
@@ -154,7 +154,7 @@ def encode_blocks(
 ) -> Iterator[int]:
     """Encode the wanted blocks of each split and hand them to `write`; yields the rows of each step."""
     block_rows = fitted.block_rows
-    shares = [_Share(split, fitted, index, set(wanted[split]), write) for index, split in enumerate(SPLITS)]
+    shares = [_BlockWriter(split, fitted, index, set(wanted[split]), write) for index, split in enumerate(SPLITS)]
     for number, chunk in enumerate(spool.chunks):
         starts, stops = fitted.before[number].tolist(), fitted.before[number + 1].tolist()
         if not any(share.wants(start, stop) for share, start, stop in zip(shares, starts, stops, strict=True)):
@@ -177,7 +177,7 @@ def _encoded(spool: Spool, chunk: Chunk, encoder: Encoder, targets: Tensor) -> d
     return {name: tensors[name].numpy().astype(f"{dtype}") for name, (dtype, _) in tensor_files(encoder).items()}
 
 
-class _Share:
+class _BlockWriter:
     """The blocks of one split that this rank makes, of which at most one is in the making."""
 
     def __init__(

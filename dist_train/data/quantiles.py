@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dist_train.runtime.collectives import Collectives
+from dist_train.distributed.collectives import Collectives
 
 # Counts of one digit take 64 KiB for each wanted key.
 _BITS = 13
@@ -57,7 +57,7 @@ def exact_quantiles(
     missing = torch.zeros_like(present)
 
     def places(totals: Tensor) -> Tensor:
-        present.copy_(totals - collectives.sum(missing.clone()))
+        present.copy_(totals - collectives.all_reduce(missing.clone()))
         exact = shares * (present - 1).clamp(min=0).unsqueeze(1)
         return torch.cat([exact.floor(), exact.ceil()], 1).long()
 
@@ -81,8 +81,8 @@ def order_statistics(
     wanted = torch.empty(0, dtype=torch.int64)
     for shift in _SHIFTS:
         counts = torch.zeros(num_cells * _DIGITS, dtype=torch.int64)
-        collectives.in_rounds(_counting(keys, tables, shift, counts))
-        counts = collectives.sum(counts).view(num_cells, _DIGITS)
+        collectives.lockstep(_counting(keys, tables, shift, counts))
+        counts = collectives.all_reduce(counts).view(num_cells, _DIGITS)
         if not tables:
             of_groups = places(counts.sum(1))
             wanted = of_groups.flatten()

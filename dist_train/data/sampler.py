@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from dist_train.data.order import BlockOrder, FullOrder, Order
+from dist_train.determinism.position import Position, split_evenly
 from dist_train.errors import UserError
-from dist_train.runtime.position import Position, cut
 
 
 @dataclass(frozen=True)
-class Share:
+class MicroBatchIndices:
     """This rank's rows of one forward-backward pass.
 
     `rows` are row numbers, (n,), n may be 0; `slices` the lengths of the contiguous slices that they consist of;
@@ -89,7 +89,7 @@ class PositionSampler(DistributedSampler[int]):
             return Position(position.epoch + 1, 0)
         return Position(position.epoch, stop)
 
-    def shares(self, position: Position) -> list[Share]:
+    def shares(self, position: Position) -> list[MicroBatchIndices]:
         """This rank's part of the optimizer step that starts at `position`, one share for each pass."""
         stop = position.rows + self.global_batch_size
         if stop + 1 >= self.num_rows:
@@ -97,12 +97,12 @@ class PositionSampler(DistributedSampler[int]):
         # A pass needs two rows for its batch statistics: a small last batch takes fewer passes.
         passes = max(1, min(self.accumulation_steps, (stop - position.rows) // 2))
         shares = []
-        for first, last in cut(position.rows, stop, passes):
-            own = cut(first, last, self.num_replicas * self.slices_of_a_rank, self._own)
+        for first, last in split_evenly(position.rows, stop, passes):
+            own = split_evenly(first, last, self.num_replicas * self.slices_of_a_rank, self._own)
             begin, end = own[0][0], own[-1][1]
             lengths = tuple([stop - start for start, stop in own])
             rows = self._order.rows(position.epoch, begin, end)
-            shares.append(Share(rows, lengths, position.epoch, begin, last - first))
+            shares.append(MicroBatchIndices(rows, lengths, position.epoch, begin, last - first))
         return shares
 
     def set_epoch(self, epoch: int) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from dist_train.data.quantiles import order_statistics
+from dist_train.determinism.keyed_random import uniform_keys
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
 from dist_train.errors import UserError
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.keyed_random import uniform_keys
-from dist_train.runtime.world import World
 
 SPLITS = ("train", "valid", "test")
 _TRAIN, _VALID, _TEST = range(len(SPLITS))

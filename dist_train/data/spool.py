@@ -24,8 +24,8 @@ from dist_train.data.readers import Part, read_rows
 from dist_train.data.split import codes_of_column
 from dist_train.data.table import (
     ColumnKinds,
+    as_text,
     is_text,
-    labels,
     no_number,
     numbers,
     numbers_with_stray_text,
@@ -33,7 +33,7 @@ from dist_train.data.table import (
     require_columns,
 )
 from dist_train.errors import UserError
-from dist_train.runtime.files import ASIDE, write_atomically
+from dist_train.system.files import TMP_PREFIX, write_atomically
 
 _TARGET, _SPLIT, _FEATURE = "target", "split", "feature:"
 # Types whose numbers float32 holds exactly.
@@ -126,7 +126,7 @@ def spool_unit(unit: Unit, columns: Columns, folder: Path, as_text: frozenset[st
     UserError names the file, and the column and the row of a bad cell.
     """
     text = set(as_text) | set(columns.categorical)
-    aside = folder / f"{ASIDE}{unit.number:06d}.arrow"
+    aside = folder / f"{TMP_PREFIX}{unit.number:06d}.arrow"
     while True:
         spooling = _Spooling(unit, columns, text)
         try:
@@ -215,7 +215,7 @@ class _Spooling:
 
 
 def _texts(column: pl.Series, source: str) -> pa.Array:
-    return labels(column, source).to_arrow().cast(pa.large_string())
+    return as_text(column, source).to_arrow().cast(pa.large_string())
 
 
 def check_classes(found: Sequence[tuple[Unit, UnitFacts]], target: str) -> list[str]:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from dist_train.config.schema import DataConfig
 from dist_train.data.encoder import Encoder
+from dist_train.determinism.position import split_evenly
+from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.position import cut
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -211,8 +211,8 @@ class Store:
             for name in _names(self.files, split)
             for number in range(len(self.files[f"{split}.{name}"].blocks))
         ]
-        first, last = cut(0, len(blocks), collectives.size)[collectives.rank]
-        collectives.in_rounds((self._verify_block(name, number) for name, number in blocks[first:last]), show)
+        first, last = split_evenly(0, len(blocks), collectives.size)[collectives.rank]
+        collectives.lockstep((self._verify_block(name, number) for name, number in blocks[first:last]), show)
 
     def bytes_of(self, splits: Sequence[str]) -> int:
         """Size of the tensors of these splits."""

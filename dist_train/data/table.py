@@ -113,7 +113,7 @@ def no_number(name: str, source: str, row: int, cell: object) -> UserError:
     )
 
 
-def labels(column: pl.Series, source: str) -> pl.Series:
+def as_text(column: pl.Series, source: str) -> pl.Series:
     """A column as text, null where missing; UserError on a type that is none (lists, bytes).
 
     One value reads the same from every kind of file, cell by cell: 1, 1.0 and the texts `1` and `1.0` are `1`; true

@@ -8,10 +8,10 @@ from torch import nn
 
 from dist_train.config.rules import dropout_pair
 from dist_train.config.schema import ModelConfig
+from dist_train.determinism.keyed_random import seeded
 from dist_train.errors import UserError
-from dist_train.models.embedded import Embedded
+from dist_train.models.embeddings import Embedded
 from dist_train.models.financial_classifier import FinancialClassifier
-from dist_train.runtime.keyed_random import seeded
 
 MODELS: dict[str, Callable[[ModelConfig, int, int], nn.Module]] = {
     "financial_classifier": lambda m, input_dim, num_classes: FinancialClassifier(

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_train.determinism.position import split_evenly
+from dist_train.distributed.collectives import Collectives
 from dist_train.errors import TrainingFault
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.position import cut
 from dist_train.training.metrics import classification_metrics
-from dist_train.training.parts import Rows
+from dist_train.training.protocols import Rows
 
 # A vote on whether to stop is a collective; a pass may be shorter than that.
 PASSES_BETWEEN_VOTES = 16
@@ -27,19 +27,19 @@ def probabilities(model: nn.Module, rows: Rows, batch_size: int, num_classes: in
     was_training = model.training
     model.eval()
     num_passes = -(-len(rows) // batch_size)
-    first, last = cut(0, num_passes, collectives.size)[collectives.rank]
+    first, last = split_evenly(0, num_passes, collectives.size)[collectives.rank]
     ends = [min(len(rows), number * batch_size) for number in range(first, last + 1)]
     # One tensor for all: many small ones that stay, made between large ones that go, tear the heap to pieces.
     own = torch.empty((ends[-1] - ends[0], num_classes), dtype=torch.float64, device=collectives.device)
     for number in range(-(-num_passes // collectives.size)):  # the same for every rank; one may have a pass less
         if number % PASSES_BETWEEN_VOTES == 0:
-            collectives.may_stop()
+            collectives.raise_if_stop_agreed()
         index = first + number
         if index < last:
             start, stop = ends[number], ends[number + 1]
             own[start - ends[0] : stop - ends[0]] = model(*rows.slice(start, stop)).double().softmax(1)
     model.train(was_training)
-    return collectives.concatenate(own).cpu()
+    return collectives.all_gather_varlen(own).cpu()
 
 
 def evaluate(
@@ -51,7 +51,7 @@ def evaluate(
     """
     if len(rows) == 0:
         return None
-    with collectives.pulse.phase("evaluation"):
+    with collectives.heartbeat.phase("evaluation"):
         return _scores(model, rows, class_names, batch_size, collectives)
 
 
@@ -69,4 +69,4 @@ def _scores(
     def score() -> dict[str, Any]:
         return classification_metrics(predicted.numpy(), rows.targets.cpu().numpy(), class_names)
 
-    return collectives.from_first(score)
+    return collectives.on_rank_zero(score)

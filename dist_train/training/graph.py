@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dist_train.runtime.keyed_random import RowRandom
-from dist_train.training.parts import Batch
-from dist_train.training.step import EagerStep, Number, Outcome
+from dist_train.determinism.keyed_random import RowRandom
+from dist_train.training.protocols import Batch
+from dist_train.training.step import EagerStep, Number, StepResult
 
 # Steps taken as they are, on the stream that will be recorded, before the first is recorded: kernels are loaded, and
 # DistributedDataParallel has laid out its buckets (11 are what torch's notes on CUDA graphs ask of it).
@@ -71,7 +71,7 @@ class GraphStep:
         self._shape: tuple[Any, ...] | None = None
         self._recorded: _Recorded | None = None
 
-    def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> Outcome:
+    def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> StepResult:
         """Train on the batches unless the loss or the gradient is not finite on some rank."""
         shape = (len(batches), batches[0].slices, batches[0].global_rows)
         if self._shape is None:
@@ -88,7 +88,7 @@ class GraphStep:
             except RuntimeError as error:
                 reason = str(error).strip().splitlines()[0]
                 warnings.warn(f"the step cannot be recorded as a CUDA graph, going on without: {reason}", stacklevel=2)
-                self._random.let_go()
+                self._random.unbind_counters()
                 self._shape = ()
                 return self._eager(batches, step, wants_stop=wants_stop)
         return self._recorded.run(batch, step, wants_stop=wants_stop)
@@ -100,7 +100,7 @@ class _Recorded:
     def __init__(self, eager: EagerStep, random: RowRandom, recorder: Recorder, batch: Batch) -> None:
         self._eager = eager
         self._random = random
-        self._keys = random.keys_asked_for()
+        self._keys = random.used_streams()
         device = eager.collectives.device
         self._pinned = device.type == "cuda"
         # One tensor, so that it takes one copy: starts of random bits, learning rate and vote as float64, places.
@@ -110,21 +110,21 @@ class _Recorded:
         self._results: tuple[Tensor, Number, Tensor | bool] | None = None
 
         def launch() -> None:
-            random.hold(self._keys, starts)
+            random.bind_counters(self._keys, starts)
             try:
                 self._results = eager.compute([batch.by_index(index)], rate.float(), vote)
             finally:
-                random.let_go()
+                random.unbind_counters()
 
         self._replay = recorder.record(launch)
 
-    def run(self, batch: Batch, step: int, *, wants_stop: bool) -> Outcome:
+    def run(self, batch: Batch, step: int, *, wants_stop: bool) -> StepResult:
         """Take a step on a batch of the same shape."""
         lr = self._eager.learning_rate(step)
         self._eager.begin(batch)
         numbers = torch.tensor([lr, float(wants_stop)], dtype=torch.float64).view(torch.int64)
         parts = [
-            torch.tensor([self._random.start_of(*key) for key in self._keys], dtype=torch.int64),
+            torch.tensor([self._random.counter_for(*key) for key in self._keys], dtype=torch.int64),
             numbers,
             batch.index,
         ]
@@ -133,4 +133,4 @@ class _Recorded:
         self._inbox.copy_(torch.cat(parts, out=message), non_blocking=True)
         self._replay()
         assert self._results is not None
-        return Outcome(*self._results, lr, batch.global_rows)
+        return StepResult(*self._results, lr, batch.global_rows)

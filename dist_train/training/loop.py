@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
+from dist_train.distributed.collectives import Collectives
 from dist_train.errors import Stopped, TrainingFault
-from dist_train.runtime.collectives import Collectives
 from dist_train.training.meter import Meter
-from dist_train.training.parts import Batch, Feed, Record, Save, Track
 from dist_train.training.progress import Progress
-from dist_train.training.step import Outcome, Step
+from dist_train.training.protocols import Batch, Feed, Record, Save, Track
+from dist_train.training.step import Step, StepResult
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class Ending(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rhythm:
+class Intervals:
     """When what happens, in optimizer steps. `evaluate_steps` None: at the end of each epoch.
 
     `steps_ahead` may be sent off to a GPU before it is known how the one before them has ended, so that it never waits
@@ -44,7 +44,7 @@ class Rhythm:
 
 
 @dataclass(frozen=True)
-class _Sent:
+class _PendingStep:
     """A step that has been sent off; `numbers` gives its totals, gradient norm and whether all were finite."""
 
     number: int
@@ -67,7 +67,7 @@ class Loop:
         feed: Feed,
         progress: Progress,
         meter: Meter,
-        rhythm: Rhythm,
+        intervals: Intervals,
         collectives: Collectives,
         *,
         evaluate: Callable[[], dict[str, Any] | None],
@@ -80,14 +80,14 @@ class Loop:
         self.feed = feed
         self.progress = progress
         self.meter = meter
-        self.rhythm = rhythm
+        self.intervals = intervals
         self.collectives = collectives
         self.evaluate = evaluate
         self.save = save
         self.track = track
         self.after_update = after_update
         self.wants_stop = wants_stop
-        self._sent: deque[_Sent] = deque()
+        self._pending: deque[_PendingStep] = deque()
         self._clock = time.perf_counter()
         self._samples_at_line = self.progress.samples(self.feed.num_rows)
         self._seconds_at_line = self.progress.train_seconds
@@ -96,52 +96,52 @@ class Loop:
         """Train to the end, or to an agreed stop; a checkpoint of the last step is written in either case."""
         progress = self.progress
         self._clock = time.perf_counter()
-        if progress.evaluation_due and self._settle(stop=False):
+        if progress.evaluation_due and self._evaluate_and_checkpoint(stop=False):
             return Ending.STOPPED
         for batches, position in self.feed.steps(progress.position):
             if self._finished() or self._out_of_patience():
                 break
-            self.collectives.pulse.at_step(progress.step + 1)
+            self.collectives.heartbeat.at_step(progress.step + 1)
             outcome = self.step(batches, progress.step, wants_stop=self.wants_stop())
-            numbers = self.collectives.later(outcome.totals, outcome.grad_norm, outcome.finite)
+            numbers = self.collectives.async_to_host(outcome.totals, outcome.grad_norm, outcome.finite)
             progress.step += 1
-            self._sent.append(_Sent(progress.step, progress.position.epoch, batches, outcome.rows, numbers))
+            self._pending.append(_PendingStep(progress.step, progress.position.epoch, batches, outcome.rows, numbers))
             progress.position = position
             self.after_update()
             progress.evaluation_due = self._evaluation_due()
-            stop = self._read(0 if self._is_landmark() else self.rhythm.steps_ahead)
+            stop = self._drain(0 if self._must_synchronize() else self.intervals.steps_ahead)
             if self._line_due():
                 self._log(outcome)
-            if self._settle(stop=stop):
+            if self._evaluate_and_checkpoint(stop=stop):
                 return Ending.STOPPED
         return Ending.FINISHED if self._finished() else Ending.EARLY_STOP
 
-    def _read(self, left: int) -> bool:
-        """Find out how steps have ended, of all but the `left` last ones, and count them; true on a vote to stop.
+    def _drain(self, keep: int) -> bool:
+        """Find out how steps have ended, of all but the `keep` last ones, and count them; true on a vote to stop.
 
         TrainingFault where a loss or gradient was not finite. On a vote all steps are waited for.
         """
         stop = False
-        while len(self._sent) > left:
-            sent = self._sent.popleft()
+        while len(self._pending) > keep:
+            sent = self._pending.popleft()
             loss, weight, votes, norm, finite = sent.numbers()
             if not finite:
-                raise TrainingFault(self._blame(sent, loss / weight, norm))
+                raise TrainingFault(self._describe_nonfinite(sent, loss / weight, norm))
             self.meter.add(loss, weight)
             if votes > 0:
-                stop, left = True, 0
+                stop, keep = True, 0
         return stop
 
-    def _is_landmark(self) -> bool:
+    def _must_synchronize(self) -> bool:
         return self._line_due() or self.progress.evaluation_due or self._save_due()
 
     def _line_due(self) -> bool:
-        return self._finished() or self.progress.step % self.rhythm.log_steps == 0
+        return self._finished() or self.progress.step % self.intervals.log_steps == 0
 
     def _save_due(self) -> bool:
-        return self.progress.step % self.rhythm.save_steps == 0
+        return self.progress.step % self.intervals.save_steps == 0
 
-    def _settle(self, *, stop: bool) -> bool:
+    def _evaluate_and_checkpoint(self, *, stop: bool) -> bool:
         """What is due after a step: an evaluation, a checkpoint. True when the run is to stop here."""
         progress, improved = self.progress, False
         if progress.evaluation_due:
@@ -152,30 +152,30 @@ class Loop:
                 stop = True
         done = self._finished() and not progress.evaluation_due
         if self._finished() or stop or improved or self._save_due() or self._out_of_patience():
-            with self.collectives.pulse.phase("checkpointing"):
-                self._aside(lambda: self.save(progress.step))
+            with self.collectives.heartbeat.phase("checkpointing"):
+                self._untimed(lambda: self.save(progress.step))
         return stop and not done
 
     def _finished(self) -> bool:
-        return self.progress.step >= self.rhythm.total_steps
+        return self.progress.step >= self.intervals.total_steps
 
     def _out_of_patience(self) -> bool:
-        return self.progress.out_of_patience(self.rhythm.patience)
+        return self.progress.out_of_patience(self.intervals.patience)
 
     def _evaluation_due(self) -> bool:
-        if self.rhythm.evaluate_steps is None:
+        if self.intervals.evaluate_steps is None:
             return self._finished() or self.progress.position.rows == 0
-        return self._finished() or self.progress.step % self.rhythm.evaluate_steps == 0
+        return self._finished() or self.progress.step % self.intervals.evaluate_steps == 0
 
     def _validate(self) -> bool:
-        metrics = self._aside(self.evaluate)
+        metrics = self._untimed(self.evaluate)
         if metrics is None:
             return False
         self.track(self._record("valid") | metrics)
         return self.progress.note_validation(metrics["loss"])
 
-    def _log(self, outcome: Outcome) -> None:
-        self._tick()
+    def _log(self, outcome: StepResult) -> None:
+        self._update_clock()
         samples = self.progress.samples(self.feed.num_rows)
         seconds = self.progress.train_seconds - self._seconds_at_line
         self.track(
@@ -198,21 +198,21 @@ class Loop:
             "split": split,
         }
 
-    def _tick(self) -> None:
+    def _update_clock(self) -> None:
         """Add the time since the clock was last read to the time spent on steps."""
         now = time.perf_counter()
         self.progress.train_seconds += now - self._clock
         self._clock = now
 
-    def _aside(self, action: Callable[[], T]) -> T:
+    def _untimed(self, action: Callable[[], T]) -> T:
         """Do something that does not count as time spent on steps."""
-        self._tick()
+        self._update_clock()
         result = action()
         self._clock = time.perf_counter()
         return result
 
-    def _blame(self, sent: _Sent, loss: float, norm: float) -> str:
-        rows = [row for part in self.collectives.agree(lambda: _some_rows(sent.batches)) for row in part]
+    def _describe_nonfinite(self, sent: _PendingStep, loss: float, norm: float) -> str:
+        rows = [row for part in self.collectives.all_gather_object(lambda: _some_rows(sent.batches)) for row in part]
         listed = ", ".join(str(row + 1) for row in rows)
         return (
             f"step {sent.number} (epoch {sent.epoch + 1}): the loss is {loss}, the gradient norm {norm}; no rank has "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dist_train.runtime.flat import FlatParameters
+from dist_train.determinism.flat_parameters import FlatParameters
 
 
 class AdamW:
@@ -25,7 +25,7 @@ class AdamW:
         vectors = [p for p in named.values() if p.ndim < 2]
         self.parameters = FlatParameters([*matrices, *vectors])
         self._names = {p: name for name, p in named.items()}
-        border = self.parameters.start_of(vectors[0]) if vectors else self.parameters.size
+        border = self.parameters.offset_of(vectors[0]) if vectors else self.parameters.size
         self._moments = self.parameters.zeros(2)
         self._parts = [
             (part, decay, self.parameters.values[part], *self._moments[:, part])

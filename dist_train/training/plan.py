@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dist_train.runtime.world import World
+from dist_train.distributed.world import World
 
 _BARS = "▁▂▃▄▅▆▇█"
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dist_train.runtime.position import Position
+from dist_train.determinism.position import Position
 
 
 class Progress:

@@ -11,15 +11,15 @@ from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.flat import FlatParameters
-from dist_train.runtime.slices import Slices
+from dist_train.determinism.flat_parameters import FlatParameters
+from dist_train.determinism.slices import Slices
+from dist_train.distributed.collectives import Collectives
 
 
-class Reduction(Protocol):
-    """Gradients and a few numbers, summed over ranks; the gradients are divided by `divisor`."""
+class GradientReducer(Protocol):
+    """Gradients and a few numbers, summed over ranks; the gradients are divided by `grad_scale`."""
 
-    divisor: int
+    grad_scale: int
 
     def begin(self, sums: Tensor) -> None:
         """Forget the gradients of the step before.
@@ -40,7 +40,7 @@ class Reduction(Protocol):
         """All backward passes are done: `sums` over all slices, and the flat gradients; the caller may change both."""
 
 
-class ReducedInBackward:
+class DDPReducer:
     """The fast mode on several ranks: DistributedDataParallel reduces in the last backward pass.
 
     Its buckets are where the gradients are from the beginning. Where all ranks share memory and the gradients are
@@ -57,10 +57,10 @@ class ReducedInBackward:
         self._views = parameters.views(self._flat)
         of_bucket = {p: p.grad for p in parameters.parameters if p.grad is not None}
         self._gradients = list(of_bucket.values())
-        slices.gradients, slices.announced = [of_bucket], True
+        slices.gradients, slices.visit_all_parameters = [of_bucket], True
         self._sums = torch.empty(0)
         self._together = collectives.share_memory_for(self._flat, torch.empty(3, dtype=torch.float64))
-        self.divisor = 1 if self._together else collectives.size
+        self.grad_scale = 1 if self._together else collectives.size
         if self._together:
             # A lambda, since torch takes annotations that are text for wrong ones.
             model.register_comm_hook(self, lambda state, bucket: state._add(bucket))
@@ -76,31 +76,31 @@ class ReducedInBackward:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients are reduced in here: a rank that waits for the others waits in here."""
-        with self._collectives.pulse.backward("all_reduce of gradients in the backward pass"):
+        with self._collectives.heartbeat.backward("all_reduce of gradients in the backward pass"):
             loss.sum().backward()
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Out of DistributedDataParallel's buckets."""
         torch._foreach_copy_(self._views, self._gradients)
         if not self._together:
-            self._collectives.sum(self._sums)
+            self._collectives.all_reduce(self._sums)
         return self._sums[0], self._flat
 
     def _add(self, bucket: GradBucket) -> Future[Tensor]:
         """Add up a bucket over the ranks, and what else there is with the last one."""
         done: Future[Tensor] = Future()
-        done.set_result(self._collectives.sum(bucket.buffer(), *([self._sums] if bucket.is_last() else [])))
+        done.set_result(self._collectives.all_reduce(bucket.buffer(), *([self._sums] if bucket.is_last() else [])))
         return done
 
 
-class FoldedSlices:
+class SliceReducer:
     """The modules keep the gradient of each slice; all slices of all ranks are added up in order.
 
     So it is in the exact mode, and in a world of one. There, in the fast mode, one slice is all there is, nothing is
     added up, and modules that do not know of slices may leave their gradients to autograd.
     """
 
-    divisor = 1
+    grad_scale = 1
 
     def __init__(self, slices: Slices, num_slices: int, parameters: FlatParameters, collectives: Collectives) -> None:
         self._collectives = collectives
@@ -125,4 +125,4 @@ class FoldedSlices:
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Gather every slice's part and add them up, the same bits on every rank and for every world size."""
-        return self._collectives.fold(self._sums), self._collectives.fold(self._flat)
+        return self._collectives.ordered_sum(self._sums), self._collectives.ordered_sum(self._flat)

@@ -10,17 +10,17 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from dist_train.runtime.collectives import Collectives
-from dist_train.training.objective import Objective
+from dist_train.distributed.collectives import Collectives
+from dist_train.training.loss import Objective
 from dist_train.training.optimizer import AdamW
-from dist_train.training.parts import Batch
-from dist_train.training.reduction import Reduction
+from dist_train.training.protocols import Batch
+from dist_train.training.reduction import GradientReducer
 
 Number = Tensor | float
 """A number in a tensor of its own, (), on a GPU; a plain one on the CPU."""
 
 
-class Outcome(NamedTuple):
+class StepResult(NamedTuple):
     """What a step leaves, the same on every rank.
 
     `totals` holds, summed over ranks, the loss's numerator, its denominator and the votes to stop, (3,) float64 on
@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
 class Step(Protocol):
     """A step trains on this rank's batches of one optimizer step; a faster one has the same signature."""
 
-    def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> Outcome: ...
+    def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> StepResult: ...
 
 
 class EagerStep:
@@ -54,7 +54,7 @@ class EagerStep:
         optimizer: AdamW,
         learning_rate: Callable[[int], float],
         begin: Callable[[Batch], None],
-        reduction: Reduction,
+        reduction: GradientReducer,
         collectives: Collectives,
         *,
         max_grad_norm: float | None,
@@ -70,13 +70,15 @@ class EagerStep:
         self.max_grad_norm = max_grad_norm
         self.autocast_dtype = autocast_dtype
 
-    def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> Outcome:
+    def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> StepResult:
         """Train on the batches unless the loss or the gradient is not finite on some rank."""
         lr = self.learning_rate(step)
         # On a GPU the rate is a number of its memory, as it is when the step is recorded: the kernel is another one.
         device = self.collectives.device
         rate = lr if device.type == "cpu" else torch.full((), lr, device=device)
-        return Outcome(*self.compute(batches, rate, float(wants_stop)), lr, sum(batch.global_rows for batch in batches))
+        return StepResult(
+            *self.compute(batches, rate, float(wants_stop)), lr, sum(batch.global_rows for batch in batches)
+        )
 
     def compute(
         self, batches: Sequence[Batch], lr: float | Tensor, vote: float | Tensor
@@ -98,7 +100,7 @@ class EagerStep:
         totals, gradients = self.reduction.finish()
         sum_of_losses, sum_of_weights, _ = self._numbers(totals)
         # The sum over rows becomes the mean over weights.
-        factor: Number = self.reduction.divisor / sum_of_weights
+        factor: Number = self.reduction.grad_scale / sum_of_weights
         norm: Number = self._numbers(torch.linalg.vector_norm(gradients))[0] * factor
         if self.max_grad_norm is not None:
             factor = factor * at_most_one(self.max_grad_norm / (norm + 1e-6))

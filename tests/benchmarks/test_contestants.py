@@ -11,8 +11,8 @@ import torch
 from benchmarks import contestants, workload
 from benchmarks.contestants import Clock, Ours
 from benchmarks.report import measured, take_turns
-from dist_train.runtime.collectives import Collectives
-from dist_train.session import Session
+from dist_train.distributed.collectives import Collectives
+from dist_train.run.session import Session
 from tests.ranks import on_ranks
 
 CPU = torch.device("cpu")

@@ -15,13 +15,13 @@ from socket import socket
 from typing import NoReturn
 from unittest.mock import patch
 
-from dist_train.runtime import console
+from dist_train.system import console
 from tests.commands import environment
 from tests.ranks import in_processes
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CommandResult:
     """What a shell would see of a command."""
 
     code: int
@@ -36,7 +36,7 @@ class Left(BaseException):
         self.code = code
 
 
-def command(script: str, *arguments: object, **environ: str) -> Outcome:
+def command(script: str, *arguments: object, **environ: str) -> CommandResult:
     """Exit code and output of `python launch/<script>.py ...`, by way of the same `run_command`."""
     main = importlib.import_module(f"launch.{script}").main
     out, err = StringIO(), StringIO()
@@ -51,10 +51,10 @@ def command(script: str, *arguments: object, **environ: str) -> Outcome:
         try:
             console.run_command(main)
         except Left as left:
-            return Outcome(left.code, out.getvalue(), err.getvalue())
+            return CommandResult(left.code, out.getvalue(), err.getvalue())
 
 
-def command_on_ranks(ranks: int, script: str, *arguments: object) -> list[Outcome]:
+def command_on_ranks(ranks: int, script: str, *arguments: object) -> list[CommandResult]:
     """The same on several ranks, in rank order: processes with the environment that torchrun gives, but forked."""
     with socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -62,7 +62,7 @@ def command_on_ranks(ranks: int, script: str, *arguments: object) -> list[Outcom
     return in_processes(ranks, _rank, ranks, port, script, arguments)
 
 
-def _rank(rank: int, ranks: int, port: int, script: str, arguments: tuple[object, ...]) -> Outcome:
+def _rank(rank: int, ranks: int, port: int, script: str, arguments: tuple[object, ...]) -> CommandResult:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     return command(script, *arguments, MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in place.items()})
 

@@ -12,11 +12,11 @@ from dist_train.data.table import read_table
 from dist_train.errors import UserError
 from tests import commands
 from tests.cli.conftest import Trained
-from tests.cli.in_process import Outcome, command, contents
+from tests.cli.in_process import CommandResult, command, contents
 from tests.cli.tables import clients, run_arguments
 
 
-def assert_one_message(outcome: Outcome, *culprits: object) -> None:
+def assert_one_message(outcome: CommandResult, *culprits: object) -> None:
     """Exit code 2, and one error on stderr and nothing else, which names all `culprits`."""
     assert outcome.code == 2, outcome.err
     assert outcome.out == ""
@@ -466,7 +466,7 @@ def test_a_real_process_ends_with_exit_code_2(
     arguments: tuple[str, ...], culprits: tuple[str, ...], tmp_path: Path
 ) -> None:
     done = commands.run("train", f"run.dir={tmp_path}", *arguments)
-    assert_one_message(Outcome(done.returncode, done.stdout, done.stderr), *culprits)
+    assert_one_message(CommandResult(done.returncode, done.stdout, done.stderr), *culprits)
     assert not contents(tmp_path)
 
 

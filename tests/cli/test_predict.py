@@ -15,7 +15,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss
 
-from dist_train.runtime.world import World, world_from_environment
+from dist_train.distributed.world import World, world_from_environment
 from tests import commands
 from tests.cli.conftest import Trained
 from tests.cli.in_process import command

@@ -15,8 +15,8 @@ import pytest
 
 from dist_train.data.store import MANIFEST, Store
 from dist_train.data.table import locate, read_table
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.world import World
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
 from tests.cli.in_process import command, contents
 from tests.cli.tables import QUICK, clients
 from tests.cli.test_mistakes import assert_one_message

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import commands
-from tests.cli.in_process import Outcome, command, contents
+from tests.cli.in_process import CommandResult, command, contents
 from tests.cli.test_mistakes import assert_one_message
 from tests.patience import PATIENCE_SECONDS
 
@@ -124,7 +124,7 @@ def test_what_is_not_plain_reaches_sbatch_and_the_run_as_it_is() -> None:
 
 def test_it_is_checked_then_submitted(sbatch: Sbatch) -> None:
     outcome = command("submit", "--nodes=2", CONFIG, PATH=sbatch.path)
-    assert outcome == Outcome(0, "7\n", "job 7 trains runs/credit_risk\n")
+    assert outcome == CommandResult(0, "7\n", "job 7 trains runs/credit_risk\n")
     assert sbatch.asked == ["--test-only", "--parsable"]
     assert sbatch.script() == printed("--nodes=2", CONFIG)
 
@@ -139,7 +139,7 @@ def test_a_sweep_is_checked_line_by_line(sbatch: Sbatch, tmp_path: Path) -> None
     sweep = tmp_path / "my sweep.txt"
     sweep.write_text("optim.lr=1e-3\noptim.lr=2e-3 model.dropout='[0.1, 0.1]'\n")
     outcome = command("submit", f"--sweep={sweep}", CONFIG, PATH=sbatch.path)
-    assert outcome == Outcome(0, "7\n", "job 7 trains runs/credit_risk-*\n")
+    assert outcome == CommandResult(0, "7\n", "job 7 trains runs/credit_risk-*\n")
     assert "#SBATCH --array=1-2\n" in sbatch.script()
     assert shlex.split(sbatch.script().splitlines()[-1]) == [".", "slurm/array.sbatch", str(sweep), CONFIG]
     for line, culprit in (("optim.lrr=1", "'optim.lrr'"), ("", "is empty"), ("run.name='a", "quot")):
@@ -171,7 +171,7 @@ def test_without_slurm_and_in_another_folder(tmp_path: Path, monkeypatch: pytest
 
 
 def test_torch_is_not_imported() -> None:
-    program = "import sys, launch.submit, dist_train.config.run_folder; sys.exit('torch' in sys.modules)"
+    program = "import sys, launch.submit, dist_train.config.run_path; sys.exit('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=commands.REPOSITORY, check=False, timeout=PATIENCE_SECONDS
     )

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from dist_train.checkpoint.commit import commit
-from dist_train.checkpoint.state import encode_parts, read_parts, weights_sha256
 from dist_train.config.load import read_config
 from dist_train.data.dataset import load_labelled
+from dist_train.run.checkpoint.commit import commit
+from dist_train.run.checkpoint.state import encode_parts, read_parts, weights_sha256
 from tests.cli.in_process import command, command_on_ranks
 from tests.commands import run
 from tests.resume.jobs import finish, folder_of, tiny_job, write_table

@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_train.checkpoint.state import pack_json, pack_tensors, unpack_json, unpack_tensors
 from dist_train.data.encoder import Encoder, EncoderDescription
-from dist_train.models.batch_norm import sync_batch_norm
+from dist_train.determinism.batch_norm import sync_batch_norm
+from dist_train.determinism.keyed_random import seeded
+from dist_train.determinism.position import Position
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
 from dist_train.models.financial_classifier import FinancialClassifier
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.keyed_random import seeded
-from dist_train.runtime.position import Position
-from dist_train.runtime.world import World
-from dist_train.session import Session
-from dist_train.tracking.journal import Journal
+from dist_train.run.checkpoint.state import pack_json, pack_tensors, unpack_json, unpack_tensors
+from dist_train.run.session import Session
+from dist_train.run.tracking.jsonl_tracker import JsonlTracker
 from dist_train.training.meter import Meter
 from dist_train.training.optimizer import AdamW, average_of
-from dist_train.training.parts import Stateful
 from dist_train.training.progress import Progress
+from dist_train.training.protocols import Stateful
 from tests.dist.sessions import BUILTIN, build
 
 
@@ -158,12 +158,12 @@ def test_round_trip(make: Callable[[], Subject], acts: int) -> None:
 
 
 def test_the_journal_goes_back_to_where_it_was_saved(tmp_path: Path) -> None:
-    old = Journal(tmp_path / "metrics.jsonl")
+    old = JsonlTracker(tmp_path / "metrics.jsonl")
     old.log({"step": 1, "loss": 0.5})
     saved = through_a_file(old.state_dict())
     old.log({"step": 2, "loss": 0.4})
     old.close()
-    new = Journal(tmp_path / "metrics.jsonl")
+    new = JsonlTracker(tmp_path / "metrics.jsonl")
     new.load_state_dict(saved)
     new.log({"step": 2, "loss": 0.3})
     new.close()

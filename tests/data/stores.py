@@ -12,8 +12,8 @@ import polars as pl
 
 from dist_train.config.load import load_config
 from dist_train.data import store
-from dist_train.preparation import Preparation
-from dist_train.runtime.collectives import Collectives
+from dist_train.distributed.collectives import Collectives
+from dist_train.run.preparation import Preparation
 
 
 def table(num_rows: int = 700) -> pl.DataFrame:

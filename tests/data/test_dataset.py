@@ -11,9 +11,9 @@ import torch
 
 from dist_train.config.schema import DataConfig
 from dist_train.data.dataset import Dataset, load_dataset, load_labelled, read_for_evaluation
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
 from dist_train.errors import UserError
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.world import World
 from tests.ranks import on_ranks
 
 

@@ -18,11 +18,11 @@ from dist_train.data.dataset import encode
 from dist_train.data.encoder import MISSING, UNKNOWN, Encoder
 from dist_train.data.fitting import fit_encoder, pieces_of
 from dist_train.data.table import feature_kinds
+from dist_train.determinism.position import split_evenly
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
 from dist_train.errors import UserError
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.console import log
-from dist_train.runtime.position import cut
-from dist_train.runtime.world import World
+from dist_train.system.console import log
 from tests.ranks import on_ranks
 
 
@@ -51,7 +51,7 @@ def fit(
 ) -> Encoder:
     kinds = feature_kinds(frame, [], ["code"] if "code" in frame.columns else [], "t")
     collectives = collectives or Collectives(World())
-    begin, end = cut(0, frame.height, collectives.size)[collectives.rank]
+    begin, end = split_evenly(0, frame.height, collectives.size)[collectives.rank]
     return fit_encoder(
         pieces_of(frame[begin:end]), kinds, ["bad", "good"], collectives,
         max_categories=max_categories, one_hot=one_hot, source="t",
@@ -267,7 +267,7 @@ def test_a_column_of_another_type_is_named() -> None:
 
 def _bad_cell_on_one_rank(collectives: Collectives) -> str:
     frame = pl.DataFrame({"x": ["1", "2", "3", "four"]})
-    begin, end = cut(0, 4, collectives.size)[collectives.rank]
+    begin, end = split_evenly(0, 4, collectives.size)[collectives.rank]
     kinds = feature_kinds(pl.DataFrame({"x": [1.0]}), [], [], "t")
     try:
         fit_encoder(

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dist_train.data.feed import Feed, ResidentRows, resident
-from dist_train.data.sampler import PositionSampler, Share
-from dist_train.runtime.position import Position
+from dist_train.data.sampler import MicroBatchIndices, PositionSampler
+from dist_train.determinism.position import Position
 
 CPU = torch.device("cpu")
 FEATURES = torch.arange(60.0).view(20, 3)
@@ -24,7 +24,9 @@ def rows(*numbers: int, dtype: torch.dtype = torch.float32) -> ResidentRows:
 @pytest.mark.parametrize("index", [[], [4], [0, 4, 2], [1, 1]])
 def test_a_batch_is_direct_indexing(index: list[int]) -> None:
     chosen = rows(19, 3, 5, 7, 11)
-    share = Share(torch.tensor(index, dtype=torch.int64), (len(index),), epoch=2, first_row=7, global_rows=9)
+    share = MicroBatchIndices(
+        torch.tensor(index, dtype=torch.int64), (len(index),), epoch=2, first_row=7, global_rows=9
+    )
     batch = chosen.gather(share)
     table_rows = [[19, 3, 5, 7, 11][i] for i in index]
     assert torch.equal(batch.inputs[0], FEATURES[table_rows])
@@ -37,7 +39,7 @@ def test_a_batch_is_direct_indexing(index: list[int]) -> None:
 
 
 def test_only_floating_point_inputs_change_their_type() -> None:
-    batch = rows(1, 2, dtype=torch.float64).gather(Share(torch.tensor([0]), (1,), 0, 0, 1))
+    batch = rows(1, 2, dtype=torch.float64).gather(MicroBatchIndices(torch.tensor([0]), (1,), 0, 0, 1))
     assert batch.inputs[0].dtype == torch.float64
     assert batch.inputs[1].dtype == torch.int64
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dist_train.data.sampler import PositionSampler, steps_of_epoch
+from dist_train.determinism.position import Position
 from dist_train.errors import UserError
-from dist_train.runtime.position import Position
 
 
 def sampler(num_rows: int, batch: int, *, rank: int = 0, world_size: int = 1, **more: int) -> PositionSampler:

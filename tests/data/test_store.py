@@ -12,12 +12,12 @@ import torch
 from dist_train.config.load import load_config
 from dist_train.data.dataset import Dataset, load_dataset
 from dist_train.data.mapped import MappedRows
-from dist_train.data.sampler import Share
+from dist_train.data.sampler import MicroBatchIndices
 from dist_train.data.split import SPLITS
 from dist_train.data.store import MANIFEST, Store, same_encoder
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
 from dist_train.errors import UserError
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.world import World
 from tests.cli.in_process import contents
 from tests.data.stores import ARGUMENTS, prepare_on_rank, table, write_parts
 from tests.ranks import on_ranks
@@ -62,7 +62,7 @@ def test_a_store_of_many_files_holds_what_one_file_gives_in_memory(arguments: li
         ours, theirs = store.splits[split], memory.splits[split]
         assert len(ours) == len(theirs)
         index = torch.randperm(len(ours), generator=torch.Generator().manual_seed(1))[:50]
-        share = Share(index, (20, len(index) - 20), epoch=3, first_row=9, global_rows=100)
+        share = MicroBatchIndices(index, (20, len(index) - 20), epoch=3, first_row=9, global_rows=100)
         batch, expected = ours.gather(share), theirs.gather(share)
         assert (batch.slices, batch.epoch, batch.first_row) == (expected.slices, 3, 9)
         assert torch.equal(batch.rows, expected.rows)
@@ -98,7 +98,7 @@ def test_one_block_or_many_hold_the_same_rows(sound: Path, tmp_path: Path) -> No
 
 def test_features_become_what_the_precision_asks_for(sound: Path) -> None:
     rows = MappedRows(Store(sound).tensors("train"), CPU, torch.float64)
-    share = Share(torch.tensor([5, 0]), (2,), 0, 0, 2)
+    share = MicroBatchIndices(torch.tensor([5, 0]), (2,), 0, 0, 2)
     assert rows.gather(share).inputs[0].dtype == torch.float64
     assert rows.slice(0, 3)[0].dtype == torch.float64
     assert rows.resident_bytes == 0
@@ -171,8 +171,8 @@ def test_no_change_of_the_manifest_passes(sound: Path, tmp_path: Path) -> None:
         (folder / MANIFEST).write_bytes(data)
         with pytest.raises(UserError, match=MANIFEST):
             Store(folder)
-    for cut in (0, len(whole) // 2):
-        (folder / MANIFEST).write_bytes(whole[:cut])
+    for split_evenly in (0, len(whole) // 2):
+        (folder / MANIFEST).write_bytes(whole[:split_evenly])
         with pytest.raises(UserError, match=f"{re.escape(MANIFEST)}: cannot be read"):
             Store(folder)
 

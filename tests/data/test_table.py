@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.table import feature_kinds, labels, locate, numbers, read_table, sha256_of
+from dist_train.data.table import as_text, feature_kinds, locate, numbers, read_table, sha256_of
 from dist_train.errors import UserError
 
 MISSING = DataConfig().missing_values
@@ -88,25 +88,25 @@ def test_categories_are_the_same_from_csv_and_parquet(name: str, tmp_path: Path)
     from_csv, from_parquet = both(frame, tmp_path)
     for table in (from_csv, from_parquet):
         assert feature_kinds(table, [], ["x"], "t").categorical == ("x",)
-    assert labels(from_csv["x"], "t").to_list() == labels(from_parquet["x"], "t").to_list()
+    assert as_text(from_csv["x"], "t").to_list() == as_text(from_parquet["x"], "t").to_list()
 
 
 def test_a_category_is_the_same_whichever_program_wrote_it() -> None:
     spellings = pl.Series(["1", "1.0", "1.000", "True", "TRUE", "true", "False", "-0.0"])
-    assert labels(spellings, "t").to_list() == ["1", "1", "1", "true", "true", "true", "false", "0"]
-    assert labels(pl.Series([1.0, -0.0]), "t").to_list() == ["1", "0"]
+    assert as_text(spellings, "t").to_list() == ["1", "1", "1", "true", "true", "true", "false", "0"]
+    assert as_text(pl.Series([1.0, -0.0]), "t").to_list() == ["1", "0"]
 
 
 def test_a_category_does_not_depend_on_the_cells_around_it() -> None:
     """Else the vocabulary would depend on how rows are cut among ranks."""
     whole = pl.Series([1.0, 2.0, 2.5, 4.0, None])
-    alone = [labels(whole[i : i + 1], "t").item() for i in range(len(whole))]
-    assert alone == labels(whole, "t").to_list() == ["1", "2", "2.5", "4", None]
+    alone = [as_text(whole[i : i + 1], "t").item() for i in range(len(whole))]
+    assert alone == as_text(whole, "t").to_list() == ["1", "2", "2.5", "4", None]
 
 
 def test_texts_that_only_look_alike_stay_apart() -> None:
     texts = ["01", "1", "1.10", "1.1", "1.0.0", "a.0", "1e0", "truE", " 1", "+1"]
-    assert labels(pl.Series(texts), "t").to_list() == texts
+    assert as_text(pl.Series(texts), "t").to_list() == texts
 
 
 @pytest.mark.parametrize("missing", MISSING)

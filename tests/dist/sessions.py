@@ -12,8 +12,8 @@ import polars as pl
 
 from dist_train.config.load import load_config
 from dist_train.data.dataset import load_dataset
-from dist_train.runtime.collectives import Collectives
-from dist_train.session import Session, dtype_of
+from dist_train.distributed.collectives import Collectives
+from dist_train.run.session import Session, dtype_of
 from dist_train.training.evaluation import probabilities
 
 BUILTIN = ["data.target=risk_tier", "data.split_column=split", "train.epochs=1", "optim.lr=3e-3"]

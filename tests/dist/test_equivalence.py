@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.world import World
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
 from tests.dist.sessions import BUILTIN, Trained, train, write_table
 from tests.ranks import on_ranks
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from dist_train.data.mapped import MappedRows
-from dist_train.data.sampler import Share
-from dist_train.models.batch_norm import sync_batch_norm
-from dist_train.models.dropout import KeyedDropout
+from dist_train.data.sampler import MicroBatchIndices
+from dist_train.determinism.batch_norm import sync_batch_norm
+from dist_train.determinism.dropout import KeyedDropout
+from dist_train.determinism.keyed_random import RowRandom, seeded
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World, process_group
 from dist_train.models.financial_classifier import FinancialClassifier
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.keyed_random import RowRandom, seeded
-from dist_train.runtime.world import World, process_group
 from dist_train.training.evaluation import evaluate
 from tests.commands import REPOSITORY, train
 from tests.dist.sessions import BUILTIN, build
@@ -151,8 +151,8 @@ def test_torchs_synchronised_layer_equals_the_plain_one_under_nccl(tmp_path: Pat
         torch.testing.assert_close(synced(x), plain(x), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(synced[0].running_var, plain.running_var, rtol=1e-5, atol=1e-6)
         collectives = Collectives(world)
-        assert collectives.concatenate(torch.arange(3, device="cuda")).tolist() == [0, 1, 2]
-        assert list(collectives.agree(lambda: "here")) == ["here"]
+        assert collectives.all_gather_varlen(torch.arange(3, device="cuda")).tolist() == [0, 1, 2]
+        assert list(collectives.all_gather_object(lambda: "here")) == ["here"]
     finally:
         torch.distributed.destroy_process_group()
 
@@ -185,7 +185,10 @@ def test_batches_of_a_store_arrive_whole_by_way_of_pinned_memory() -> None:
     tensors = {"features": features, "slots": slots, "targets": targets, "rows": torch.arange(count) * 2}
     rows = MappedRows(tensors, torch.device("cuda"), torch.float64)
     generator = torch.Generator().manual_seed(0)
-    shares = [Share(torch.randperm(count, generator=generator)[:n], (n,), 0, 0, n) for n in (900, 7, 4000, 0, 900) * 8]
+    shares = [
+        MicroBatchIndices(torch.randperm(count, generator=generator)[:n], (n,), 0, 0, n)
+        for n in (900, 7, 4000, 0, 900) * 8
+    ]
     for share, batch in zip(shares, [rows.gather(share) for share in shares], strict=True):
         assert torch.equal(batch.inputs[0].cpu(), features[share.rows].double())
         assert torch.equal(batch.inputs[1].cpu(), slots[share.rows].long())

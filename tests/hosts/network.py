@@ -136,7 +136,7 @@ class Hosts:
                     found.append(process)
         return sorted(found)
 
-    def cut(self, host: str) -> None:
+    def split_evenly(self, host: str) -> None:
         """Pull the cable: packets vanish, and nobody is told."""
         self._bridge("link", "set", self._ports[host], "nomaster")
 

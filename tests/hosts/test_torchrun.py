@@ -111,7 +111,7 @@ def test_a_cut_cable_ends_all_ranks_with_a_report_and_the_run_goes_on_elsewhere(
     arguments = tiny_job(table, tmp_path / "run", *SETTINGS)
     job = Job(hosts, [*arguments, f"runtime.timeout_seconds={TIMEOUT_SECONDS}"], tmp_path, "cut", IN_THE_MIDDLE)
     wait_for_step(tmp_path / "run", 12)
-    hosts.cut(SECOND)
+    hosts.split_evenly(SECOND)
     try:
         job.wait_until_gone(job.ranks, TIMEOUT_SECONDS + SLACK_SECONDS)
     finally:

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.schema import ModelConfig
+from dist_train.determinism.batch_norm import sync_batch_norm, zero_grad_of_biases_before_batchnorm
+from dist_train.determinism.dropout import convert_dropout
+from dist_train.determinism.keyed_random import RowRandom
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
 from dist_train.errors import UserError
-from dist_train.models.batch_norm import still_cancelled_biases, sync_batch_norm
-from dist_train.models.dropout import convert_dropout
-from dist_train.models.embedded import SPECIAL_SLOTS, Embedded
+from dist_train.models.embeddings import SPECIAL_SLOTS, Embedded
 from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.models.registry import MODELS, build_model, check_model_name
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.keyed_random import RowRandom
-from dist_train.runtime.world import World
 
 
 class Plain(nn.Module):
@@ -47,7 +47,9 @@ def test_weights_load_strict_into_plain_torch_and_give_the_same_logits() -> None
 
 def test_training_leaves_the_names_of_the_weights_alone() -> None:
     model = build_model(ModelConfig(hidden_dim=8), input_dim=5, embedded_sizes=[], num_classes=3, seed=0)
-    trained = convert_dropout(still_cancelled_biases(sync_batch_norm(model, Collectives(World()))), RowRandom(0))
+    trained = convert_dropout(
+        zero_grad_of_biases_before_batchnorm(sync_batch_norm(model, Collectives(World()))), RowRandom(0)
+    )
     assert list(trained.state_dict()) == list(Plain(5, 8, 3).state_dict())
 
 
@@ -111,7 +113,7 @@ def test_every_model_keeps_the_contract_of_a_model(name: str, embedded_sizes: li
 
 def test_the_bias_before_batch_norm_stays_still_in_training_only() -> None:
     torch.manual_seed(0)
-    model = still_cancelled_biases(FinancialClassifier(5, 8, 3, (0.0, 0.0)).double())
+    model = zero_grad_of_biases_before_batchnorm(FinancialClassifier(5, 8, 3, (0.0, 0.0)).double())
     plain = Plain(5, 8, 3).double()
     for dropout in (plain.layers[3], plain.layers[6]):
         dropout.p = 0.0  # type: ignore[assignment]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_train.data.quantiles import exact_quantiles
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.world import World
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LARGEST = float(np.finfo(np.float64).max)
@@ -35,7 +35,7 @@ class OneOfSeveral(Collectives):
         super().__init__(World())
         self.add_up = add_up
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         return self.add_up(tensor)
 
 

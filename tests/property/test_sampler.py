@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dist_train.data.order import WINDOW_BLOCKS, BlockOrder
 from dist_train.data.sampler import PositionSampler
-from dist_train.runtime.position import Position, cut
+from dist_train.determinism.position import Position, split_evenly
 
 PLANS = st.builds(
     dict,
@@ -128,7 +128,7 @@ def test_as_an_iterable_it_goes_on_to_the_next_epoch_by_itself(plan: dict[str, i
 @settings(deadline=None, max_examples=200)
 @given(st.integers(-1000, 1000), st.integers(0, 1000), st.integers(1, 20))
 def test_a_cut_covers_everything_once_and_evenly(start: int, length: int, pieces: int) -> None:
-    parts = cut(start, start + length, pieces)
+    parts = split_evenly(start, start + length, pieces)
     assert len(parts) == pieces
     assert [i for begin, end in parts for i in range(begin, end)] == list(range(start, start + length))
     lengths = [end - begin for begin, end in parts]

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.data.sampler import PositionSampler, Share
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.position import Position
-from dist_train.runtime.slices import Slices
-from dist_train.runtime.world import World
+from dist_train.data.sampler import MicroBatchIndices, PositionSampler
+from dist_train.determinism.position import Position
+from dist_train.determinism.slices import Slices
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
 
 
 class Gathered(Collectives):
@@ -21,12 +21,12 @@ class Gathered(Collectives):
         self.size = len(partials)
         self._partials = partials
 
-    def stack(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         assert any(torch.equal(tensor, partial) for partial in self._partials)
         return torch.stack(self._partials)
 
 
-def partial_sums(share: Share, values: torch.Tensor) -> torch.Tensor:
+def partial_sums(share: MicroBatchIndices, values: torch.Tensor) -> torch.Tensor:
     """What a rank brings of a share: the sum over each of its slices."""
     slices = Slices()
     slices.begin(share.slices, share.epoch, share.first_row)
@@ -64,7 +64,7 @@ def test_slices_and_folds_are_the_same_for_every_world_size(
         for of_pass in zip(*shares, strict=True):
             rows += [part.tolist() for share in of_pass for part in share.rows.split(share.slices)]
             partials = [partial_sums(share, values) for share in of_pass]
-            folded = [Gathered(partials).fold(partial) for partial in partials]
+            folded = [Gathered(partials).ordered_sum(partial) for partial in partials]
             assert all(torch.equal(f, folded[0]) for f in folded)
             folds.append(folded[0])
         seen.append((rows, folds))

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dist_train.runtime.console import run_command
+from dist_train.system.console import run_command
 from dist_train.training.step import EagerStep
 from launch.train import main
 from tests.resume import faults, jobs

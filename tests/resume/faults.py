@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from dist_train.config.load import load_config
-from dist_train.job import train
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.console import run_command
-from dist_train.runtime.world import World
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
+from dist_train.run.job import train
+from dist_train.system.console import run_command
 from dist_train.training.step import EagerStep
 from tests.patience import PATIENCE_SECONDS
 from tests.ranks import _server
@@ -31,7 +31,7 @@ Kind = Literal["raise", "sleep", "kill", "stop", "skip", "ask"]
 
 @dataclass(frozen=True)
 class Fault:
-    """`rank` goes wrong at the `nth` collective that it calls for in a phase (`Pulse.phase`)."""
+    """`rank` goes wrong at the `nth` collective that it calls for in a phase (`Heartbeat.phase`)."""
 
     kind: Kind
     rank: int
@@ -111,7 +111,7 @@ def lay(fault: Fault, mark: Path) -> None:
 
     def reached(collectives: Collectives) -> bool:
         nonlocal seen
-        if collectives.pulse.read().phase != fault.phase:
+        if collectives.heartbeat.read().phase != fault.phase:
             return False
         seen += 1
         if seen != fault.nth:
@@ -119,7 +119,7 @@ def lay(fault: Fault, mark: Path) -> None:
         note()
         return True
 
-    for name in ("sum", "stack", "slices", "agree"):
+    for name in ("all_reduce", "all_gather", "all_gather_slices", "all_gather_object"):
         before_each(name, lambda collectives: _go_wrong(fault, note) if reached(collectives) else None)
 
 

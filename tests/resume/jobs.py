@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from dist_train.checkpoint.checkpoints import Checkpoints
 from dist_train.config.load import load_config
-from dist_train.job import train
-from dist_train.runtime.console import run_command
-from dist_train.runtime.world import World
+from dist_train.distributed.world import World
+from dist_train.run.checkpoint.checkpoints import Checkpoints
+from dist_train.run.job import train
+from dist_train.system.console import run_command
 from dist_train.training.step import EagerStep
 from tests.patience import PATIENCE_SECONDS
 from tests.ranks import _server

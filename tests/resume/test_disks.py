@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dist_train.checkpoint.checkpoints import Checkpoints
+from dist_train.run.checkpoint.checkpoints import Checkpoints
 from tests.hosts.requirements import require
 from tests.resume.conftest import Whole
 from tests.resume.jobs import Ended, Trap, finish, folder_of, outcome, run_job, tiny_job

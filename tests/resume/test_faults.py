@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks look at e
 
 TIMEOUT_SECONDS = 6
 # Phase -> the collective in it at which a rank goes wrong: neither the first one nor that of the first step, nor one of
-# `in_rounds`, which makes up for a round that a rank has skipped.
+# `lockstep`, which makes up for a round that a rank has skipped.
 PHASES = {"training": 40, "evaluation": 3, "encoder fitting": 7, "checkpointing": 2}
 KINDS = ("raise", "sleep", "kill", "stop", "skip")
 VERDICTS: dict[str, str] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.checkpoint.lock import RunLock, this_process
+from dist_train.run.checkpoint.lock import RunLock, this_process
 from tests.resume.conftest import Whole
 from tests.resume.jobs import Ended, Trap, finish, outcome, run_job, tiny_job
 

@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.checkpoint import checkpoints as checkpoints_module
-from dist_train.checkpoint.commit import MANIFEST, commit, read_verified
-from dist_train.checkpoint.lock import RunLock, this_process
-from dist_train.checkpoint.state import read_parts, weights_sha256
 from dist_train.config.load import load_config
-from dist_train.resuming import _regrouped
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.world import World
-from dist_train.session import scored_weights
-from tests.checkpoint.test_state import Intruder
-from tests.cli.in_process import Outcome, command
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
+from dist_train.run.checkpoint import checkpoints as checkpoints_module
+from dist_train.run.checkpoint.commit import MANIFEST, commit, read_verified
+from dist_train.run.checkpoint.lock import RunLock, this_process
+from dist_train.run.checkpoint.state import read_parts, weights_sha256
+from dist_train.run.resume import _regrouped
+from dist_train.run.session import scored_weights
+from tests.cli.in_process import CommandResult, command
 from tests.resume.jobs import Ended, Trap, finish, outcome, run_job, tiny_job
+from tests.run.checkpoint.test_state import Intruder
 
 STEPS = 33
 STOP = 23  # neither a multiple of what is saved nor of what is logged, nor just after an evaluation
@@ -135,7 +135,7 @@ def test_a_change_can_be_forced(part: Path, go_on: Callable[..., Any]) -> None:
 
 
 def test_who_insisted_once_has_not_insisted_for_good(part: Path) -> None:
-    def again(*more: object) -> Outcome:
+    def again(*more: object) -> CommandResult:
         return command("train", part / "config.yaml", f"run.dir={part.parent}", f"run.name={part.name}", *more)
 
     done = again("optim.lr=0.01", "run.force=true")

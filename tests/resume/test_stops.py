@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.runtime.stopping import STOP_SIGNALS
+from dist_train.distributed.stopping import STOP_SIGNALS
 from tests.resume.conftest import Whole
 from tests.resume.jobs import Trap, finish, folder_of, outcome, run_job, tiny_job
 from tests.resume.processes import job

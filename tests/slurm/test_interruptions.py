@@ -86,7 +86,7 @@ def test_the_loss_of_the_second_node(stage: Stage) -> None:
     job = submit(stage, WANDB, sbatch=["--nodes=1-2", "--partition=island"], pace=SLOW)
     job.wait_for_step()
     first, second = cluster.nodes_of(job.id)
-    cluster.hosts.cut(second)
+    cluster.hosts.split_evenly(second)
     try:
         assert job.completed(restarts=1) == stage.whole
         assert cluster.job(job.id)["NodeList"] == first
@@ -104,7 +104,7 @@ def test_the_loss_of_the_first_node(stage: Stage) -> None:
     job = submit(stage, WANDB, sbatch=["--nodes=1-2", "--partition=islet"], pace=SLOW)
     job.wait_for_step()
     first, second = cluster.nodes_of(job.id)
-    cluster.hosts.cut(first)
+    cluster.hosts.split_evenly(first)
     try:
         assert job.completed(restarts=1) == stage.whole
         assert cluster.job(job.id)["NodeList"] == second

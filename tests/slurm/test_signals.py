@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.runtime.stopping import STOP_SIGNALS
+from dist_train.distributed.stopping import STOP_SIGNALS
 from tests.pace import SLOW
 from tests.slurm.stories import Stage, side_by_side
 from tests.slurm.submissions import SCRIPT, Training, plain_script, submit, uninterrupted

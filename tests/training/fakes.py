@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_train.runtime.position import Position, cut
-from dist_train.training.step import Outcome
+from dist_train.determinism.position import Position, split_evenly
+from dist_train.training.step import StepResult
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FakeBatch:
 
 def fake_batch(x: Tensor, y: Tensor, *, rank: int = 0, size: int = 1) -> FakeBatch:
     """This rank's contiguous share of the rows."""
-    first, last = cut(0, len(y), size)[rank]
+    first, last = split_evenly(0, len(y), size)[rank]
     return FakeBatch((x[first:last],), y[first:last], torch.arange(first, last), 0, first, len(y))
 
 
@@ -93,8 +93,8 @@ class FakeStep:
     losses: Sequence[float]
     taken: list[int] = field(default_factory=list)
 
-    def __call__(self, batches: Sequence[Any], step: int, *, wants_stop: bool) -> Outcome:  # noqa: ARG002
+    def __call__(self, batches: Sequence[Any], step: int, *, wants_stop: bool) -> StepResult:  # noqa: ARG002
         self.taken.append(step)
         loss = self.losses[step % len(self.losses)]
         totals = torch.tensor([loss * 10, 10, float(wants_stop)], dtype=torch.float64)
-        return Outcome(totals, torch.tensor(1.5), totals[0].isfinite(), 0.1 / (step + 1), 10)
+        return StepResult(totals, torch.tensor(1.5), totals[0].isfinite(), 0.1 / (step + 1), 10)

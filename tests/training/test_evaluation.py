@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_train.determinism.keyed_random import seeded
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
 from dist_train.errors import TrainingFault
 from dist_train.models.financial_classifier import FinancialClassifier
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.keyed_random import seeded
-from dist_train.runtime.world import World
 from dist_train.training.evaluation import evaluate, probabilities
 from dist_train.training.metrics import classification_metrics
 from tests.ranks import on_ranks

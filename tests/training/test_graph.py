@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.world import World
-from dist_train.session import Session
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
+from dist_train.run.session import Session
 from dist_train.training.graph import GraphStep
 from dist_train.training.step import EagerStep
 from tests.dist.sessions import BUILTIN, build

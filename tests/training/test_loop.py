@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from dist_train.determinism.position import Position
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
 from dist_train.errors import TrainingFault
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.position import Position
-from dist_train.runtime.world import World
-from dist_train.training.loop import Ending, Loop, Rhythm
+from dist_train.training.loop import Ending, Intervals, Loop
 from dist_train.training.meter import Meter
 from dist_train.training.progress import Progress
-from dist_train.training.step import Outcome
+from dist_train.training.step import StepResult
 from tests.ranks import on_ranks
 from tests.training.fakes import FakeFeed, FakeStep
 
@@ -43,7 +43,7 @@ class Rig:
         self.feed = FakeFeed(self.steps_per_epoch)
         self.meter = Meter()
 
-    def run(self, **rhythm: Any) -> Ending:
+    def run(self, **intervals: Any) -> Ending:
         """Train; every rhythm that is not given is `never`."""
         quiet = {"log_steps": NEVER, "save_steps": NEVER, "evaluate_steps": NEVER, "patience": None}
         evaluations = iter(self.validation or [])
@@ -59,7 +59,7 @@ class Rig:
             self.feed,
             self.progress,
             self.meter,
-            Rhythm(**(quiet | rhythm)),
+            Intervals(**(quiet | intervals)),
             self.collectives,
             evaluate=evaluate,
             save=self.saved.append,
@@ -162,10 +162,10 @@ class Patient(Collectives):
         super().__init__(World())
         self.unread = self.most_unread = 0
 
-    def later(self, *tensors: torch.Tensor) -> Callable[[], list[float]]:
+    def async_to_host(self, *tensors: torch.Tensor) -> Callable[[], list[float]]:
         self.unread += 1
         self.most_unread = max(self.most_unread, self.unread)
-        now = super().later(*tensors)
+        now = super().async_to_host(*tensors)
 
         def read() -> list[float]:
             self.unread -= 1
@@ -175,12 +175,12 @@ class Patient(Collectives):
 
 
 def test_steps_sent_ahead_change_nothing_that_is_recorded() -> None:
-    rhythm = {"total_steps": 23, "log_steps": 5, "save_steps": 9, "evaluate_steps": 7}
+    intervals = {"total_steps": 23, "log_steps": 5, "save_steps": 9, "evaluate_steps": 7}
     seen = []
     for ahead in (0, 3):
         patient = Patient()
         rig = Rig(validation=[3.0, 2.0, 2.5, 1.0], collectives=patient)
-        assert rig.run(**rhythm, steps_ahead=ahead) is Ending.FINISHED
+        assert rig.run(**intervals, steps_ahead=ahead) is Ending.FINISHED
         assert (patient.unread, patient.most_unread) == (0, ahead + 1)
         lines = [{k: v for k, v in line.items() if k != "samples_per_second"} for line in rig.lines]
         seen.append((lines, rig.saved))
@@ -208,9 +208,9 @@ class VotingStep(FakeStep):
         super().__init__([1.0])
         self.collectives = collectives
 
-    def __call__(self, batches: Sequence[Any], step: int, *, wants_stop: bool) -> Outcome:
+    def __call__(self, batches: Sequence[Any], step: int, *, wants_stop: bool) -> StepResult:
         outcome = super().__call__(batches, step, wants_stop=wants_stop)
-        self.collectives.sum(outcome.totals)
+        self.collectives.all_reduce(outcome.totals)
         return outcome
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.world import World
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
 from tests.dist.sessions import BUILTIN, build
 
 

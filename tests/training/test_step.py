@@ -14,21 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_train.determinism.batch_norm import sync_batch_norm, zero_grad_of_biases_before_batchnorm
+from dist_train.determinism.keyed_random import seeded
+from dist_train.determinism.position import Position, split_evenly
+from dist_train.determinism.slices import Slices
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
 from dist_train.errors import TrainingFault
-from dist_train.models.batch_norm import still_cancelled_biases, sync_batch_norm
 from dist_train.models.financial_classifier import FinancialClassifier
-from dist_train.runtime.collectives import Collectives
-from dist_train.runtime.keyed_random import seeded
-from dist_train.runtime.position import Position, cut
-from dist_train.runtime.slices import Slices
-from dist_train.runtime.world import World
-from dist_train.training.loop import Loop, Rhythm
+from dist_train.training.loop import Intervals, Loop
+from dist_train.training.loss import CrossEntropy, LossSum, balanced_weights
 from dist_train.training.meter import Meter
-from dist_train.training.objective import CrossEntropy, LossSum, balanced_weights
 from dist_train.training.optimizer import AdamW, average_of
 from dist_train.training.progress import Progress
-from dist_train.training.reduction import FoldedSlices, ReducedInBackward, Reduction
-from dist_train.training.step import EagerStep, Outcome
+from dist_train.training.reduction import DDPReducer, GradientReducer, SliceReducer
+from dist_train.training.step import EagerStep, StepResult
 from tests.ranks import on_ranks
 from tests.training.fakes import FakeBatch, FakeFeed, fake_batch
 
@@ -62,16 +62,16 @@ def build_step(
     collectives = collectives or Collectives(World())
     optimizer = AdamW(model, weight_decay=0.1, **ADAMW)
     crit = CrossEntropy(**objective)
-    reduction: Reduction
+    reduction: GradientReducer
     if collectives.size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         model.eval()
         for _ in range(2):
             model(data(0, 1)[0].to(next(model.parameters()).dtype)).sum().backward()
         model.train()
-        reduction = ReducedInBackward(model, Slices(), optimizer.parameters, collectives)
+        reduction = DDPReducer(model, Slices(), optimizer.parameters, collectives)
     else:
-        reduction = FoldedSlices(Slices(), 1, optimizer.parameters, collectives)
+        reduction = SliceReducer(Slices(), 1, optimizer.parameters, collectives)
     return EagerStep(model, crit, optimizer, rate, lambda _: None, reduction, collectives, max_grad_norm=max_grad_norm)
 
 
@@ -122,7 +122,7 @@ def test_accumulation_is_the_single_pass(passes: int) -> None:
     steps = [build_step(m, class_weights=WEIGHTS, label_smoothing=0.1) for m in (one, several)]
     for index in range(5):
         x, y = data(index, 25)
-        parts = [fake_batch(x[a:b], y[a:b]) for a, b in cut(0, 25, passes)]
+        parts = [fake_batch(x[a:b], y[a:b]) for a, b in split_evenly(0, 25, passes)]
         first = steps[0]([fake_batch(x, y)], index, wants_stop=False)
         second = steps[1](parts, index, wants_stop=False)
         torch.testing.assert_close(first.totals, second.totals, rtol=1e-12, atol=0)
@@ -132,13 +132,14 @@ def test_accumulation_is_the_single_pass(passes: int) -> None:
 
 
 def train_on_ranks(collectives: Collectives, passes: int, rows: int) -> tuple[dict[str, npt.NDArray[Any]], list[float]]:
-    model = still_cancelled_biases(sync_batch_norm(classifier(), collectives))
+    model = zero_grad_of_biases_before_batchnorm(sync_batch_norm(classifier(), collectives))
     step = build_step(model, collectives, class_weights=WEIGHTS, label_smoothing=0.1)
     losses = []
     for index in range(6):
         x, y = data(index, rows)
         parts = [
-            fake_batch(x[a:b], y[a:b], rank=collectives.rank, size=collectives.size) for a, b in cut(0, rows, passes)
+            fake_batch(x[a:b], y[a:b], rank=collectives.rank, size=collectives.size)
+            for a, b in split_evenly(0, rows, passes)
         ]
         outcome = step(parts, index, wants_stop=collectives.rank == 1)
         assert outcome.totals[2] == (collectives.size > 1)
@@ -163,7 +164,7 @@ def test_objective_is_cross_entropy_also_over_parts(weights: Tensor | None, smoo
     model, objective = without_batch_norm(), CrossEntropy(weights, smoothing)
     expected = F.cross_entropy(model(x), y, weights, label_smoothing=smoothing)
     for pieces in (1, 2, 40):  # 40 pieces: some without rows
-        parts = [objective(model, fake_batch(x[a:b], y[a:b])) for a, b in cut(0, 31, pieces)]
+        parts = [objective(model, fake_batch(x[a:b], y[a:b])) for a, b in split_evenly(0, 31, pieces)]
         total = torch.cat([p.loss for p in parts]).sum() / torch.cat([p.weight for p in parts]).sum()
         torch.testing.assert_close(total, expected, rtol=1e-13, atol=0)
 
@@ -245,7 +246,7 @@ def poisoned_run(collectives: Collectives, learning_rate: float) -> tuple[str, b
     step.learning_rate = lambda _: learning_rate
     before: list[list[Tensor]] = []
 
-    def watched(batches: Any, index: int, *, wants_stop: bool) -> Outcome:
+    def watched(batches: Any, index: int, *, wants_stop: bool) -> StepResult:
         before.append([p.detach().clone() for p in model.parameters()])
         if learning_rate > 1:
             cast = [FakeBatch((b.inputs[0].float().nan_to_num(),), b.targets, b.rows, 0, 0, 10) for b in batches]
@@ -257,7 +258,7 @@ def poisoned_run(collectives: Collectives, learning_rate: float) -> tuple[str, b
         PoisonedFeed(collectives),
         Progress(),
         Meter(),
-        Rhythm(total_steps=5, log_steps=1, save_steps=99, evaluate_steps=99, patience=None),
+        Intervals(total_steps=5, log_steps=1, save_steps=99, evaluate_steps=99, patience=None),
         collectives,
         evaluate=lambda: None,
         save=lambda _: None,

@@ -1,0 +1,169 @@
+"""Small tensors of all ranks of one host, exchanged by way of memory that they share.
+
+A message between two processes by way of gloo takes some 0.3 ms, threads that wait for each other and a scheduler that
+moves them about; a step of a small network takes not much longer. Here a rank writes its part, then a stamp, and looks
+at the stamps of the others until all are there.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import secrets
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_train.watchdog.processes import Process
+
+CAPACITY = 1 << 20
+"""Bytes that a rank can exchange in one call; gloo is as good for more."""
+
+# A rank that is ready looks for the others without a pause for so long, if each has a processor, and then in naps.
+_SPIN_SECONDS = 0.002
+_NAP_SECONDS = 0.00005
+_LOOK_SECONDS = 0.1
+
+_LENGTH_BITS = 24  # of a stamp, for the length in bytes and the kind of the call; the rest is the number of the call
+_MAX_VIEWS = 256  # a step has a few shapes, but the pieces of a large table may have any
+_STAMP_BYTES = 64  # a cache line of its own for each rank
+
+
+class Exchange:
+    """Memory of all ranks. All of them must make the same calls in the same order.
+
+    There are two places for what each rank brings, used in turn: whoever writes to one for the second time has seen
+    that all ranks have come to the call between, and so are done with the first.
+    """
+
+    def __init__(self, rank: int, processes: Sequence[Process], handle: int) -> None:
+        self._rank = rank
+        self._processes = processes
+        self._count = 0
+        size = len(processes)
+        memory = mmap.mmap(handle, _bytes_for(size))
+        stamps = memoryview(memory)[: 2 * size * _STAMP_BYTES].cast("q")
+        each = _STAMP_BYTES // 8
+        # Of each place and rank: where its stamp is.
+        self._stamps = stamps
+        self._at = [[(place * size + r) * each for r in range(size)] for place in range(2)]
+        self._room = torch.frombuffer(memory, dtype=torch.uint8, offset=2 * size * _STAMP_BYTES)
+        self._room = self._room.view(2, size, CAPACITY)
+        self._views: dict[tuple[Any, ...], _Views] = {}
+        self._spins = size <= len(os.sched_getaffinity(0))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, stacked in their order: (...) -> (size, ...)."""
+        (every,) = self._meet([tensor], 0)
+        return every.clone()
+
+    def add(self, *tensors: Tensor) -> None:
+        """The sum of each over the ranks, in place, in the order of the ranks: the same bits on each."""
+        for tensor, every in zip(tensors, self._meet(tensors, 1), strict=True):
+            torch.sum(every, 0, out=tensor)
+
+    def _meet(self, tensors: Sequence[Tensor], kind: int) -> Sequence[Tensor]:
+        """Of each tensor every rank's, (size, ...), good until the call after the next."""
+        place = self._count % 2
+        self._count += 1
+        key = (place, *[(tensor.shape, tensor.dtype) for tensor in tensors])
+        views = self._views.get(key)
+        if views is None:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            views = self._views[key] = self._views_for(place, tensors)
+        for own, tensor in zip(views.own, tensors, strict=True):
+            own.copy_(tensor.detach())
+        # Ranks that are out of step do not see each other's stamps: they wait, and the watch finds out.
+        stamp = (self._count << _LENGTH_BITS) + 2 * views.num_bytes + kind
+        at = self._at[place]
+        self._stamps[at[self._rank]] = stamp
+        missing = [r for r, where in enumerate(at) if self._stamps[where] != stamp]
+        if missing:
+            self._wait(missing, at, stamp)
+        return views.all
+
+    def _views_for(self, place: int, tensors: Sequence[Tensor]) -> _Views:
+        every, start = [], 0
+        for tensor in tensors:
+            numbers = self._room[place, :, start : start + tensor.nbytes].view(tensor.dtype)
+            every.append(numbers.unflatten(1, tensor.shape) if tensor.ndim else numbers.squeeze(1))
+            start += bytes_for(tensor)
+        return _Views([of_all[self._rank] for of_all in every], every, sum(tensor.nbytes for tensor in tensors))
+
+    def _wait(self, missing: list[int], at: list[int], stamp: int) -> None:
+        stamps, start = self._stamps, time.perf_counter()
+        looked = start
+        while missing:
+            missing = [r for r in missing if stamps[at[r]] != stamp]
+            now = time.perf_counter()
+            if self._spins and now - start < _SPIN_SECONDS:
+                continue
+            if now - looked > _LOOK_SECONDS:
+                looked = now
+                gone = [r for r in missing if self._processes[r].state() == "gone"]
+                # It may have come here before it left.
+                gone = [r for r in gone if stamps[at[r]] != stamp]
+                if gone:
+                    raise dist.DistNetworkError(f"rank {gone[0]} is gone")
+            if missing:
+                time.sleep(_NAP_SECONDS)
+
+
+class _Views(NamedTuple):
+    own: Sequence[Tensor]
+    all: Sequence[Tensor]
+    num_bytes: int
+
+
+def bytes_for(tensor: Tensor) -> int:
+    """How much of CAPACITY a tensor takes: where the next one begins, numbers of any type can."""
+    return -(-tensor.nbytes // 8) * 8
+
+
+def open_exchange(rank: int, size: int, agree: Callable[[Callable[[], Any]], Sequence[Any]]) -> Exchange | None:
+    """Memory for ranks that are all on this host; None, on all of them, where they cannot share any.
+
+    Called by all ranks. `agree` gives every rank's result of a function to all.
+    """
+    # Other processors may show a stamp before what was written before it.
+    able = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
+    name, handle = f"dist_train {secrets.token_hex(8)}", None
+    if able and rank == 0:
+        handle = os.memfd_create(name)
+        os.ftruncate(handle, _bytes_for(size))
+    known: Sequence[tuple[Process, str, int | None]] = agree(lambda: (Process.of(os.getpid()), name, handle))
+    first, name, shared = known[0]
+    if rank > 0 and able and shared is not None:
+        handle = _memory_of(first, shared, name)
+    exchange = None
+    if all(agree(lambda: handle is not None)):
+        assert handle is not None
+        exchange = Exchange(rank, [process for process, _, _ in known], handle)
+    agree(lambda: None)  # nobody closes it before all have opened it
+    if handle is not None:
+        os.close(handle)
+    return exchange
+
+
+def _memory_of(process: Process, handle: int, name: str) -> int | None:
+    """The memory of that name that another process has open; None where it cannot be opened.
+
+    In another container the number of a process may be that of a stranger, and `handle` a file of its own.
+    """
+    opened = process.open_file(handle, os.O_RDWR)
+    if opened is not None and f"memfd:{name} " not in str(Path(f"/proc/self/fd/{opened}").readlink()):
+        os.close(opened)
+        return None
+    return opened
+
+
+def _bytes_for(size: int) -> int:
+    return 2 * size * (_STAMP_BYTES + CAPACITY)

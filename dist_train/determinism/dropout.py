@@ -1,0 +1,41 @@
+"""Dropout whose mask is a function of (seed, layer, epoch, the row's place in the epoch)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dist_train.determinism.keyed_random import RowRandom
+
+_LEVELS = 1 << 16
+NOTHING_DROPPED = -_LEVELS // 2
+"""The lowest threshold."""
+
+
+class KeyedDropout(nn.Module):
+    """Like nn.Dropout, but a row is masked alike on whichever rank, in whichever cut of the batch, after any restart.
+
+    The probability is kept to 1/65536, and the kept values are scaled by exactly its complement. Shapes: (rows, ...).
+    """
+
+    def __init__(self, p: float, purpose: str, random: RowRandom) -> None:
+        super().__init__()
+        num_dropped = min(round(p * _LEVELS), _LEVELS - 1)
+        self.threshold = num_dropped + NOTHING_DROPPED
+        self.scale = _LEVELS / (_LEVELS - num_dropped)
+        self.purpose = purpose
+        self.random = random
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input, masked and scaled in training; itself in evaluation."""
+        if not self.training or self.scale == 1:
+            return x
+        bits = self.random.bits16(self.purpose, len(x), x.shape[1:].numel(), x.device)
+        return x * (bits >= self.threshold).to(x.dtype).mul_(self.scale).view_as(x)
+
+
+def convert_dropout(model: nn.Module, random: RowRandom) -> nn.Module:
+    """Replace every nn.Dropout by a keyed one that draws from `random`, in place; state_dict keys do not change."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Dropout:
+            model.set_submodule(name, KeyedDropout(module.p, f"dropout {name}", random).train(module.training))
+    return model

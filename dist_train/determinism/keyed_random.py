@@ -1,0 +1,141 @@
+"""Randomness as a function: every number depends on a key, never on what was drawn before.
+
+Nothing has to be stored in a checkpoint or replayed on resume, and any rank can compute any number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Key = int | str
+
+# SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): increment; shifts and
+# multipliers.
+INCREMENT = 0x9E3779B97F4A7C15
+ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+LAST_SHIFT = 31
+
+
+@lru_cache(maxsize=1024, typed=True)
+def derive(*key: Key) -> int:
+    """A 64-bit number, signed as torch.int64 is, that is a function of the key alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def permutation(num_rows: int, *key: Key) -> Tensor:
+    """A random order of `num_rows` rows, int64 on the CPU."""
+    generator = torch.Generator().manual_seed(derive("permutation", *key))
+    return torch.randperm(num_rows, generator=generator)
+
+
+@contextmanager
+def seeded(*key: Key) -> Iterator[None]:
+    """Code inside that draws from torch's global CPU generator (initialisers) draws as a function of the key."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed the generators of the GPUs as well, and nothing puts those back.
+        torch.default_generator.manual_seed(derive("seeded", *key))
+        yield
+
+
+def mix(counter: Tensor) -> Tensor:
+    """SplitMix64's finaliser, in place: int64 counters -> 64 random bits each; the same bits on every device."""
+    if counter.device.type == "cpu":
+        # numpy has unsigned numbers, and so needs no mask after a shift: half the time.
+        words = counter.numpy().view(np.uint64)
+        for shift, multiplier in ROUNDS:
+            words ^= words >> np.uint64(shift)
+            words *= np.uint64(multiplier)
+        words ^= words >> np.uint64(LAST_SHIFT)
+        return counter
+    for shift, multiplier in ROUNDS:
+        counter ^= _logical_shift(counter, shift)
+        counter *= _signed(multiplier)
+    counter ^= _logical_shift(counter, LAST_SHIFT)
+    return counter
+
+
+def uniform_keys(num_rows: int, *key: Key, first_row: int = 0) -> Tensor:
+    """64 random bits for each of `num_rows` rows from `first_row` on: a row's bits depend on its number alone.
+
+    No two rows have the same bits.
+    """
+    return mix(_counters(num_rows) + _signed(derive("rows", *key) + first_row * INCREMENT))
+
+
+class RowRandom:
+    """Random bits for the rows of a batch, keyed by seed, purpose, epoch and the row's place in the epoch.
+
+    `begin` says which rows are on the table; modules that share this object then draw their bits. A row gets the
+    same bits on whichever rank it is computed, and however the batch is cut.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._epoch = 0
+        self._first_row = 0
+        self._counters: dict[torch.device, Tensor] = {}
+        self._asked_for: dict[tuple[str, int], None] = {}
+        self._held: dict[tuple[str, int], Tensor] | None = None
+
+    def begin(self, epoch: int, first_row: int) -> None:
+        """The rows that follow start at place `first_row` of the epoch's order."""
+        self._epoch = epoch
+        self._first_row = first_row
+
+    def bind_counters(self, keys: Sequence[tuple[str, int]], starts: Tensor) -> None:
+        """From now on the bits of each of `keys`, (purpose, width), follow from a number in `starts`, (keys,) int64.
+
+        Whoever fills `starts` with what `counter_for` says then decides for which rows the bits are, also when kernels
+        that were recorded before are run again.
+        """
+        self._held = dict(zip(keys, starts.unbind(), strict=True))
+
+    def unbind_counters(self) -> None:
+        """Bits follow from `begin` again."""
+        self._held = None
+
+    def used_streams(self) -> list[tuple[str, int]]:
+        """Purpose and width of all bits that were asked for so far."""
+        return list(self._asked_for)
+
+    def counter_for(self, purpose: str, width: int) -> int | Tensor:
+        """What the bits of the rows on the table follow from: the counter of their first 64, of SplitMix64."""
+        key = (purpose, width)
+        self._asked_for[key] = None
+        if self._held is not None:
+            return self._held[key]
+        words = -(-width // 4)
+        return _signed(derive(purpose, self._seed, self._epoch) + self._first_row * words * INCREMENT)
+
+    def bits16(self, purpose: str, num_rows: int, width: int, device: torch.device) -> Tensor:
+        """Uniform int16 numbers of shape (num_rows, width)."""
+        words = -(-width // 4)
+        counters = self._first_counters(num_rows * words, device) + self.counter_for(purpose, width)
+        return mix(counters).view(torch.int16).view(num_rows, 4 * words)[:, :width]
+
+    def _first_counters(self, count: int, device: torch.device) -> Tensor:
+        """The first counters of a sequence that is kept, and made anew when a longer one is asked for."""
+        if device not in self._counters or len(self._counters[device]) < count:
+            self._counters[device] = _counters(count).to(device)
+        return self._counters[device][:count]
+
+
+def _counters(count: int) -> Tensor:
+    return torch.arange(count) * _signed(INCREMENT)
+
+
+def _logical_shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _signed(number: int) -> int:
+    number &= (1 << 64) - 1
+    return number - (1 << 64) if number >= 1 << 63 else number

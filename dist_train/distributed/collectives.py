@@ -1,0 +1,213 @@
+"""Communication between ranks. Every call has a meaning in a world of one, so that callers never ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_train.accel.host_memory import CAPACITY, Exchange, bytes_for, open_exchange
+from dist_train.distributed.world import World
+from dist_train.errors import PeerFailed, Stopped, TrainingFault, UserError
+from dist_train.watchdog.heartbeat import Heartbeat
+
+T = TypeVar("T")
+
+
+class Collectives:
+    """Collectives over the ranks of `world`. All ranks must make the same calls in the same order.
+
+    `wants_stop` says whether this process was asked to stop; None, on all ranks alike: the job cannot be stopped.
+    `heartbeat` records every collective.
+    """
+
+    def __init__(self, world: World, wants_stop: Callable[[], bool] | None = None) -> None:
+        self.rank = world.rank
+        self.size = world.size
+        self.local_size = world.local_size
+        self.device = world.device
+        # Whether a collective is a kernel on the GPU among others, so that nobody waits for it on the host.
+        self.runs_on_device = world.device.type == "cuda" and (world.size == 1 or world.backend == "nccl")
+        self.heartbeat = Heartbeat()
+        self._wants_stop = wants_stop
+        # Whether ranks share memory is found out when they first need it, and then the same everywhere.
+        self._may_share = 1 < world.size == world.local_size and world.device.type == "cpu"
+        self._exchange: Exchange | None = None
+
+    @classmethod
+    def of_default_group(cls, device: torch.device) -> Collectives:
+        """Over the ranks of torch's default process group; a world of one when none is open."""
+        if not dist.is_initialized():
+            return cls(World(device=device))
+        return cls(World(rank=dist.get_rank(), size=dist.get_world_size(), device=device))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes."""
+        return self.rank == 0
+
+    def all_reduce(self, tensor: Tensor, *more: Tensor) -> Tensor:
+        """Sum over ranks of each tensor, in place; every rank gets the same bits. The first one comes back."""
+        if self.size > 1:
+            exchange = self._exchange_for(tensor, *more)
+            with self.heartbeat.waiting("all_reduce"):
+                if exchange:
+                    exchange.add(tensor, *more)
+                else:
+                    for own in (tensor, *more):
+                        dist.all_reduce(own)
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Same-shaped tensors of all ranks, stacked in rank order: (...) -> (world, ...)."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        exchange = self._exchange_for(tensor)
+        with self.heartbeat.waiting("all_gather"):
+            if exchange:
+                return exchange.gather(tensor)
+            gathered = tensor.new_empty((self.size, *tensor.shape))
+            dist.all_gather(list(gathered.unbind()), tensor.contiguous())
+        return gathered
+
+    def share_memory_for(self, *tensors: Tensor) -> bool:
+        """Whether such tensors go together through memory that all ranks share. Called by all of them."""
+        return self._exchange_for(*tensors) is not None
+
+    def _exchange_for(self, *tensors: Tensor) -> Exchange | None:
+        """What small tensors go through where all ranks are on this host."""
+        if not self._may_share or sum(bytes_for(tensor) for tensor in tensors) > CAPACITY:
+            return None
+        if self._exchange is None:
+            self._exchange = open_exchange(self.rank, self.size, self.all_gather_object)
+            self._may_share = self._exchange is not None
+        return self._exchange
+
+    def ordered_sum(self, partials: Tensor) -> Tensor:
+        """Sum of the partials of all slices of all ranks in one fixed order: (slices, ...) -> (...).
+
+        The same bits for every world size, as long as the slices of all ranks together are the same. A sum of one
+        partial is that partial itself, not a copy.
+        """
+        stacked = self.all_gather_slices(partials)
+        return stacked.squeeze(0) if len(stacked) == 1 else stacked.sum(0)
+
+    def all_gather_slices(self, own: Tensor) -> Tensor:
+        """What the slices of all ranks have, in order: (slices of this rank, ...) -> (slices of all ranks, ...)."""
+        return own if self.size == 1 else self.all_gather(own).flatten(0, 1)
+
+    def all_gather_varlen(self, tensor: Tensor) -> Tensor:
+        """Tensors of all ranks joined along their first dimension in rank order; lengths may differ or be 0."""
+        if self.size == 1:
+            return tensor
+        lengths = self.all_gather(torch.tensor(len(tensor), device=tensor.device)).tolist()
+        padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        stacked = self.all_gather(padded)
+        return torch.cat([rows[:length] for rows, length in zip(stacked, lengths, strict=True)])
+
+    def on_rank_zero(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, given to all. A failure there is raised on every rank."""
+        return cast(T, self.all_gather_object(lambda: make() if self.is_main else None)[0])
+
+    def all_gather_object(self, act: Callable[[], T]) -> Sequence[T]:
+        """Run `act` on every rank; all ranks get all results, in rank order.
+
+        A UserError, TrainingFault, Stopped or OSError on any rank becomes the same error on all ranks, that of the
+        lowest rank that failed, so that every rank leaves by the same way. Any other exception is a fault of the
+        program: the rank that has it raises it, with its traceback, the others a PeerFailed that says whose it was.
+        """
+        fault: Exception | None = None
+        failure: Exception | None = None
+        result: T | None = None
+        try:
+            result = act()
+        except (UserError, TrainingFault, Stopped, OSError) as error:
+            failure = error
+        except Exception as error:
+            fault = error
+            failure = PeerFailed(f"rank {self.rank} failed: {type(error).__name__}: {error}")
+        outcomes: list[tuple[Any, Any]] = [(result, failure)]
+        if self.size > 1:
+            outcomes = [(None, None)] * self.size
+            with self.heartbeat.waiting("all_gather_object"):
+                dist.all_gather_object(outcomes, (result, failure))
+        if fault is not None:
+            raise fault
+        for _, failed in outcomes:
+            if failed is not None:
+                raise failed
+        return [value for value, _ in outcomes]
+
+    def run_on_all(self, act: Callable[[], T]) -> T:
+        """Run `act` on every rank; each keeps its own result, which never travels. It fails as `agree` does."""
+        mine: list[T] = []
+        self.all_gather_object(lambda: mine.append(act()))
+        return mine[0]
+
+    def async_to_host(self, *wanted: Tensor | float) -> Callable[[], list[float]]:
+        """Ask for numbers, some of them in tensors, as they are once all work so far is done; the call gives them.
+
+        On a GPU nothing is waited for until then, so that more work can be sent off meanwhile.
+        """
+        if self.device.type != "cuda":
+            numbers: list[float] = []
+            for part in wanted:
+                numbers += part.view(-1).tolist() if isinstance(part, Tensor) else [part]
+            return lambda: numbers
+        joined = torch.cat([torch.as_tensor(part, device=self.device).view(-1).double() for part in wanted])
+        arrived = torch.cuda.Event()
+        host = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True).copy_(joined, non_blocking=True)
+        arrived.record()
+
+        def wait() -> list[float]:
+            # Where a rank hangs in a kernel that waits for the others, it is here that it is seen to hang.
+            with self.heartbeat.waiting("fetch"):
+                arrived.synchronize()
+            return cast(list[float], host.tolist())
+
+        return wait
+
+    def lockstep(self, work: Iterator[int], show: Callable[[int], None] = lambda _done: None) -> None:
+        """Go through `work` on every rank, one item a round, until all ranks are through with theirs.
+
+        No rank waits for another for longer than an item takes, and between two rounds all can stop together. An item
+        is a count of what was done; `show` is told the sum over ranks of each round. It fails as `agree` does.
+        """
+        while True:
+            count: int | None = None
+            failure: Exception | None = None
+            try:
+                count = next(work, None)
+            except Exception as error:
+                failure = error
+            wants_stop = self._wants_stop is not None and self._wants_stop()
+            mine = [failure is not None, count is not None, wants_stop, count or 0]
+            votes = torch.tensor([int(vote) for vote in mine], device=self.device)
+            failed, going, asked, done = self.all_reduce(votes).tolist()
+            if failed:
+                self.all_gather_object(lambda failure=failure: _raise(failure))  # type: ignore[misc]
+            if not going:
+                return
+            show(done)
+            if asked:
+                raise Stopped
+
+    def raise_if_stop_agreed(self) -> None:
+        """A place where all ranks can stop together: raises Stopped on every rank when one of them was asked to."""
+        if self._wants_stop is not None:
+            votes = torch.tensor([float(self._wants_stop())], device=self.device)
+            if self.all_reduce(votes).item():
+                raise Stopped
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.all_reduce(torch.zeros(1, device=self.device))
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure

@@ -1,0 +1,174 @@
+"""Environment -> world: which rank this process is, of how many, on which device, with which backend.
+
+Four ways to start are told apart: torchrun (RANK, WORLD_SIZE, ...), plain `srun` (SLURM_PROCID, ...), a plain
+process (a world of one), and a half-set environment, which is an error and never a guess.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from dist_train.distributed.torchrun import TORCHRUN_VARIABLES, missing_from_torchrun
+from dist_train.errors import TrainingFault, UserError
+
+SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+
+TIMEOUT_GRACE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """One process's place among all. `rendezvous` is a torch.distributed init method; empty in a world of one."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    backend: str = "gloo"
+    rendezvous: str = ""
+
+
+def world_from_environment(environ: Mapping[str, str], *, device: str = "auto", backend: str = "auto") -> World:
+    """Read the launcher's variables; UserError names what is missing or contradicts itself."""
+    if "RANK" not in environ and "SLURM_STEP_NUM_TASKS" in environ:
+        place = _from_slurm(environ)
+    elif any(name in environ for name in TORCHRUN_VARIABLES):
+        place = _from_torchrun(environ)
+    else:
+        place = World()
+    if not 0 <= place.rank < place.size:
+        raise UserError(f"rank {place.rank} does not exist in a world of {place.size}: check RANK and WORLD_SIZE")
+    chosen, name = _device(place, device, backend)
+    return World(
+        rank=place.rank, size=place.size, local_rank=place.local_rank, local_size=place.local_size,
+        device=chosen, backend=name, rendezvous=place.rendezvous,
+    )  # fmt: skip
+
+
+def device_here(trained_on: str) -> str:
+    """`runtime.device` for work on a run that is there: this machine need not be its own, so only `cpu` is kept."""
+    return "cpu" if trained_on == "cpu" else "auto"
+
+
+@contextmanager
+def process_group(world: World, timeout_seconds: float) -> Iterator[Store]:
+    """Open torch.distributed for a world of several; a world of one needs none. Yields the store that ranks share."""
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.size == 1:
+        yield HashStore()
+        return
+    if world.size == world.local_size and sys.platform == "linux":
+        # All ranks are on this host: gloo must neither look up the host's name nor listen to the network.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if world.backend == "nccl":
+        _record_flight()
+    timeout = timedelta(seconds=timeout_seconds)
+    try:
+        store, _, _ = next(rendezvous(world.rendezvous, world.rank, world.size, timeout=timeout))
+        dist.init_process_group(
+            torch_backend(world),
+            store=PrefixStore("process_group", store),
+            rank=world.rank,
+            world_size=world.size,
+            # The watch ends a collective that hangs; torch's own timeout is for the case that the watch cannot.
+            timeout=timeout + timedelta(seconds=TIMEOUT_GRACE_SECONDS),
+            device_id=world.device if world.backend == "nccl" else None,
+        )
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingFault(
+            f"rank {world.rank} of {world.size} could not meet the others within {timeout_seconds:g} s: {reason}"
+        ) from None
+    try:
+        yield store
+    finally:
+        dist.destroy_process_group()
+
+
+def torch_backend(world: World) -> str:
+    """What torch is told: beside NCCL, which takes no tensors of the host, gloo for those that are there."""
+    return "cpu:gloo,cuda:nccl" if world.backend == "nccl" else world.backend
+
+
+def _record_flight() -> None:
+    """Have NCCL keep a record of its last collectives, for the report of a hang; its name changed after torch 2.11."""
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+        os.environ.setdefault(name, "2000")
+
+
+def _from_torchrun(environ: Mapping[str, str]) -> World:
+    missing = missing_from_torchrun(environ)
+    if missing:
+        present = [name for name in TORCHRUN_VARIABLES if name in environ]
+        raise UserError(
+            f"the environment is half set: {', '.join(present)} given, {', '.join(missing)} missing; "
+            "start with torchrun, or unset them all to run one process"
+        )
+    size = _integer(environ, "WORLD_SIZE")
+    return World(
+        rank=_integer(environ, "RANK"),
+        size=size,
+        local_rank=_integer(environ, "LOCAL_RANK"),
+        local_size=_integer(environ, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else size,
+        rendezvous="env://",
+    )
+
+
+def _from_slurm(environ: Mapping[str, str]) -> World:
+    missing = [name for name in SLURM_VARIABLES if name not in environ]
+    if missing:
+        raise UserError(f"started by srun, but {', '.join(missing)} is missing from the environment")
+    size = _integer(environ, "SLURM_STEP_NUM_TASKS")
+    nodes = _integer(environ, "SLURM_STEP_NUM_NODES") if "SLURM_STEP_NUM_NODES" in environ else 1
+    port = 20000 + _integer(environ, "SLURM_JOB_ID") % 10000
+    return World(
+        rank=_integer(environ, "SLURM_PROCID"),
+        size=size,
+        local_rank=_integer(environ, "SLURM_LOCALID"),
+        local_size=-(-size // nodes),
+        rendezvous=f"tcp://{_first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
+    )
+
+
+def _first_host(nodelist: str) -> str:
+    """First host of Slurm's compressed notation: `gpu[03-05,9],cpu1` -> `gpu03`, `a[1-2]b[7,8]` -> `a1b7`."""
+    shortened = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodelist)
+    host = shortened.split(",")[0].strip()
+    if not host or re.search(r"[\[\]\s]", host):
+        raise UserError(f"SLURM_STEP_NODELIST={nodelist!r} names no host")
+    return host
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except ValueError:
+        raise UserError(f"{name}={environ[name]!r} in the environment is not a whole number") from None
+
+
+def _device(place: World, device: str, backend: str) -> tuple[torch.device, str]:
+    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if device == "cuda" and not gpus:
+        raise UserError("runtime.device=cuda, but torch sees no GPU; use runtime.device=auto or cpu")
+    if not gpus:
+        if backend == "nccl":
+            raise UserError("runtime.backend=nccl, but torch sees no GPU; use runtime.backend=auto or gloo")
+        return torch.device("cpu"), "gloo"
+    if backend == "nccl" and place.local_size > gpus:
+        raise UserError(f"runtime.backend=nccl needs a GPU for each of the {place.local_size} ranks here, not {gpus}")
+    own_gpu = place.local_size <= gpus
+    return torch.device("cuda", place.local_rank % gpus), ("nccl" if own_gpu and backend != "gloo" else "gloo")

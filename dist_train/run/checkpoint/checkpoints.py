@@ -1,0 +1,74 @@
+"""The checkpoints of a run: `step_00000500/` folders, the newest that verifies wins, the best is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_train.errors import UserError
+from dist_train.run.checkpoint.commit import CorruptCheckpoint, commit, remove
+from dist_train.run.checkpoint.state import Parts, encode_parts, read_parts
+
+_PREFIX = "step_"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that verified and could be decoded."""
+
+    step: int
+    parts: Parts
+
+
+class Checkpoints:
+    """Checkpoints below one folder. Only one process, rank 0, may write, and only while `confirm` does not object."""
+
+    def __init__(self, folder: Path, keep: int, confirm: Callable[[], None] = lambda: None) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._confirm = confirm
+
+    def steps(self) -> list[int]:
+        """Steps of the committed checkpoints, ascending."""
+        names = [path.name for path in self.folder.glob(f"{_PREFIX}*")] if self.folder.is_dir() else []
+        return sorted(int(name.removeprefix(_PREFIX)) for name in names if name.removeprefix(_PREFIX).isdecimal())
+
+    def write(self, step: int, parts: Parts, best_step: int | None) -> None:
+        """Commit a checkpoint, then let go of older ones beyond the newest `keep` and the best; OSError on failure."""
+        self.folder.mkdir(exist_ok=True)  # not its parents: a run folder that has gone must not come back half empty
+        commit(self.path(step), encode_parts(parts), self._confirm)
+        newest = self.steps()[-self.keep :]
+        for old in self.steps():
+            if old not in newest and old != best_step:
+                remove(self.path(old))
+
+    def newest(self) -> tuple[Found | None, list[str]]:
+        """The newest checkpoint that verifies, None when there is none; and why newer ones were skipped."""
+        skipped: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                return Found(step, read_parts(self.path(step))), skipped
+            except CorruptCheckpoint as damage:
+                skipped.append(str(damage))
+        return None, skipped
+
+    def read(self, step: int) -> Parts:
+        """The parts of one checkpoint; UserError when it is not there or does not verify."""
+        if step not in self.steps():
+            have = ", ".join(str(s) for s in self.steps()) or "none"
+            raise UserError(f"{self.folder}: there is no checkpoint of step {step}; there is {have}")
+        try:
+            return read_parts(self.path(step))
+        except CorruptCheckpoint as damage:
+            raise UserError(f"the checkpoint of step {step} is damaged: {damage}") from None
+
+    def drop_after(self, step: int) -> None:
+        """Remove checkpoints of later steps (damaged ones that were skipped), so that their names are free again."""
+        for later in self.steps():
+            if later > step:
+                remove(self.path(later))
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
+        return self.folder / f"{_PREFIX}{step:08d}"

@@ -1,0 +1,153 @@
+"""A folder of parts that is either whole and verified, or not there.
+
+Written aside, synced to disk, read back and compared, then made real by one rename. Its MANIFEST.json is written last
+and holds the size and SHA-256 of every part, and a SHA-256 of that list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_train.system.files import TMP_PREFIX, sync_folder, with_path, write_synced
+
+MANIFEST = "MANIFEST.json"
+_FORMER = f"{TMP_PREFIX}former-"
+_REMOVED = f"{TMP_PREFIX}removed-"
+_ANOTHER = "~"
+
+
+class CorruptCheckpoint(Exception):
+    """A committed folder is not what was written; the message names the part and what is wrong with it."""
+
+
+def commit(folder: Path, parts: Mapping[str, bytes], confirm: Callable[[], None] = lambda: None) -> None:
+    """Write `parts` (file name -> content): `folder` then holds all of them, or does not change. OSError on failure.
+
+    `confirm` raises where this process may not write there any more. It is asked just before the rename, and after a
+    failure, for which it may have the better reason.
+    """
+    aside = _cleared(folder.with_name(TMP_PREFIX + folder.name))
+    with with_path(folder):
+        try:
+            aside.mkdir()
+            manifest = {
+                name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in parts.items()
+            }
+            for name, data in parts.items():
+                write_synced(aside / name, data)
+            content = {"parts": manifest, "sha256": _digest(manifest)}
+            write_synced(aside / MANIFEST, json.dumps(content, indent=1).encode())
+            sync_folder(aside)
+            try:
+                read_verified(aside)
+            except CorruptCheckpoint as damage:
+                raise OSError(f"{folder}: what was written does not read back: {damage}") from None
+            confirm()
+            _replace_folder(aside, folder)
+            sync_folder(folder.parent)
+        except BaseException as failure:
+            shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(failure, OSError):
+                confirm()
+            raise
+
+
+def read_verified(folder: Path) -> dict[str, bytes]:
+    """The parts of a committed folder; Damaged when one is missing, torn, of another size or content."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        listed = manifest["parts"]
+        if manifest["sha256"] != _digest(listed):
+            raise CorruptCheckpoint(f"{folder / MANIFEST} has another content than was written (SHA-256 differs)")
+        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
+    except FileNotFoundError:
+        raise CorruptCheckpoint(f"{folder / MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise CorruptCheckpoint(f"{folder / MANIFEST} cannot be read") from None
+    if not expected:
+        raise CorruptCheckpoint(f"{folder / MANIFEST} names no parts")
+    parts = {}
+    for name, (size, sha256) in expected.items():
+        if Path(name).name != name:
+            raise CorruptCheckpoint(f"{folder / MANIFEST} names {name!r}, which is not a file of this folder")
+        try:
+            data = (folder / name).read_bytes()
+        except (OSError, ValueError):  # ValueError: a name that no file can have
+            raise CorruptCheckpoint(f"{folder / name} is missing or cannot be read") from None
+        if len(data) != size:
+            raise CorruptCheckpoint(f"{folder / name} has {len(data)} bytes instead of {size}")
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise CorruptCheckpoint(f"{folder / name} has another content than was written (SHA-256 differs)")
+        parts[name] = data
+    return parts
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        read_verified(folder)
+    except CorruptCheckpoint:
+        return False
+    return True
+
+
+def remove(folder: Path) -> None:
+    """Let go of a committed folder: a process killed in the middle does not leave half of it under its name."""
+    aside = _cleared(folder.with_name(_REMOVED + folder.name))
+    folder.replace(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    # A flipped bit can turn the name of one part into that of another, and JSON keeps only the last of two equal names.
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def remove_stale(parent: Path) -> None:
+    """Clear away what a killed process left half-written; a folder that was about to be replaced is put back."""
+    if not parent.is_dir():
+        return
+    # An NFS client lists a folder from its cache for up to a minute, and would not see what another host has just
+    # renamed there. It reads the folder anew once it has changed it itself.
+    (parent / f"{TMP_PREFIX}probe").touch()
+    for former in parent.glob(f"{_FORMER}*"):
+        folder = parent / former.name.removeprefix(_FORMER).partition(_ANOTHER)[0]
+        if not folder.exists() and _is_whole(former):
+            former.replace(folder)
+    for aside in parent.glob(f"{TMP_PREFIX}*"):
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink()
+
+
+def _replace_folder(aside: Path, folder: Path) -> None:
+    # A folder cannot be renamed over one with files in it. The old one is moved out of the way first, so that it can
+    # be put back (here, or by `remove_stale` after a kill), and goes only when the new one stands.
+    if not folder.exists():
+        aside.replace(folder)
+        return
+    former = _cleared(folder.with_name(_FORMER + folder.name))
+    folder.replace(former)
+    try:
+        aside.replace(folder)
+    except OSError:
+        former.replace(folder)
+        raise
+    sync_folder(folder.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _cleared(aside: Path) -> Path:
+    """A name with nothing under it: `aside`, or one beside it while NFS keeps a file in it that somebody has open."""
+    number, free = 0, aside
+    while True:
+        shutil.rmtree(free, ignore_errors=True)
+        if not free.exists():
+            return free
+        number += 1
+        free = aside.with_name(f"{aside.name}{_ANOTHER}{number}")

@@ -1,0 +1,182 @@
+"""One job at a time in a run folder: the lock, who holds it, and whether this process still does."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from dist_train.distributed.slurm import Attempt
+from dist_train.errors import TrainingFault, UserError
+from dist_train.system.console import log
+
+_HELD_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EACCES)
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+
+
+class RunLock:
+    """Holds a run folder against a second job, for as long as this process lives.
+
+    The lock is the kernel's (flock), so it cannot be left behind by a job that died; the file says who holds it, or
+    held it last. A job that was just stopped gets `patience_seconds` to finish its last save and leave; an earlier
+    attempt of our own job, which may still wait for ranks on a lost host, gets `own_patience_seconds`.
+
+    Over a network a lock can be lost and given to another host, and some file systems have none. So what the file says
+    counts as well: who wrote it last has the folder, and `confirm` tells the others.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        holder: Mapping[str, Any],
+        patience_seconds: float = 5.0,
+        own_patience_seconds: float = 5.0,
+        what: str = "run folder",
+    ) -> None:
+        self._file = file
+        self._what = what
+        self._holder = dict(holder)
+        self._patience_seconds = patience_seconds
+        self._own_patience_seconds = own_patience_seconds
+        self._waiting_since: float | None = None
+        self._said_that_it_waits = False
+        self._stream: IO[bytes] | None = None
+        self.former: Mapping[str, Any] = {}
+        """Who held the folder before; empty when nobody did."""
+
+    def take(self, at_most_seconds: float = float("inf")) -> bool:
+        """Whether this process has the lock, after waiting `at_most_seconds`; UserError once patience is over."""
+        called = time.monotonic()
+        self._waiting_since = self._waiting_since or called
+        while not self._try():
+            now = time.monotonic()
+            self._refuse_when_patience_is_over(now - self._waiting_since)
+            if now - called >= at_most_seconds:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def confirm(self) -> None:
+        """TrainingFault when the folder is no longer the one that was locked, or another job has it."""
+        lost = self._lost()
+        if lost:
+            raise TrainingFault(f"{self._file.parent}: {lost}; nothing more is saved in it")
+
+    def release(self) -> None:
+        """Give the folder back; a second call does nothing."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def __enter__(self) -> RunLock:
+        self.take()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _try(self) -> bool:
+        stream = self._file.open("a+b")
+        # The holder may have moved the folder aside since the file was opened.
+        if not (self._flock(stream) and self._is_in_place(stream)):
+            stream.close()
+            return False
+        self.former = self._who()
+        stream.truncate(0)
+        stream.write(json.dumps(self._holder).encode())
+        stream.flush()
+        os.fsync(stream.fileno())  # for other hosts
+        self._stream = stream
+        return True
+
+    def _lost(self) -> str | None:
+        """Why the folder is no longer ours; None while it is."""
+        assert self._stream is not None, "asked before the lock was taken"
+        try:
+            if not self._is_in_place(self._stream):
+                if not os.path.exists(self._file.parent):  # noqa: PTH110 (pathlib's raises on a stale handle)
+                    return "the run folder is gone: removed, or its disk was unmounted"
+                return "the run folder was replaced by another one, or its lock file was removed"
+            # Asked for again: it does nothing while the lock is ours.
+            if not self._flock(self._stream) or self._who() != self._holder:
+                return f"another job has taken the run folder over: {self._described()}"
+        except OSError as error:
+            return f"the run folder cannot be reached: {error.strerror}"
+        return None
+
+    def _flock(self, stream: IO[bytes]) -> bool:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD_BY_ANOTHER:
+                return False
+            if error.errno not in _NO_LOCKS_HERE:
+                raise
+            if self._stream is None:  # not again at each save
+                log.warning(
+                    "%s: this file system has no locks (%s): a second job in this run folder is not refused, it takes "
+                    "the folder over, and the first one ends at its next checkpoint",
+                    self._file.parent, error.strerror,
+                )  # fmt: skip
+        return True
+
+    def _is_in_place(self, stream: IO[bytes]) -> bool:
+        """Whether an open file is still the one in the folder."""
+        try:
+            return os.path.samestat(os.fstat(stream.fileno()), self._file.stat())
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+        return False
+
+    def _refuse_when_patience_is_over(self, waited_seconds: float) -> None:
+        own = self._held_by_earlier_attempt()
+        patience_seconds = self._own_patience_seconds if own else self._patience_seconds
+        if waited_seconds >= patience_seconds:
+            advice = f". It is an earlier attempt of this job: if its host is lost for good, remove {self._file}"
+            raise UserError(
+                f"{self._file.parent}: another job is using this {self._what}: {self._described()}"
+                f"{advice if own else ''}"
+            )
+        if own and not self._said_that_it_waits:
+            self._said_that_it_waits = True
+            log.info(
+                "waiting up to %.0f s until an earlier attempt of this job has left the run folder: %s",
+                patience_seconds, self._described(),
+            )  # fmt: skip
+
+    def _held_by_earlier_attempt(self) -> bool:
+        job, restart = (self._who().get(key) for key in ("job", "restart"))
+        return job is not None and job == self._holder.get("job") and restart in range(self._holder["restart"])
+
+    def _who(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self._file.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def _described(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self._who().items()) or "it has not said who it is"
+
+
+def this_process(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Who holds a lock: host, process, since when, and the scheduler's job and attempt where there is one."""
+    holder: dict[str, Any] = {"host": socket.gethostname(), "process": os.getpid()}
+    attempt = Attempt.from_environment(environ)
+    if attempt:
+        holder |= {"job": attempt.job, "restart": attempt.restart}
+    if "SLURM_ARRAY_JOB_ID" in environ:  # the name under which squeue lists an element of a job array
+        holder["array"] = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ.get('SLURM_ARRAY_TASK_ID', '')}"
+    return holder | {"since": datetime.now().astimezone().isoformat(timespec="seconds")}

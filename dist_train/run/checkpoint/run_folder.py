@@ -1,0 +1,63 @@
+"""The folder of a run: its layout, and starting anew without losing what was there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dist_train.config.load import read_config
+from dist_train.config.schema import JobConfig
+from dist_train.errors import UserError
+from dist_train.run.checkpoint.lock import RunLock
+
+
+class RunFolder:
+    """Paths of a run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.requeue = path / "requeue"
+        self.lock = path / "lock"
+        self.changes = path / "changes.jsonl"
+        self.stop = path / "stop"
+        self.fault = path / "fault.txt"
+        self.held: RunLock | None = None
+        """The lock, in the process that writes here."""
+
+    def create(self) -> None:
+        """Make the folder and see that it can be written; UserError when it cannot."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"{self.path}: the run folder cannot be written: {os.strerror(error.errno or 0)}") from None
+
+    def confirm(self) -> None:
+        """TrainingFault when this is no longer the folder that this process has locked: nothing may be written then."""
+        if self.held:
+            self.held.confirm()
+
+    def move_aside(self) -> Path | None:
+        """Rename an older run out of the way, to the first free `<name>.old-N`; None when there is nothing to move."""
+        if not {*self.path.iterdir()} - {self.lock, self.stop, self.fault, self.requeue}:
+            return None
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        self.path.replace(target)
+        return target
+
+
+def opened_run(path: Path) -> tuple[RunFolder, JobConfig]:
+    """A run that is there, and the configuration that it was last trained with; UserError when it is not a run."""
+    folder = RunFolder(path)
+    if not folder.config.is_file():
+        raise UserError(f"{path}: is not a run folder (it has no config.yaml)")
+    return folder, read_config(folder.config)

@@ -1,0 +1,77 @@
+"""Objects <-> bytes: tensors go into a tensor file, everything else into JSON. No code is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_train.run.checkpoint.commit import CorruptCheckpoint, read_verified
+
+Parts = dict[str, Any]
+"""File name -> content: `*.pth` a flat mapping of tensors, `*.json` any JSON value."""
+
+
+def encode_parts(parts: Parts) -> dict[str, bytes]:
+    """Parts as the bytes of their files."""
+    return {name: pack_tensors(value) if name.endswith(".pth") else pack_json(value) for name, value in parts.items()}
+
+
+def read_parts(folder: Path) -> Parts:
+    """The parts of a committed folder; Damaged when it does not verify or a part is not what its name says."""
+    return {
+        name: (unpack_tensors if name.endswith(".pth") else unpack_json)(data, str(folder / name))
+        for name, data in read_verified(folder).items()
+    }
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """A flat mapping of tensors as torch.save writes it, on the CPU."""
+    stream = io.BytesIO()
+    torch.save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, stream)
+    return stream.getvalue()
+
+
+def unpack_tensors(data: bytes, source: str) -> dict[str, Tensor]:
+    """What `pack_tensors` wrote; Damaged for anything else, and nothing in it is executed."""
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no file of tensors make torch raise nearly anything
+        reason = "it holds code" if "Unsupported" in str(error) or "weights_only" in str(error) else "it cannot be read"
+        raise CorruptCheckpoint(f"{source} is not a file of tensors: {reason}") from None
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise CorruptCheckpoint(f"{source} is not a flat mapping of tensors")
+    return content
+
+
+def pack_json(value: Any) -> bytes:
+    """JSON, UTF-8."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode()
+
+
+def pack_json_line(value: Any) -> bytes:
+    """JSON on a line of its own."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def unpack_json(data: bytes, source: str) -> Any:
+    """What `pack_json` wrote; Damaged for anything else."""
+    try:
+        return json.loads(data)
+    except ValueError:
+        raise CorruptCheckpoint(f"{source} is not JSON") from None
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the bytes of all parameters and buffers in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,147 @@
+"""A run foretold by trying it: a few steps and an evaluation on a session that is thrown away. Writes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dist_train.distributed.collectives import Collectives
+from dist_train.run.checkpoint.state import encode_parts
+from dist_train.run.session import Session, build_loop
+from dist_train.system.machine import mapped_memory_bytes, peak_memory_bytes
+from dist_train.training.evaluation import evaluate
+from dist_train.training.protocols import Record, Rows
+
+# The first steps allocate; after that, this many steps or seconds, whichever ends first.
+_WARM_UP_STEPS = 3
+_STEPS = 50
+_SECONDS = 3.0
+# Rows that are really evaluated, and what each row beyond them takes for a class: probabilities and copies of them in
+# the metrics. Measured on 2^18 to 2^22 rows of 3 classes: 104 bytes a row.
+_EVALUATED_ROWS = 1 << 18
+_BYTES_OF_A_PROBABILITY = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRunReport:
+    """What a run will take: the most memory of a rank (on CUDA of its device), rows per second of training, seconds."""
+
+    steps: int
+    peak_memory_bytes: int
+    rows_per_second: float
+    training_seconds: float
+    evaluation_seconds: float
+
+    def lines(self) -> Iterator[str]:
+        """The trial in words."""
+        yield (
+            f"peak       about {self.peak_memory_bytes / 2**20:,.0f} MiB a rank, with all that Python and torch take "
+            f"(tried with {self.steps} steps)"
+        )
+        yield (
+            f"speed      about {self.rows_per_second:,.0f} rows/s: {self.training_seconds:,.0f} s of training and "
+            f"{self.evaluation_seconds:,.0f} s of evaluations from the first step to the end"
+        )
+
+
+def profile_session(session: Session, collectives: Collectives, wants_stop: Callable[[], bool]) -> DryRunReport:
+    """Train and evaluate a little, on all ranks alike. The session is of no use afterwards.
+
+    Raises Stopped when the ranks have agreed to stop, TrainingFault where the run itself would.
+    """
+    mapped = mapped_memory_bytes()
+    steps, rows_per_second = _train(session, collectives, wants_stop)
+    rows = {name: len(session.dataset.splits[name]) for name in ("valid", "test")}
+    rows_a_second = _evaluate(session, session.dataset.splits["valid"], collectives)
+    if collectives.is_main:
+        encode_parts(session.tensor_parts())  # a checkpoint in memory
+    unseen = max(0, *(count - _EVALUATED_ROWS for count in rows.values()))
+    classes = len(session.dataset.encoder.class_names)
+    on_device = collectives.device.type == "cuda"  # metrics are computed on the host
+
+    def most_memory() -> int:
+        if on_device:
+            return peak_memory_bytes(collectives.device)
+        # Of a store the trial has touched some pages, and the run will touch all.
+        touched = mapped_memory_bytes() - mapped
+        whole = sum(split.mapped_bytes for split in session.dataset.splits.values())
+        return peak_memory_bytes(collectives.device) + max(0, whole - touched)
+
+    peak = max(collectives.all_gather_object(most_memory))
+    every = session.config.evaluation.every_steps or session.feed.steps_per_epoch
+    evaluated = -(-session.total_steps // every) * rows["valid"] + sum(rows.values())
+    return DryRunReport(
+        steps=steps,
+        peak_memory_bytes=peak + (0 if on_device else unseen * classes * _BYTES_OF_A_PROBABILITY),
+        rows_per_second=rows_per_second,
+        training_seconds=_rows_to_train(session) / rows_per_second,
+        evaluation_seconds=evaluated / rows_a_second if rows_a_second else 0.0,
+    )
+
+
+def _train(session: Session, collectives: Collectives, wants_stop: Callable[[], bool]) -> tuple[int, float]:
+    """Steps that were tried, and rows per second after the first ones; the slowest rank's, since all wait for it."""
+    progress, num_rows = session.progress, session.feed.num_rows
+
+    def loop_until(enough: Callable[[], bool]) -> None:
+        def asked() -> bool:
+            return wants_stop() or enough()
+
+        build_loop(session.config, session, collectives, save=_no_save, track=_no_track, wants_stop=asked).run()
+        collectives.raise_if_stop_agreed()
+
+    loop_until(lambda: progress.step + 1 >= _WARM_UP_STEPS)
+    start = time.perf_counter()
+    seconds, samples = progress.train_seconds, progress.samples(num_rows)
+    if session.trains_on:
+        until = progress.step + _STEPS
+        loop_until(lambda: progress.step + 1 >= until or time.perf_counter() - start >= _SECONDS)
+    if progress.samples(num_rows) == samples:  # the run has no more steps than these
+        seconds, samples = 0.0, 0
+    rate = (progress.samples(num_rows) - samples) / max(progress.train_seconds - seconds, 1e-9)
+    return progress.step, min(collectives.all_gather_object(lambda: rate))
+
+
+def _evaluate(session: Session, rows: Rows, collectives: Collectives) -> float:
+    """Rows per second of an evaluation on the first rows of a split; 0 when there are none."""
+    encoder, batch_size = session.dataset.encoder, session.config.evaluation.batch_size
+
+    def evaluate_first(count: int) -> float:
+        first, start = _First(rows, count), time.perf_counter()
+        evaluate(session.scored, first, encoder.class_names, batch_size, collectives)
+        return len(first) / (time.perf_counter() - start)
+
+    evaluate_first(1)  # loads what computes the metrics
+    rate = evaluate_first(_EVALUATED_ROWS)
+    return min(collectives.all_gather_object(lambda: rate))
+
+
+class _First:
+    """The first rows of others."""
+
+    def __init__(self, rows: Rows, count: int) -> None:
+        self._rows = rows
+        self.targets = rows.targets[:count]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def slice(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        return self._rows.slice(start, stop)
+
+
+def _rows_to_train(session: Session) -> int:
+    """Rows of all steps of the run."""
+    epochs, steps = divmod(session.total_steps, session.feed.steps_per_epoch)
+    return epochs * session.feed.num_rows + steps * session.config.train.global_batch_size
+
+
+def _no_save(_step: int) -> None:
+    """A trial leaves no checkpoint."""
+
+
+def _no_track(_record: Record) -> None:
+    """A trial leaves no metrics."""

@@ -1,0 +1,115 @@
+"""What leaves a run: its checkpoints on the way, and at the end the best weights, scored, with a summary."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from dist_train import __version__
+from dist_train.config.schema import JobConfig
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.slurm import Attempt
+from dist_train.distributed.world import World
+from dist_train.errors import os_errors_as_faults
+from dist_train.run.checkpoint.checkpoints import Checkpoints
+from dist_train.run.checkpoint.commit import commit
+from dist_train.run.checkpoint.run_folder import RunFolder
+from dist_train.run.checkpoint.state import Parts, encode_parts, pack_json, weights_sha256
+from dist_train.run.session import Session, scored_weights
+from dist_train.system.console import log
+from dist_train.system.files import write_atomically
+from dist_train.system.machine import describe_machine, peak_memory_bytes
+
+
+def checkpoint_parts(
+    config: JobConfig, session: Session, books: Mapping[str, Any], world: World, environ: Mapping[str, str]
+) -> Parts:
+    """Everything that a run needs to go on, by name; `books` is the state of the trackers."""
+    encoder = session.dataset.encoder
+    attempt = Attempt.from_environment(environ)
+    state = {
+        "progress": session.progress.state_dict(),
+        **books,
+        "config": asdict(config),
+        "encoder": encoder.describe(),
+        "data_sha256": session.dataset.sha256,
+        "world_size": world.size,
+        "ranks_per_host": world.local_size,
+        "job": attempt.job if attempt else None,
+        "dist_train": __version__,
+        "machine": describe_machine(world.device),
+    }
+    return session.tensor_parts() | {"encoder.pth": dict(encoder.state_dict()), "state.json": state}
+
+
+def export_best(
+    config: JobConfig,
+    session: Session,
+    collectives: Collectives,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    world: World,
+) -> None:
+    """Ship the best weights: score them, commit `model/`, write the summary."""
+    best = session.progress.best_step
+    if best is not None and best != session.progress.step:
+        parts = collectives.on_rank_zero(lambda: checkpoints.read(best))
+        session.scored.load_state_dict(scored_weights(parts))
+    scores = {split: session.score(split, collectives) for split in ("valid", "test")}
+    weights = dict(session.scored.state_dict())
+    peak = max(collectives.all_gather_object(lambda: peak_memory_bytes(world.device)))
+    summary = _summary(config, session, world, weights) | {"peak_memory_bytes": peak} | scores
+    model = {
+        "model.pth": weights,
+        "encoder.pth": dict(session.dataset.encoder.state_dict()),
+        "encoder.json": session.dataset.encoder.describe(),
+        "training.json": {
+            "step": best or session.progress.step,
+            "data_sha256": session.dataset.sha256,
+            "weights_sha256": summary["weights_sha256"],
+        },
+    }
+
+    def write() -> None:
+        commit(folder.model, encode_parts(model), folder.confirm)
+        write_atomically(folder.summary, pack_json(summary))
+
+    collectives.on_rank_zero(lambda: os_errors_as_faults(write, "the trained model"))
+    for split, metrics in scores.items():
+        if metrics:
+            auroc = "-" if metrics["auroc"] is None else f"{metrics['auroc']:.4f}"
+            log.info(
+                "%s  loss %.4f  auroc %s  macro-F1 %.4f  (weights of step %d)",
+                split, metrics["loss"], auroc, metrics["macro_f1"], best or session.progress.step,
+            )  # fmt: skip
+    log.info("summary in %s", folder.summary)
+
+
+def _summary(config: JobConfig, session: Session, world: World, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    progress = session.progress
+    samples = progress.samples(session.feed.num_rows)
+    return {
+        "run": config.run.name,
+        "world_size": world.size,
+        "device": world.device.type,
+        "backend": world.backend,
+        "steps": progress.step,
+        "epochs": samples / session.feed.num_rows,
+        "samples": samples,
+        "train_seconds": progress.train_seconds,
+        "samples_per_second": samples / progress.train_seconds,
+        "parameters": sum(p.numel() for p in session.model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in session.model.parameters() if p.requires_grad),
+        "classes": session.dataset.encoder.class_names,
+        "best_step": progress.best_step,
+        "seed": config.run.seed,
+        "weights_sha256": weights_sha256(weights),
+        "data_sha256": session.dataset.sha256,
+        "dist_train": __version__,
+        "machine": describe_machine(world.device),
+        "python": platform.python_version(),
+    }

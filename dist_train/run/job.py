@@ -1,0 +1,181 @@
+"""A configuration and a world become a run. `Job.run` is the table of contents; each line of it is a room."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+from dist_train.config.rules import given_class_weights
+from dist_train.config.run_path import path_of_run
+from dist_train.config.schema import JobConfig
+from dist_train.determinism.sliced_modules import require_world_size
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.slurm import Attempt
+from dist_train.distributed.stopping import LAUNCHER_DIED, Launcher, StopRequest
+from dist_train.distributed.world import World, process_group
+from dist_train.errors import Stopped, os_errors_as_faults
+from dist_train.run.checkpoint.checkpoints import Checkpoints
+from dist_train.run.checkpoint.run_folder import RunFolder
+from dist_train.run.checkpoint.state import pack_json
+from dist_train.run.dry_run import DryRunReport, profile_session
+from dist_train.run.export import checkpoint_parts, export_best
+from dist_train.run.resume import begin_writing, changes_since, matching_dataset, open_run
+from dist_train.run.session import Session, build_loop, load_data
+from dist_train.run.tracking.trackers import Trackers
+from dist_train.system.console import log
+from dist_train.system.files import write_atomically
+from dist_train.system.machine import pin_arithmetic
+from dist_train.training.loop import Ending
+from dist_train.training.plan import Plan
+from dist_train.training.protocols import Record
+from dist_train.watchdog.watchdog import LauncherDied, watched
+
+
+def train(
+    config: JobConfig,
+    world: World,
+    environ: Mapping[str, str],
+    *,
+    launcher: Launcher | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Train a run to its end, to an agreed stop, or (`dry_run`) print its plan, try it, and write nothing."""
+    if config.train.virtual_ranks:
+        require_world_size(config.train.virtual_ranks, world.size)
+        pin_arithmetic(world.device)
+    folder = RunFolder(path_of_run(config))
+    attempt = Attempt.from_environment(environ)
+    limit, timeout = config.run.time_limit_minutes, config.runtime.timeout_seconds
+    stop = StopRequest(
+        file=folder.stop if world.rank == 0 else None,
+        attempt=attempt,
+        time_limit_seconds=limit * 60 if limit else None,
+        launcher=launcher,
+    )
+    with ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        store = stack.enter_context(process_group(world, timeout))
+        collectives = Collectives(world, stop.wanted)
+        job = Job(config, world, environ, folder, collectives, stop, stack)
+        title = f"{config.run.name}{f', job {attempt}' if attempt else ''}"
+        with watched(
+            collectives,
+            store,
+            timeout_seconds=timeout,
+            report_file=None if dry_run else folder.fault,
+            launcher=launcher,
+            title=title,
+        ):
+            try:
+                job.run(dry_run=dry_run)
+            except Stopped:
+                if not dry_run:
+                    job.leave_marker(attempt)
+
+
+class Job:
+    """One job of a run. What it opens is closed with `stack`, which outlives the watch over the ranks."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        world: World,
+        environ: Mapping[str, str],
+        folder: RunFolder,
+        collectives: Collectives,
+        stop: StopRequest,
+        stack: ExitStack,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.variables = environ
+        self.folder = folder
+        self.collectives = collectives
+        self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, folder.confirm)
+        self._stop = stop
+        self._stack = stack
+
+    def run(self, *, dry_run: bool) -> None:
+        """Train to the end; raises Stopped when all ranks have agreed to stop, and everything is saved by then."""
+        config, world, collectives, heartbeat = self.config, self.world, self.collectives, self.collectives.heartbeat
+        folder, checkpoints = self.folder, self.checkpoints
+        dataset = load_data(config, collectives)
+        given_class_weights(config.train, dataset.encoder.class_names)
+        session = Session(config, dataset, collectives)  # what it refuses is refused before anything is written
+        if dry_run:
+            _announce(session.plan(world))
+            with heartbeat.phase("trial"):
+                _announce(profile_session(session, collectives, self._stop.wanted))
+            return
+        with heartbeat.phase("opening the run folder"):
+            found = open_run(folder, config, checkpoints, self._stack, self.variables, collectives)
+        matching = matching_dataset(found, config, dataset, collectives)
+        if matching is not dataset:
+            session = Session(config, matching, collectives)
+        if found:
+            session.restore(found.parts)
+        step, trains_on = session.progress.step, session.trains_on
+        changes = changes_since(found, config, matching, collectives)
+        collectives.on_rank_zero(
+            lambda: begin_writing(folder, config, checkpoints, step, trains_on=trains_on, changes=changes)
+        )
+        _announce(session.plan(world))
+        books: list[Trackers] = []  # one on rank 0, none elsewhere
+
+        def open_books() -> None:
+            state = found.parts["state.json"] if found else None
+            steps = {"total_steps": session.total_steps, "start_step": session.progress.step}
+            opened = Trackers(config, folder.metrics, **steps, state=state, environ=self.variables)
+            books.append(self._stack.enter_context(opened))
+
+        def save(step: int) -> None:
+            def write() -> None:
+                folder.confirm()  # before the journal's own error, which would say less
+                parts = checkpoint_parts(config, session, books[0].state_dict(), world, self.variables)
+                checkpoints.write(step, parts, session.progress.best_step)
+
+            collectives.on_rank_zero(lambda: os_errors_as_faults(write, f"the checkpoint of step {step}"))
+
+        def track(record: Record) -> None:
+            collectives.on_rank_zero(lambda: books[0].track(record))
+
+        collectives.on_rank_zero(lambda: os_errors_as_faults(open_books, "metrics.jsonl"))
+        loop = build_loop(config, session, collectives, save=save, track=track, wants_stop=self._stop.wanted)
+        with heartbeat.phase("training"):
+            ending = loop.run()
+        collectives.on_rank_zero(lambda: os_errors_as_faults(lambda: books[0].close(failed=False), "metrics.jsonl"))
+        if ending is Ending.STOPPED:
+            raise Stopped
+        log.info("%s after %d steps", ending.value, session.progress.step)
+        with heartbeat.phase("shipping the model"):
+            export_best(config, session, collectives, folder, checkpoints, world)
+
+    def leave_marker(self, attempt: Attempt | None) -> None:
+        """Say in the run folder that the run was stopped on request, and can go on."""
+        asked = dict.fromkeys(cause for cause in self.collectives.all_gather_object(self._cause) if cause)
+
+        def write() -> int:
+            step = max(self.checkpoints.steps(), default=0)
+            said = {"step": step, "job": str(attempt) if attempt else None, "cause": ", ".join(asked)}
+            if self.folder.held:
+                self.folder.confirm()  # a run folder that has gone does not come back with a marker in it
+            else:
+                self.folder.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder.requeue, pack_json(said))
+            self.folder.stop.unlink(missing_ok=True)
+            log.info("stopped at step %d (%s): saved; the same command continues", step, said["cause"])
+            return step
+
+        step = self.collectives.on_rank_zero(lambda: os_errors_as_faults(write, "the requeue marker"))
+        if LAUNCHER_DIED in asked:
+            with self.collectives.heartbeat.phase("stopping", step):
+                raise LauncherDied("torchrun has died: the run is saved; the same command continues")
+
+    def _cause(self) -> str | None:
+        self._stop.wanted()
+        return self._stop.cause
+
+
+def _announce(foretold: Plan | DryRunReport) -> None:
+    for line in foretold.lines():
+        log.info("%s", line)

@@ -1,0 +1,246 @@
+"""Going on where a run stood: its folder, its lock, its newest sound checkpoint, and whether it may be gone on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from typing import Any
+
+from dist_train.config.compatibility import differences
+from dist_train.config.load import config_to_yaml
+from dist_train.config.schema import JobConfig
+from dist_train.data.dataset import Dataset
+from dist_train.data.encoder import Encoder
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.slurm import Attempt
+from dist_train.errors import UserError, os_errors_as_faults
+from dist_train.run.checkpoint.checkpoints import Checkpoints, Found
+from dist_train.run.checkpoint.commit import CorruptCheckpoint, remove, remove_stale
+from dist_train.run.checkpoint.lock import RunLock, this_process
+from dist_train.run.checkpoint.run_folder import RunFolder
+from dist_train.run.checkpoint.state import pack_json_line, read_parts
+from dist_train.run.session import load_data
+from dist_train.system.console import log
+from dist_train.system.files import write_atomically
+from dist_train.system.machine import describe_machine
+
+_TURN_SECONDS = 1.0
+_LEAVING_SECONDS = 10.0  # from a collective that timed out to the end of the process
+
+# Harmless keys that nevertheless change learning rates, lines of metrics, or which weights are the best.
+_CHANGES_THE_RECORD = ("train.epochs", "train.max_steps", "train.early_stopping_patience", "evaluation.", "log.")
+
+
+def open_run(
+    folder: RunFolder,
+    config: JobConfig,
+    checkpoints: Checkpoints,
+    stack: ExitStack,
+    environ: Mapping[str, str],
+    collectives: Collectives,
+) -> Found | None:
+    """Rank 0 creates and locks the run folder; the checkpoint to go on from, if any, on every rank."""
+    own_patience_seconds = config.runtime.timeout_seconds + _LEAVING_SECONDS
+    lock = RunLock(folder.lock, this_process(environ), own_patience_seconds=own_patience_seconds)
+    collectives.on_rank_zero(folder.create)
+    # In short turns: the other ranks' collective must not run out of time while rank 0 waits for the lock.
+    while not collectives.on_rank_zero(lambda: os_errors_as_faults(lambda: lock.take(_TURN_SECONDS), "the run folder")):
+        collectives.raise_if_stop_agreed()
+    stack.callback(lock.release)
+    folder.held = lock
+    return collectives.on_rank_zero(
+        lambda: os_errors_as_faults(
+            lambda: _open_folder(folder, config, checkpoints, stack, lock, environ), "the run folder"
+        )
+    )
+
+
+def _open_folder(
+    folder: RunFolder,
+    config: JobConfig,
+    checkpoints: Checkpoints,
+    stack: ExitStack,
+    lock: RunLock,
+    environ: Mapping[str, str],
+) -> Found | None:
+    remove_stale(folder.path)
+    remove_stale(folder.checkpoints)
+    found, skipped = checkpoints.newest()
+    if config.run.resume == "never" and not _is_restart(checkpoints, found, lock, environ):
+        former = folder.move_aside()
+        if former:
+            log.info("the run that was in %s is now in %s", folder.path, former)
+            lock.release()
+            folder.create()
+            folder.held = stack.enter_context(RunLock(folder.lock, this_process(environ)))
+        found, skipped = None, []
+    for reason in skipped:
+        log.warning("skipped a damaged checkpoint: %s", reason)
+    if skipped and not found:
+        raise UserError(
+            f"{folder.checkpoints}: no checkpoint verifies ({skipped[0]}); "
+            "run.resume=never starts anew and keeps them aside"
+        )
+    if found:
+        _refuse_changes(found, config)
+        _check_best(found, config, checkpoints)
+    return found
+
+
+def _is_restart(checkpoints: Checkpoints, found: Found | None, lock: RunLock, environ: Mapping[str, str]) -> bool:
+    """Whether this is a restart of the very job that began the run: `never` means once, not again at each restart.
+
+    Who held the folder last began what has no checkpoint yet.
+    """
+    attempt = Attempt.from_environment(environ)
+    if attempt is None or attempt.restart == 0:
+        return False
+    if found:
+        return bool(found.parts["state.json"].get("job") == attempt.job)
+    return not checkpoints.steps() and lock.former.get("job") == attempt.job
+
+
+def begin_writing(
+    folder: RunFolder, config: JobConfig, checkpoints: Checkpoints, step: int, *, trains_on: bool, changes: list[str]
+) -> None:
+    """Rank 0: the run goes on from `step`; until here a refusal has left the folder as it was.
+
+    `trains_on`: there are steps to come, so what was shipped of a shorter run is no longer what this run ships.
+    `changes` go into `changes.jsonl`: whoever replays the run must know of them.
+    """
+    unforced = replace(config, run=replace(config.run, force=False))  # who insisted once has not insisted for good
+
+    def write() -> None:
+        checkpoints.drop_after(step)
+        folder.requeue.unlink(missing_ok=True)
+        write_atomically(folder.config, config_to_yaml(unforced).encode())
+        known = folder.changes.read_bytes() if step and folder.changes.is_file() else b""
+        if changes:
+            known += pack_json_line({"step": step, "changes": changes})
+        if known:
+            write_atomically(folder.changes, known)
+        else:
+            folder.changes.unlink(missing_ok=True)
+        if trains_on:
+            remove_exported(folder, checkpoints)
+
+    os_errors_as_faults(write, "the run folder")
+
+
+def changes_since(found: Found | None, config: JobConfig, dataset: Dataset, collectives: Collectives) -> list[str]:
+    """What makes the rest of a run another function than its beginning: a replay has to start after it."""
+    if not found:
+        return []
+    state = found.parts["state.json"]
+    incompatible, compatible = differences(state["config"], _as_json(config))
+    changes = incompatible + [line for line in compatible if line.startswith(_CHANGES_THE_RECORD)]
+    if state["data_sha256"] != dataset.sha256:
+        changes.append(f"the data: SHA-256 was {state['data_sha256']}, is {dataset.sha256}")
+    regrouped = _regrouped(config, state, collectives)
+    if regrouped:
+        changes.append(regrouped)
+    return changes
+
+
+def _regrouped(config: JobConfig, state: Mapping[str, Any], collectives: Collectives) -> str | None:
+    """How the ranks differ from those of a checkpoint, where the fast mode adds gradients up in another order on them.
+
+    Ranks of one host add up in another way than those of several (`Collectives.sum`); of two there is one order.
+    """
+    if config.train.virtual_ranks is not None:
+        return None
+    size, local_size = collectives.size, collectives.local_size
+    was, was_local = state["world_size"], state.get("ranks_per_host", local_size)
+    if was != size:
+        return f"world size in the fast mode: was {was}, is {size}"
+    if size > 2 and was_local != local_size:
+        return f"ranks of a host in the fast mode: were {was_local}, are {local_size}"
+    return None
+
+
+def _as_json(config: JobConfig) -> Any:
+    """A configuration as a checkpoint has it: the keys of a mapping are text."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def remove_exported(folder: RunFolder, checkpoints: Checkpoints) -> None:
+    """Remove the trained model and its summary, unless no sound checkpoint holds the same weights."""
+    if folder.model.is_dir():
+        try:
+            checkpoints.read(read_parts(folder.model)["training.json"]["step"])
+        except (UserError, CorruptCheckpoint, KeyError) as error:
+            log.warning(
+                "%s stays as it is until training is over: its weights are nowhere else (%s)", folder.model, error
+            )
+            return
+    folder.summary.unlink(missing_ok=True)
+    if folder.model.is_dir():
+        remove(folder.model)
+
+
+def _refuse_changes(found: Found, config: JobConfig) -> None:
+    state = found.parts["state.json"]
+    incompatible, compatible = differences(state["config"], _as_json(config))
+    for line in compatible:
+        log.info("changed since the checkpoint: %s", line)
+    if incompatible and not config.run.force:
+        raise UserError(
+            f"the checkpoint of step {found.step} was trained with another configuration: {'; '.join(incompatible)}. "
+            "Set them back, choose another run.name, start anew with run.resume=never, or insist with run.force=true"
+        )
+    for line in incompatible:
+        log.warning("forced to go on although %s", line)
+
+
+def _check_best(found: Found, config: JobConfig, checkpoints: Checkpoints) -> None:
+    """Find out now, and not when training is over, whether the best weights so far can be shipped."""
+    progress = found.parts["state.json"]["progress"]
+    best = progress["best_step"]
+    if best is None or best == found.step:
+        return
+    try:
+        checkpoints.read(best)
+        return
+    except UserError as error:
+        # When a newer best one was skipped as damaged, this one may be gone for good reason: training finds the
+        # newer one again.
+        if best in checkpoints.steps() and not config.run.force:
+            raise UserError(
+                f"{error}. It holds the best weights so far: start anew with run.resume=never, "
+                "or go on without it with run.force=true"
+            ) from None
+        log.warning("the best weights so far are lost, going on without them: %s", error)
+    progress |= {"best_step": None, "best_loss": None}
+
+
+def matching_dataset(found: Found | None, config: JobConfig, dataset: Dataset, collectives: Collectives) -> Dataset:
+    """The dataset to go on with: encoded as the checkpoint's model knows it."""
+    if not found:
+        return dataset
+    state = found.parts["state.json"]
+    _note_other_bits(state, config, collectives)
+    log.info("resuming from the checkpoint of step %d", found.step)
+    if state["data_sha256"] == dataset.sha256:
+        return dataset
+    if not config.run.force:
+        raise UserError(
+            f"{config.data.path}: the file has changed since the checkpoint of step {found.step}; "
+            "choose another run.name, start anew with run.resume=never, or insist with run.force=true"
+        )
+    log.warning("forced to go on although the data have changed")
+    return load_data(config, collectives, Encoder.from_description(state["encoder"], found.parts["encoder.pth"]))
+
+
+def _note_other_bits(state: Mapping[str, Any], config: JobConfig, collectives: Collectives) -> None:
+    """Say so where the run cannot end in the bits of one that was never interrupted."""
+    regrouped = _regrouped(config, state, collectives)
+    if regrouped:
+        log.warning("%s: results agree to rounding, not to the bit (train.virtual_ranks would make them)", regrouped)
+    for name, value in describe_machine(collectives.device).items():
+        if state["machine"].get(name) != value:
+            log.warning(
+                "%s is %s, the checkpoint was trained with %s: equal bits are not promised",
+                name, value, state["machine"].get(name),
+            )  # fmt: skip

@@ -1,0 +1,97 @@
+"""What a person sees while a run trains: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import IO, Any, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dist_train.system.console import log
+
+
+class ConsoleTracker:
+    """Shows each record; on a terminal training lines move a bar, and validation lines stay above it."""
+
+    def __init__(self, console: Console, *, total_steps: int, num_epochs: int, start_step: int) -> None:
+        self._console = console
+        self._total_steps = total_steps
+        self._num_epochs = num_epochs
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            console.file = cast(IO[str], _Forgiving(console.file))
+            self._bar = Progress(
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(bar_width=None),
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}  {task.fields[detail]}"),
+                TimeElapsedColumn(),
+                TextColumn("left {task.fields[left]}"),
+                console=console,
+            )
+            self._task = self._bar.add_task(
+                "train", total=total_steps, completed=start_step, epoch=f"-/{num_epochs}", detail="", left="-:--"
+            )
+            self._bar.start()
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Show a line of metrics."""
+        if record["split"] == "train":
+            self._show_training(record)
+        else:
+            self._show(self._evaluation_line(record))
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _show_training(self, record: Mapping[str, Any]) -> None:
+        rate = record["samples_per_second"]
+        rows_left = record["samples"] / record["step"] * (self._total_steps - record["step"])
+        left = _clock(rows_left / rate) if rate else "-:--"
+        detail = f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {rate:,.0f} rows/s"
+        epoch = f"{record['epoch']}/{self._num_epochs}"
+        if self._bar is None:
+            log.info("epoch %s  step %d/%d  %s  left %s", epoch, record["step"], self._total_steps, detail, left)
+        else:
+            self._bar.update(self._task, completed=record["step"], epoch=epoch, detail=detail, left=left)
+
+    def _evaluation_line(self, record: Mapping[str, Any]) -> str:
+        auroc = "-" if record["auroc"] is None else f"{record['auroc']:.4f}"
+        return (
+            f"epoch {record['epoch']}/{self._num_epochs}  step {record['step']}  "
+            f"{record['split']} loss {record['loss']:.4f}  auroc {auroc}  macro-F1 {record['macro_f1']:.4f}"
+        )
+
+    def _show(self, line: str) -> None:
+        if self._bar is None:
+            log.info("%s", line)
+        else:
+            self._console.print(line, soft_wrap=True)
+
+
+class _Forgiving:
+    """A stream whose terminal may go, as when a connection is lost: that is no reason to stop training."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,69 @@
+"""What rank 0 writes about a run while it trains: metrics.jsonl, wandb, the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dist_train.config.schema import JobConfig
+from dist_train.run.tracking.console_tracker import ConsoleTracker
+from dist_train.run.tracking.jsonl_tracker import JsonlTracker
+from dist_train.run.tracking.wandb_tracker import WandbTracker, choose_mode
+from dist_train.system.console import terminal
+
+
+class Trackers:
+    """All trackers of a run, on rank 0.
+
+    `state` is what `state_dict` gave at the checkpoint that the run goes on from.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        metrics_file: Path,
+        *,
+        total_steps: int,
+        start_step: int,
+        state: Mapping[str, Any] | None,
+        environ: Mapping[str, str],
+    ) -> None:
+        self.jsonl = JsonlTracker(metrics_file)
+        self.wandb = WandbTracker(
+            folder=metrics_file.parent,
+            name=config.run.name,
+            project=config.wandb.project,
+            mode=choose_mode(config.wandb.mode, environ),
+            config=asdict(config),
+            last_step=self.jsonl.last_step,
+        )
+        self.jsonl.load_state_dict(state["journal"] if state else {"bytes": 0})
+        self.screen = ConsoleTracker(
+            terminal(), total_steps=total_steps, num_epochs=config.train.epochs, start_step=start_step
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the journal ends; OSError when the disk does not have all of it."""
+        return {"journal": self.jsonl.state_dict()}
+
+    def track(self, record: Mapping[str, Any]) -> None:
+        """Write a line of metrics everywhere; what fails there does not end training."""
+        self.jsonl.log(record)
+        self.wandb.log(record)
+        self.screen.log(record)
+
+    def close(self, *, failed: bool) -> None:
+        """End all of them; OSError when the disk does not have the whole journal. A second call does nothing."""
+        self.screen.close()
+        self.wandb.close(failed=failed)
+        self.jsonl.close()
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(OSError):  # only after a failure there is anything left to close, and that has its own message
+            self.close(failed=kind is not None)

@@ -1,0 +1,115 @@
+"""Weights & Biases. Training never depends on it: whatever goes wrong here is one warning."""
+
+from __future__ import annotations
+
+import json
+import netrc
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from dist_train.system.console import log
+from dist_train.system.files import write_atomically
+
+Mode = Literal["online", "offline", "disabled"]
+
+_SKIPPED = {"step", "split", "per_class", "confusion_matrix"}
+
+
+def choose_mode(mode: Literal["auto"] | Mode, environ: Mapping[str, str]) -> Mode:
+    """`auto` -> online when a key is at hand, else offline. A mode in WANDB_MODE has its say only in `auto`."""
+    if mode != "auto":
+        return mode
+    for chosen in get_args(Mode):
+        if environ.get("WANDB_MODE") == chosen:
+            return cast(Mode, chosen)
+    return "online" if environ.get("WANDB_API_KEY") or _key_in_netrc(environ) else "offline"
+
+
+class WandbTracker:
+    """One wandb run for one run folder, whatever happens to its checkpoints. No step is sent to it a second time.
+
+    `wandb/run.json` in the run folder remembers its id and the last step it was sent. `last_step` is the last step in a
+    metrics.jsonl that has not been cut yet: the next resume finds one that was cut, and may come before training has
+    reached that step again.
+    """
+
+    def __init__(
+        self, *, folder: Path, name: str, project: str, mode: Mode, config: Mapping[str, Any], last_step: int
+    ) -> None:
+        self._sent_step = 0
+        self._run: Any = None
+        if mode == "disabled":
+            return
+        try:
+            import wandb
+
+            run_id, self._sent_step = _remembered(folder / "wandb" / "run.json", last_step)
+            self._run = wandb.init(
+                dir=folder,
+                id=run_id,
+                resume="allow",
+                name=name,
+                project=project,
+                mode=mode,
+                config=dict(config),
+                # No console capture, no git or host metadata: neither environment nor a secret in an argument leaves.
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    disable_git=True,
+                    save_code=False,
+                    x_disable_meta=True,
+                    x_disable_stats=True,
+                ),
+            )
+        except ImportError:
+            log.warning("wandb is not installed: metrics go to metrics.jsonl alone")
+        except Exception as error:
+            self._give_up(error)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Send a line of metrics under `<split>/<name>`."""
+        if self._run is None or record["step"] <= self._sent_step:
+            return
+        values = {f"{record['split']}/{name}": value for name, value in record.items() if name not in _SKIPPED}
+        try:
+            self._run.log(values, step=record["step"])
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the run; a second call does nothing."""
+        run, self._run = self._run, None
+        try:
+            if run is not None:
+                run.finish(exit_code=int(failed))
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        log.warning("wandb failed (%s): training goes on without it", type(error).__name__)
+
+
+def _remembered(file: Path, last_step: int) -> tuple[str, int]:
+    """The id of the run and the last step it was sent; a new id where none is known."""
+    known: dict[str, Any] = {}
+    if file.exists():
+        known = json.loads(file.read_bytes())
+        known["sent_step"] = max(known["sent_step"], last_step)
+    else:
+        known = {"id": secrets.token_hex(4), "sent_step": 0}
+        file.parent.mkdir(exist_ok=True)
+    write_atomically(file, json.dumps(known).encode())
+    return known["id"], known["sent_step"]
+
+
+def _key_in_netrc(environ: Mapping[str, str]) -> bool:
+    path = environ.get("NETRC") or str(Path("~/.netrc").expanduser())
+    try:
+        hosts = netrc.netrc(path).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any("wandb" in host for host in hosts)

@@ -1,0 +1,339 @@
+"""Replay a run from its checkpoints and compare: what a model validator does before believing a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_train.config.schema import JobConfig
+from dist_train.data.encoder import Encoder
+from dist_train.determinism.sliced_modules import require_world_size
+from dist_train.distributed.collectives import Collectives
+from dist_train.errors import UserError
+from dist_train.run.checkpoint.checkpoints import Checkpoints
+from dist_train.run.checkpoint.commit import CorruptCheckpoint
+from dist_train.run.checkpoint.run_folder import RunFolder
+from dist_train.run.checkpoint.state import Parts, read_parts, weights_sha256
+from dist_train.run.session import Session, build_loop, load_data
+from dist_train.system.machine import describe_machine
+from dist_train.training.protocols import Record
+
+# What a clock says, and what a run notes about itself: everything else must be equal.
+_OF_THE_CLOCK = ("samples_per_second", "train_seconds")
+_OF_THE_EVALUATION = ("best_loss", "best_step", "evaluations_without_gain", "evaluation_due")
+
+
+@dataclass
+class Report:
+    """What a replay found. `difference` is None when everything agreed."""
+
+    first_step: int
+    last_step: int
+    lines: int = 0
+    checkpoints: int = 0
+    model_compared: bool = False
+    difference: str | None = None
+    difference_step: int | None = None
+    notes: list[str] = field(default_factory=list)
+    machine: dict[str, str] = field(default_factory=dict)
+    data_sha256: str = ""
+    weights_sha256: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def differ(self, step: int, what: str) -> None:
+        """Note a difference; the first one of the earliest step counts."""
+        if self.difference_step is None or step < self.difference_step:
+            self.difference, self.difference_step = what, step
+
+
+@dataclass
+class Evidence:
+    """What a run folder claims, read once: a run that goes on meanwhile may drop a checkpoint."""
+
+    lines: list[dict[str, Any]]
+    checkpoints: dict[int, Parts]
+    damaged: dict[int, str]
+    summary: dict[str, Any] | None
+    model: Parts | None
+    model_damage: str | None
+    changes: list[dict[str, Any]]
+
+    @staticmethod
+    def of(folder: RunFolder) -> Evidence:
+        """Read a run folder; nothing in it is changed."""
+        stored = Checkpoints(folder.checkpoints, keep=1)
+        checkpoints, damaged = {}, {}
+        for step in stored.steps():
+            try:
+                checkpoints[step] = read_parts(stored.path(step))
+            except CorruptCheckpoint as damage:
+                if stored.path(step).is_dir():
+                    damaged[step] = str(damage)
+        summary = _read_json(folder.summary) if folder.summary.is_file() else None
+        model = model_damage = None
+        if summary:
+            try:
+                model = read_parts(folder.model)
+            except CorruptCheckpoint as damage:
+                model_damage = str(damage)
+        changes = _read_lines(folder.changes) if folder.changes.is_file() else []
+        return Evidence(_read_lines(folder.metrics), checkpoints, damaged, summary, model, model_damage, changes)
+
+    @property
+    def last_step(self) -> int:
+        """The last step that anything is claimed of."""
+        return max([line["step"] for line in self.lines] + list(self.checkpoints), default=0)
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """What the run says of its machine and data: in its newest checkpoint, else in the summary."""
+        if self.checkpoints:
+            state: dict[str, Any] = self.checkpoints[max(self.checkpoints)]["state.json"]
+            return state
+        return self.summary
+
+    def start(self, first: int, last: int) -> int:
+        """Where a replay of the steps after `first` can begin: at a sound checkpoint, or at 0.
+
+        A run whose configuration was changed on the way is replayed from the last change on.
+        """
+        change = max((c["step"] for c in self.changes if c["step"] < last), default=0)
+        before = [step for step in self.checkpoints if change <= step <= max(first, change)]
+        if before or not change:
+            return max(before, default=0)
+        after = [step for step in self.checkpoints if change <= step < last]
+        if not after:
+            raise UserError(
+                f"the configuration was changed at step {change}, and no sound checkpoint from there on is left to "
+                "replay from"
+            )
+        return min(after)
+
+
+def verify(
+    folder: RunFolder, config: JobConfig, collectives: Collectives, first: int = 0, last: int | None = None
+) -> Report:
+    """Replay the steps after `first` up to `last` of a run; the same report on every rank.
+
+    Every line of metrics and every checkpoint in that range is compared to the bit, and where the range holds the best
+    step, the trained model and the metrics of the summary as well. The replay starts from the newest sound checkpoint
+    at or before `first`, or from the initial weights.
+    """
+    evidence = collectives.on_rank_zero(lambda: Evidence.of(folder))
+    last = evidence.last_step if last is None else min(last, evidence.last_step)
+    if last <= first:
+        raise UserError(f"{folder.path}: nothing is recorded of the steps after {first} up to {last}")
+    _check_world(config, evidence, collectives)
+    start = evidence.start(first, last)
+    session = _session(config, collectives, evidence, start)
+    report = Report(start, last, machine=describe_machine(collectives.device), config=asdict(config))
+    report.data_sha256 = session.dataset.sha256
+    for change in evidence.changes:
+        report.notes.append(f"changed at step {change['step']}: {'; '.join(change['changes'])}")
+    _compare_machine(report, evidence)
+    replay = _Replay(evidence, session, report, collectives)
+    replay.run(config)
+    replay.compare_shipped()
+    if evidence.origin and evidence.origin["data_sha256"] != session.dataset.sha256:
+        was = evidence.origin["data_sha256"]
+        report.differ(last, f"the data are not those of the run: SHA-256 {session.dataset.sha256}, the run had {was}")
+    return report
+
+
+class _Replay:
+    """Listens to a training loop and compares what it says with what was recorded; alike on every rank."""
+
+    def __init__(self, evidence: Evidence, session: Session, report: Report, collectives: Collectives) -> None:
+        self.evidence = evidence
+        self.session = session
+        self.report = report
+        self.collectives = collectives
+        self.pending = [x for x in evidence.lines if report.first_step < x["step"] <= report.last_step]
+        self.best_weights: dict[str, Tensor] | None = None
+        self._encoder = dict(session.dataset.encoder.state_dict())
+
+    def run(self, config: JobConfig) -> None:
+        """Train over the range; ends at its last step, or early after a difference."""
+        build_loop(
+            config, self.session, self.collectives,
+            save=lambda _step: None, track=self.compare_line, wants_stop=self.is_over,
+        ).run()  # fmt: skip
+        self.compare_step()
+        if self.session.progress.step < self.report.last_step and self.report.difference is None:
+            self.report.differ(self.session.progress.step + 1, "the replay has no such step: it ends before")
+        for line in self.pending:
+            if line["step"] <= self.session.progress.step:
+                what = f"metrics.jsonl has a {line.get('split')} line that the replay has not"
+                self.report.differ(line["step"], what)
+
+    def is_over(self) -> bool:
+        """Asked before each step: is it the last one? Everything of the step before has been done by then."""
+        self.compare_step()
+        step, difference = self.session.progress.step, self.report.difference_step
+        return step + 1 >= self.report.last_step or (difference is not None and step >= difference)
+
+    def compare_line(self, record: Record) -> None:
+        """A line of metrics."""
+        step, split = record["step"], record["split"]
+        line = next((x for x in self.pending if (x["step"], x.get("split")) == (step, split)), None)
+        if line is None:
+            if self.report.first_step < step <= self.report.last_step:
+                self.report.differ(step, f"metrics.jsonl has no {split} line of this step")
+            return
+        self.pending.remove(line)
+        self.report.lines += 1
+        name = _first_difference(line, json.loads(json.dumps(record)))
+        if name:
+            what = f"{split} {name}: recorded {line.get(name)!r}, replayed {record.get(name)!r}"
+            self.report.differ(step, what)
+
+    def compare_step(self) -> None:
+        """The checkpoint of the step where the replay stands, where the run has kept one."""
+        step = self.session.progress.step
+        summary = self.evidence.summary
+        if summary and step == (summary["best_step"] or summary["steps"]):
+            self.best_weights = {n: t.detach().clone() for n, t in self.session.scored.state_dict().items()}
+        if not self.report.first_step < step <= self.report.last_step:
+            return
+        damage = self.evidence.damaged.pop(step, None)
+        if damage:
+            self.report.differ(step, f"the checkpoint does not verify: {damage}")
+        recorded = self.evidence.checkpoints.pop(step, None)
+        if recorded is None:
+            return
+        self.report.checkpoints += 1
+        replayed = self.session.tensor_parts() | {"encoder.pth": self._encoder}
+        name = _first_different_tensor(recorded, replayed)
+        state = recorded["state.json"]
+        if name:
+            self.report.differ(step, f"the checkpoint's {name} is not what the replay has")
+        elif state["encoder"] != self.session.dataset.encoder.describe():
+            self.report.differ(step, "the checkpoint's encoder is not what the replay has")
+        else:
+            recorded_progress, replayed_progress = state["progress"], self.session.progress.state_dict()
+            if recorded_progress["evaluation_due"]:  # stopped before an evaluation that the replay has done by now
+                replayed_progress |= {name: recorded_progress[name] for name in _OF_THE_EVALUATION}
+            name = _first_difference(recorded_progress, replayed_progress)
+            if name:
+                self.report.differ(step, f"the checkpoint's {name} is not what the replay has")
+
+    def compare_shipped(self) -> None:
+        """The trained model, its encoder, and the metrics that the summary claims for them."""
+        report, summary = self.report, self.evidence.summary
+        if summary is None:
+            report.notes.append("the run is not finished: there is no trained model to compare yet")
+            return
+        if report.difference is not None:
+            return
+        best = summary["best_step"] or summary["steps"]
+        if self.best_weights is None:
+            report.notes.append(f"the trained model is of step {best}, outside of what was replayed")
+            return
+        if self.evidence.model is None:
+            report.differ(best, f"the trained model does not verify: {self.evidence.model_damage}")
+            return
+        report.model_compared = True
+        report.weights_sha256 = weights_sha256(self.evidence.model["model.pth"])
+        replayed: Parts = {"model.pth": self.best_weights, "encoder.pth": self._encoder}
+        name = _first_different_tensor(self.evidence.model, replayed)
+        if name:
+            report.differ(best, f"the trained model's {name} is not what the replay has")
+        if self.evidence.model["encoder.json"] != self.session.dataset.encoder.describe():
+            report.differ(best, "the trained model's encoder is not what the replay has")
+        if report.weights_sha256 != summary["weights_sha256"]:
+            report.differ(best, "model/model.pth does not have the weights_sha256 of summary.json")
+        self.session.scored.load_state_dict(self.best_weights)
+        for split in ("valid", "test"):
+            score = self.session.score(split, self.collectives)
+            name = _first_difference(summary[split] or {}, json.loads(json.dumps(score)) or {})
+            if name:
+                report.differ(best, f"the summary's {split} {name} is not what the replayed weights have")
+
+
+def _session(config: JobConfig, collectives: Collectives, evidence: Evidence, start: int) -> Session:
+    """The run as it stood. The encoder is fitted anew, unless the run went on with other data than it began with."""
+    parts = evidence.checkpoints.get(start)
+    encoder = None
+    if parts and evidence.changes:
+        encoder = Encoder.from_description(parts["state.json"]["encoder"], parts["encoder.pth"])
+    session = Session(config, load_data(config, collectives, encoder), collectives)
+    if parts:
+        session.restore(parts)
+    return session
+
+
+def _check_world(config: JobConfig, evidence: Evidence, collectives: Collectives) -> None:
+    if config.train.virtual_ranks:
+        require_world_size(config.train.virtual_ranks, collectives.size)
+        return
+    origin = evidence.origin
+    if origin and origin["world_size"] != collectives.size:
+        raise UserError(
+            f"the run was trained in the fast mode on {origin['world_size']} ranks: its bits can be verified "
+            "on as many only; with train.virtual_ranks set, on any number"
+        )
+
+
+def _compare_machine(report: Report, evidence: Evidence) -> None:
+    if evidence.origin is None:
+        report.notes.append("the run has not said on which machine and data it was trained")
+        return
+    for name, value in evidence.origin["machine"].items():
+        if report.machine.get(name) != value:
+            now = report.machine.get(name, "nothing")
+            report.notes.append(f"{name} is {now}, the run had {value}: equal bits are not promised")
+
+
+def _first_difference(recorded: Mapping[str, Any], replayed: Mapping[str, Any]) -> str | None:
+    for name in [*replayed, *recorded]:
+        if name not in _OF_THE_CLOCK and recorded.get(name) != replayed.get(name):
+            return name
+    return None
+
+
+def _first_different_tensor(recorded: Parts, replayed: Parts) -> str | None:
+    for part, tensors in replayed.items():
+        theirs: Mapping[str, Tensor] = recorded.get(part, {})
+        for name in [*tensors, *theirs]:
+            if name not in theirs or name not in tensors or not _same_bits(theirs[name], tensors[name].detach().cpu()):
+                return f"{part}, tensor {name}"
+    return None
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    try:
+        lines = file.read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            known = isinstance(record["step"], int)
+        except (ValueError, KeyError, TypeError):
+            known = False
+        if known:
+            records.append(record)
+        elif number < len(lines):  # the last line may be one that is just being written
+            raise UserError(f"{file}, line {number}: is not a line of a run")
+    return records
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{file}: cannot be read") from None
+    return content

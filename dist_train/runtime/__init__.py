@@ -1,1 +1,0 @@
-"""The machine: world, collectives, keyed randomness, stopping, console."""

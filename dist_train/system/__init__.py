@@ -1,0 +1,1 @@
+"""The host: console, files on disk, memory, processor."""

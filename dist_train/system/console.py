@@ -1,0 +1,80 @@
+"""What a person sees: log lines that carry the rank, and the end of the process. Everything goes to stderr."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from rich.console import Console
+
+from dist_train.distributed.torchrun import missing_from_torchrun
+from dist_train.errors import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingFault, UserError
+
+log = logging.getLogger("dist_train")
+
+# Long enough for rank 0 to print its message before torchrun ends everybody because one rank has left.
+QUIET_RANK_GRACE_SECONDS = 5.0
+
+
+def set_up_logging(rank: int) -> None:
+    """Log lines go to stderr with time and rank; ranks other than 0 speak from WARNING up."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(message)s", datefmt="%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def terminal() -> Console:
+    """A rich console on stderr."""
+    return Console(stderr=True, highlight=False)
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run a command to its exit code: 0, 2 for the user's mistake, 1 for a fault. Does not return.
+
+    A mistake is found by every rank; rank 0 prints it. The others give it the time to do so, and speak up when nobody
+    has ended them by then: there may be no rank 0. In a half-set environment no rank is sure of its number: all speak.
+    """
+    rank = _rank_by_name()
+    set_up_logging(rank)
+    code = EXIT_FAULT
+    try:
+        main()
+        code = 0
+    except (UserError, TrainingFault) as error:
+        code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAULT
+        if rank != 0 and not missing_from_torchrun(os.environ):
+            time.sleep(QUIET_RANK_GRACE_SECONDS)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        pass  # the reader of our output has gone, and knows that it has
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else EXIT_FAULT if stop.code else 0
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except BaseException:
+        traceback.print_exc()
+    leave(code)
+
+
+def _rank_by_name() -> int:
+    """The rank for messages, before the environment has been checked."""
+    name = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(name) if name.isdecimal() else 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now. A normal interpreter exit after gloo has run aborts now and then, after all work is done."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = code or EXIT_FAULT  # the reader of our output has gone
+    os._exit(code)

@@ -1,0 +1,68 @@
+"""What training is handed: the shapes of the rooms that it does not import, so that each can have a fake in a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dist_train.determinism.position import Position
+
+
+class Batch(Protocol):
+    """This rank's rows of one forward-backward pass. Only the objective looks inside `inputs` and `targets`.
+
+    They are read by `index`, the places of the rows in memory; `by_index` gives a twin that reads by another tensor.
+    """
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]: ...
+    @property
+    def targets(self) -> Tensor: ...
+    @property
+    def index(self) -> Tensor: ...
+    @property
+    def rows(self) -> Tensor: ...
+    @property
+    def slices(self) -> tuple[int, ...]: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def first_row(self) -> int: ...
+    @property
+    def global_rows(self) -> int: ...
+    def by_index(self, index: Tensor) -> Batch: ...
+
+
+class Feed(Protocol):
+    """Yields what one optimizer step trains on, and the position after it, without end."""
+
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def steps_per_epoch(self) -> int: ...
+    def steps(self, position: Position) -> Iterator[tuple[list[Any], Position]]: ...
+
+
+class Rows(Protocol):
+    """Rows to evaluate on, in a fixed order."""
+
+    @property
+    def targets(self) -> Tensor: ...
+    def __len__(self) -> int: ...
+    def slice(self, start: int, stop: int) -> tuple[Tensor, ...]: ...
+
+
+class Stateful(Protocol):
+    """Anything that a checkpoint holds: a flat mapping of tensors and JSON values."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any: ...
+
+
+Record = dict[str, Any]
+Track = Callable[[Record], None]
+"""Takes one line of metrics; called by every rank."""
+Save = Callable[[int], None]
+"""Writes the checkpoint of a step; called by every rank."""

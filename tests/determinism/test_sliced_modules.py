@@ -1,0 +1,202 @@
+"""Computing slice by slice: the plain model's numbers, under its names, or a clear refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_train.determinism.dropout import convert_dropout
+from dist_train.determinism.flat_parameters import FlatParameters
+from dist_train.determinism.keyed_random import RowRandom, seeded
+from dist_train.determinism.sliced_modules import (
+    UnknownModuleError,
+    check_row_wise,
+    convert_virtual_ranks,
+    require_world_size,
+)
+from dist_train.determinism.slices import Slices
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
+from dist_train.errors import UserError
+from dist_train.models.embeddings import Embedded
+from dist_train.models.financial_classifier import FinancialClassifier
+from dist_train.models.registry import MODELS
+from tests.cli.in_process import command
+from tests.commands import REPOSITORY
+
+LENGTHS = (5, 0, 1, 6)
+
+
+def many_modules() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(7, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.SiLU(), nn.Linear(8, 3)
+    )
+
+
+def embedded() -> nn.Module:
+    return Embedded(5, [4, 6], 2, lambda width: FinancialClassifier(width, 8, 3, (0.0, 0.0)))
+
+
+def inputs_of(model: nn.Module) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    if isinstance(model, Embedded):
+        slots = torch.randint(0, 4, (sum(LENGTHS), 2), generator=generator)
+        return torch.randn(sum(LENGTHS), 5, generator=generator, dtype=torch.float64), slots
+    return (torch.randn(sum(LENGTHS), 7, generator=generator, dtype=torch.float64),)
+
+
+def converted(model: nn.Module) -> tuple[nn.Module, Slices]:
+    random = RowRandom(0)
+    slices = Slices(random)
+    model = convert_dropout(model, random)
+    model = convert_virtual_ranks(model, slices, Collectives(World()))
+    parameters = list(model.parameters())
+    if parameters:
+        slices.keep_gradients(FlatParameters(parameters), len(LENGTHS))
+    slices.begin(LENGTHS, 0, 0)
+    return model, slices
+
+
+@pytest.mark.parametrize("make", [many_modules, lambda: FinancialClassifier(7, 8, 3, (0.0, 0.0)), embedded])
+def test_outputs_gradients_and_buffers_are_the_plain_models(make) -> None:  # type: ignore[no-untyped-def]
+    with seeded("slices"):
+        plain = make().double()
+    exact, slices = converted(make().double())
+    assert list(exact.state_dict()) == list(plain.state_dict())
+    exact.load_state_dict(plain.state_dict())
+    inputs = inputs_of(plain)
+    own = tuple(x.clone().requires_grad_(x.is_floating_point()) for x in inputs)
+    theirs = tuple(x.clone().requires_grad_(x.is_floating_point()) for x in inputs)
+    weights = torch.randn(sum(LENGTHS), 3, dtype=torch.float64)
+    output, expected = exact(*own), plain(*theirs)
+    (output * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(own[0].grad, theirs[0].grad, rtol=1e-11, atol=1e-12)
+    assert slices.gradients is not None
+    sums = {name: sum(of_slice[p] for of_slice in slices.gradients) for name, p in exact.named_parameters()}
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(sums[name], parameter.grad, rtol=1e-11, atol=1e-12, msg=name)
+    torch.testing.assert_close(dict(exact.named_buffers()), dict(plain.named_buffers()), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(exact.eval()(*inputs), plain.eval()(*inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_pass_adds_to_the_gradients_of_its_slices() -> None:
+    model, slices = converted(FinancialClassifier(7, 8, 3, (0.0, 0.0)).double())
+    inputs = inputs_of(model)
+    model(*inputs).sum().backward()
+    assert slices.gradients is not None
+    once = [{p: g.clone() for p, g in of_slice.items()} for of_slice in slices.gradients]
+    model(*inputs).sum().backward()
+    for of_slice, before in zip(slices.gradients, once, strict=True):
+        for parameter, gradient in of_slice.items():
+            assert torch.equal(gradient, before[parameter] * 2)
+            assert parameter.grad is None
+    assert not any(gradient.any() for gradient in slices.gradients[1].values())  # the empty slice
+
+
+class OwnParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.inner = nn.Linear(3, 3)
+
+
+class OwnBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(3))
+        self.inner = nn.Linear(3, 3)
+
+
+def with_convolution(inner: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv1d(1, 1, 1), inner)
+
+
+class OddReLU(nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input - input.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("layer", "named"),
+    [
+        (OwnBuffer(), "1 is a OwnBuffer, and its own buffer seen"),
+        (OddReLU(), "1 is a OddReLU"),
+        (nn.Softmax(0), "1 is a Softmax"),
+        (nn.Softmax(), "1 is a Softmax"),
+        (nn.Flatten(0), "1 is a Flatten"),
+        (nn.Sequential(nn.Embedding(3, 3, max_norm=1.0)), "1.0 is a Embedding"),
+        (nn.Embedding(3, 3, sparse=True), "1 is a Embedding"),
+        (nn.Embedding(3, 3, scale_grad_by_freq=True), "1 is a Embedding"),
+        (nn.Conv1d(1, 1, 1), "1 is a Conv1d"),
+        (nn.GRU(3, 3), "1 is a GRU"),
+        (nn.BatchNorm2d(3), "1 is a BatchNorm2d"),
+        (nn.AlphaDropout(), "1 is a AlphaDropout"),
+        (OwnParameter(), "1 is a OwnParameter, and its own parameter scale"),
+        (nn.Sequential(nn.Linear(3, 3), nn.MultiheadAttention(3, 1)), "1.1 is a MultiheadAttention"),
+    ],
+)
+def test_an_unknown_module_is_refused_by_name(layer: nn.Module, named: str) -> None:
+    with pytest.raises(UnknownModuleError, match=named):
+        converted(nn.Sequential(nn.Linear(3, 3), layer))
+
+
+@pytest.mark.parametrize("layer", [nn.Softmax(1), nn.Softmax(-1), nn.Flatten(), nn.Embedding(3, 3)])
+def test_the_same_module_is_known_where_it_is_row_wise(layer: nn.Module) -> None:
+    converted(nn.Sequential(nn.Linear(3, 3), layer))
+
+
+class MinusMean(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.inner(x - x.mean(0))
+        return logits
+
+
+def test_rows_that_are_mixed_between_modules_are_found_out() -> None:
+    with seeded("slices"):
+        model, _ = converted(FinancialClassifier(7, 8, 3))
+        mixing, _ = converted(MinusMean(FinancialClassifier(7, 8, 3)))
+        embedding, _ = converted(embedded())
+    rows = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
+    check_row_wise(model, [rows], "a model")
+    check_row_wise(embedding, [rows[:, :5], torch.tensor([[0, 1], [2, 3], [3, 5], [1, 1]])], "a model")
+    assert model.training
+    with pytest.raises(UnknownModuleError, match="what a model puts out for a row depends on the rows beside it"):
+        check_row_wise(mixing, [rows], "a model")
+
+
+def test_a_run_of_a_model_that_mixes_rows_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = MODELS["financial_classifier"]
+    arguments = [
+        f"run.dir={tmp_path}",
+        "run.name=run",
+        "train.max_steps=1",
+        "wandb.mode=disabled",
+        "runtime.device=cpu",
+    ]
+    for wrap, culprit in [(MinusMean, "financial_classifier puts out"), (with_convolution, "0 is a Conv1d")]:
+        monkeypatch.setitem(MODELS, "financial_classifier", lambda *a, wrap=wrap: wrap(make(*a)))
+        done = command("train", REPOSITORY / "configs" / "credit_risk.yaml", *arguments, "train.virtual_ranks=4")
+        assert done.code == 2, done.err
+        assert culprit in done.err
+        assert "Traceback" not in done.err
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_world_size_that_does_not_divide_is_refused_with_those_that_do() -> None:
+    for world in (1, 2, 3, 4, 6, 8, 12, 24):
+        require_world_size(24, world)
+    with pytest.raises(UserError, match=r"24 cannot be shared by 5 ranks; it works on 1, 2, 3, 4, 6, 8, 12 or 24"):
+        require_world_size(24, 5)
+    with pytest.raises(UserError, match=r"it works on 1$"):
+        require_world_size(1, 2)

@@ -1,0 +1,184 @@
+"""Collectives on one, two and three ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
+from dist_train.errors import PeerFailed, Stopped, TrainingFault, UserError
+from tests.ranks import on_ranks
+
+WORLDS = pytest.mark.parametrize("world_size", [1, 2, 3])
+
+
+def everything(c: Collectives) -> None:
+    ranks = range(c.size)
+    assert c.is_main == (c.rank == 0)
+    ones = torch.full((2,), float(c.rank + 1), dtype=torch.float64)
+    assert c.all_reduce(ones) is ones
+    assert ones.tolist() == [c.size * (c.size + 1) / 2] * 2
+    stacked = c.all_gather(torch.arange(6).view(2, 3).t() + 10 * c.rank)
+    assert torch.equal(stacked, torch.stack([torch.arange(6).view(2, 3).t() + 10 * r for r in ranks]))
+    assert c.all_gather(torch.tensor(c.rank)).tolist() == list(ranks)
+    for lengths in ([2, 0, 3], [0, 0, 0], [0, 4, 0], [1, 1, 1]):
+        own = torch.full((lengths[c.rank], 2), c.rank)
+        expected = [[r, r] for r in ranks for _ in range(lengths[r])]
+        joined = c.all_gather_varlen(own)
+        assert joined.shape == (len(expected), 2)
+        assert joined.tolist() == expected
+    assert c.all_gather_object(lambda: {"rank": c.rank}) == [{"rank": r} for r in ranks]
+    calls: list[int] = []
+    assert c.on_rank_zero(lambda: calls.append(c.rank) or "made") == "made"  # type: ignore[func-returns-value]
+    assert calls == ([0] if c.is_main else [])
+    c.barrier()
+
+
+@WORLDS
+def test_everything(world_size: int) -> None:
+    on_ranks(world_size, everything)
+
+
+def failing(c: Collectives, failing_ranks: list[int], kind: type[Exception]) -> tuple[str, str]:
+    def act() -> int:
+        if c.rank in failing_ranks:
+            raise kind(f"rank {c.rank} has found a mistake")
+        return c.rank
+
+    with pytest.raises(kind) as failure:
+        c.all_gather_object(act)
+    assert c.all_gather_object(lambda: c.rank) == list(range(c.size)), "the ranks are out of step after a failure"
+    return type(failure.value).__name__, str(failure.value)
+
+
+@pytest.mark.parametrize("kind", [UserError, TrainingFault, OSError, FileNotFoundError])
+@pytest.mark.parametrize("failing_ranks", [[1], [2, 1], [0, 2]])
+def test_a_failure_on_any_rank_is_that_of_the_lowest_on_all(failing_ranks: list[int], kind: type[Exception]) -> None:
+    lowest = min(failing_ranks)
+    assert on_ranks(3, failing, failing_ranks, kind) == [(kind.__name__, f"rank {lowest} has found a mistake")] * 3
+
+
+class Strange(ValueError):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")  # such an exception cannot be pickled
+
+
+def failing_by_a_fault(c: Collectives, name: str) -> tuple[str, str]:
+    def act() -> int:
+        if c.rank == 1:
+            raise Strange(1, 2)
+        return c.rank
+
+    with pytest.raises((Strange, PeerFailed)) as failure:
+        getattr(c, name)(act)
+    assert c.all_gather_object(lambda: c.rank) == list(range(c.size)), "the ranks are out of step after a failure"
+    return type(failure.value).__name__, str(failure.value)
+
+
+@pytest.mark.parametrize("name", ["all_gather_object", "run_on_all"])
+def test_a_fault_of_the_program_on_one_rank_leaves_nobody_waiting(name: str) -> None:
+    first, second = on_ranks(2, failing_by_a_fault, name)
+    assert first == ("PeerFailed", "rank 1 failed: Strange: 1 and 2")
+    assert second == ("Strange", "1 and 2")
+
+
+def failing_first(c: Collectives) -> str:
+    def make() -> None:
+        raise PermissionError(13, "Permission denied", "/somewhere")
+
+    with pytest.raises(PermissionError) as failure:
+        c.on_rank_zero(make)
+    return str(failure.value)
+
+
+@WORLDS
+def test_a_failure_of_the_first_is_raised_on_all(world_size: int) -> None:
+    assert on_ranks(world_size, failing_first) == ["[Errno 13] Permission denied: '/somewhere'"] * world_size
+
+
+def same_bits(c: Collectives) -> bytes:
+    values = torch.from_numpy(np.random.default_rng(c.rank).normal(size=1000)).float()
+    return c.all_reduce(values).numpy().tobytes()
+
+
+def test_a_sum_is_the_same_bits_on_every_rank() -> None:
+    assert len(set(on_ranks(3, same_bits))) == 1
+
+
+def default_group(c: Collectives) -> Any:
+    found = Collectives.of_default_group(torch.device("cpu"))
+    return (found.rank, found.size) == (c.rank, c.size)
+
+
+@WORLDS
+def test_the_default_group(world_size: int) -> None:
+    assert all(on_ranks(world_size, default_group))
+
+
+def test_one_process_shares_nothing() -> None:
+    alone, x = Collectives(World()), torch.arange(3)
+    assert alone.all_gather_varlen(x) is x
+    assert alone.all_gather(x).shape == (1, 3)
+    with pytest.raises(KeyError):  # a fault of the program is not dressed up as the user's mistake
+        alone.all_gather_object(lambda: {}["missing"])
+
+
+def _rounds(collectives: Collectives, fails: bool) -> tuple[list[int], list[int], str]:
+    """Ranks with one, two and three items; the second item of rank 1 fails where it is told to."""
+    done: list[int] = []
+    shown: list[int] = []
+
+    def work() -> Iterator[int]:
+        for item in range(collectives.rank + 1):
+            if fails and collectives.rank == 1 and item == 1:
+                raise UserError("the second item")
+            done.append(item)
+            yield 10 + item
+
+    try:
+        collectives.lockstep(work(), shown.append)
+    except UserError as error:
+        return done, shown, str(error)
+    return done, shown, "through"
+
+
+def test_in_rounds_all_ranks_go_through_their_work_and_hear_of_each_round() -> None:
+    shown = [30, 22, 12]
+    assert on_ranks(3, _rounds, False) == [
+        ([0], shown, "through"),
+        ([0, 1], shown, "through"),
+        ([0, 1, 2], shown, "through"),
+    ]
+
+
+def test_in_rounds_a_failure_ends_the_round_on_every_rank() -> None:
+    found = on_ranks(3, _rounds, True)
+    assert [message for _, _, message in found] == ["the second item"] * 3
+    assert [done for done, _, _ in found] == [[0], [0], [0, 1]]
+
+
+def _asked(collectives: Collectives) -> int:
+    count = 0
+
+    def work() -> Iterator[int]:
+        nonlocal count
+        for _ in range(50):
+            count += 1
+            yield 1
+
+    world = World(rank=collectives.rank, size=collectives.size)
+    asked = Collectives(world, lambda: collectives.rank == 1 and count == 3)
+    try:
+        asked.lockstep(work())
+    except Stopped:
+        return count
+    return -1
+
+
+def test_in_rounds_one_rank_that_is_asked_stops_all_after_the_same_round() -> None:
+    assert on_ranks(2, _asked) == [3, 3]
