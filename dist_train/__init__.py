@@ -1,3 +1,3 @@
 """Trains classifiers for financial risk on tables: distributed, exact, resumable."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,1 +1,1 @@
-"""The commands. Each file here is a program; `--help` shows how it is called."""
+"""The commands of a checkout. `launch/VERB.py` runs the same code as `dist-train VERB`."""

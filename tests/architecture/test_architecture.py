@@ -106,7 +106,7 @@ def test_only_commands_and_the_lowest_layers_read_the_environment() -> None:
     assert reads_the_environment("from os import environ as e")
     package = REPOSITORY / "dist_train"
     allowed = (
-        REPOSITORY / "launch",
+        package / "commands",
         package / "distributed",
         package / "system",
         package / "watchdog",

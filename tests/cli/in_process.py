@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -38,18 +37,18 @@ class Left(BaseException):
 
 def command(script: str, *arguments: object, **environ: str) -> CommandResult:
     """Exit code and output of `python launch/<script>.py ...`, by way of the same `run_command`."""
-    main = importlib.import_module(f"launch.{script}").main
+    main = importlib.import_module(f"dist_train.commands.{script}").main
+    program = f"launch/{script}.py"
     out, err = StringIO(), StringIO()
     with (
         redirect_stdout(out),
         redirect_stderr(err),
-        patch.object(sys, "argv", [f"launch/{script}.py", *map(str, arguments)]),
         patch.object(console, "leave", _leave),
         _environment(environment(**environ)),
         _logging_untouched(),
     ):
         try:
-            console.run_command(main)
+            console.run_command(lambda: main(program, [*map(str, arguments)]))
         except Left as left:
             return CommandResult(left.code, out.getvalue(), err.getvalue())
 

@@ -171,7 +171,7 @@ def test_without_slurm_and_in_another_folder(tmp_path: Path, monkeypatch: pytest
 
 
 def test_torch_is_not_imported() -> None:
-    program = "import sys, launch.submit, dist_train.config.run_path; sys.exit('torch' in sys.modules)"
+    program = "import sys, dist_train.commands.submit, dist_train.config.run_path; sys.exit('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=commands.REPOSITORY, check=False, timeout=PATIENCE_SECONDS
     )

@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dist_train.system.console import run_command
+from dist_train.__main__ import run
 from dist_train.training.step import EagerStep
-from launch.train import main
 from tests.resume import faults, jobs
 from tests.resume.processes import children
 
@@ -50,4 +49,4 @@ if __name__ == "__main__":
     if trap and rank == 0:
         jobs.die = _die_with_everybody
         jobs.lay(jobs.Trap(**trap))
-    run_command(main)
+    run("train", "launch/train.py", sys.argv[1:])

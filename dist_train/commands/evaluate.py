@@ -1,0 +1,71 @@
+"""Score a trained run on one of its splits, or on another table.
+
+    dist-train evaluate runs/credit_risk
+    dist-train evaluate runs/credit_risk --split valid --checkpoint last
+    dist-train evaluate runs/credit_risk --data new_clients.parquet
+    torchrun --standalone --nproc_per_node=8 -m dist_train evaluate runs/credit_risk        # same numbers, sooner
+
+stderr gets a table for people; stdout gets one line of JSON, {"<split>": {...}}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_train.commands.parser import command_parser
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def main(program: str, argv: Sequence[str]) -> None:
+    """Parse the arguments and run the command."""
+    parser = command_parser(program, __doc__)
+    parser.add_argument("run_dir", type=Path, help="run folder, e.g. runs/credit_risk")
+    parser.add_argument("--split", default="test", help="train, valid or test (default: test)")
+    parser.add_argument("--checkpoint", default="best", help="best, last or a step (default: best)")
+    parser.add_argument(
+        "--data", type=Path, help="CSV or Parquet file with the target column, instead of the run's own"
+    )
+    arguments = parser.parse_args(argv)
+
+    from dist_train.distributed.collectives import Collectives
+    from dist_train.distributed.world import device_here, process_group, world_from_environment
+    from dist_train.run.checkpoint.run_folder import opened_run
+    from dist_train.run.predictor import Predictor
+    from dist_train.system.console import terminal
+    from dist_train.watchdog.watchdog import watched
+
+    runtime = opened_run(arguments.run_dir)[1].runtime
+    world = world_from_environment(os.environ, device=device_here(runtime.device))
+    timeout = runtime.timeout_seconds
+    with process_group(world, timeout) as store:
+        collectives = Collectives(world)
+        with watched(collectives, store, timeout_seconds=timeout, report_file=None):
+            predictor = Predictor(arguments.run_dir, collectives, arguments.checkpoint)
+            metrics = predictor.evaluate(arguments.split, arguments.data)
+    if world.rank == 0:
+        title = f"{arguments.run_dir}, weights of step {predictor.step}, {arguments.data or arguments.split}"
+        terminal().print(_table(metrics, title))
+        print(json.dumps({arguments.split: metrics}, ensure_ascii=False), flush=True)
+
+
+def _table(metrics: dict[str, Any], title: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            table.add_row(name, f"{value:.4f}")
+        elif not isinstance(value, (dict, list)):
+            table.add_row(name, "-" if value is None else f"{value:,}")
+    for name, scores in metrics["per_class"].items():
+        row = f"precision {scores['precision']:.3f}  recall {scores['recall']:.3f}  f1 {scores['f1']:.3f}"
+        table.add_row(f"class {name} ({scores['rows']:,} rows)", row)
+    return table

@@ -1,0 +1,78 @@
+"""Replay a run from its checkpoints and compare every bit: for a model validator.
+
+    dist-train verify runs/credit_risk                      # all of it, from the initial weights, on one process
+    dist-train verify runs/credit_risk --steps 500:1000     # from the checkpoint at or before step 500
+    torchrun --standalone --nproc_per_node=4 -m dist_train verify runs/credit_risk
+
+A run in the exact mode (train.virtual_ranks=V) is replayed on any number of ranks that divides V. A run in the fast
+mode is replayed on as many ranks as it was trained on. The run may be finished or still running; nothing in its folder
+is changed. The data are read from the path in the run's configuration, relative to the current folder.
+A report goes to stderr, one line of JSON to stdout. Exit code 0: all agree; 1: the first step that differs is named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_train.commands.parser import command_parser
+from dist_train.errors import TrainingFault, UserError
+from dist_train.system.console import log
+
+if TYPE_CHECKING:
+    from dist_train.run.verification import Report
+
+
+def main(program: str, argv: Sequence[str]) -> None:
+    """Parse the arguments and run the command."""
+    parser = command_parser(program, __doc__)
+    parser.add_argument("run_dir", type=Path, help="run folder, e.g. runs/credit_risk")
+    parser.add_argument("--steps", default="0:", help="A:B, replay the steps after A up to B (default: all)")
+    arguments = parser.parse_args(argv)
+    first, last = _range(arguments.steps)
+
+    from dist_train.distributed.collectives import Collectives
+    from dist_train.distributed.world import device_here, process_group, world_from_environment
+    from dist_train.run.checkpoint.run_folder import opened_run
+    from dist_train.run.verification import verify
+    from dist_train.system.machine import pin_arithmetic
+    from dist_train.watchdog.watchdog import watched
+
+    folder, config = opened_run(arguments.run_dir)
+    world = world_from_environment(os.environ, device=device_here(config.runtime.device))
+    if config.train.virtual_ranks:
+        pin_arithmetic(world.device)
+    timeout = config.runtime.timeout_seconds
+    with process_group(world, timeout) as store:
+        collectives = Collectives(world)
+        with watched(collectives, store, timeout_seconds=timeout, report_file=None):
+            report = verify(folder, config, collectives, first, last)
+    if world.rank == 0:
+        _show(report)
+        print(json.dumps(asdict(report), ensure_ascii=False), flush=True)
+    if report.difference is not None:
+        raise TrainingFault(f"step {report.difference_step} differs: {report.difference}")
+
+
+def _range(text: str) -> tuple[int, int | None]:
+    first, colon, last = text.partition(":")
+    if not colon or not (first or "0").isdecimal() or not (last or "0").isdecimal():
+        raise UserError(f"--steps {text}: must be A:B, e.g. 500:1000")
+    return int(first or 0), int(last) if last else None
+
+
+def _show(report: Report) -> None:
+    log.info("replayed the steps %d to %d on %s", report.first_step + 1, report.last_step, report.machine["device"])
+    log.info("processor %s, torch %s", report.machine["processor"], report.machine["torch"])
+    log.info("data sha256 %s", report.data_sha256)
+    if report.weights_sha256:
+        log.info("weights sha256 %s", report.weights_sha256)
+    for note in report.notes:
+        log.warning("%s", note)
+    if report.difference is None:
+        model = ", and the trained model and its metrics" if report.model_compared else ""
+        log.info("%d lines of metrics and %d checkpoints%s agree to the bit", report.lines, report.checkpoints, model)
