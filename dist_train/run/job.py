@@ -151,23 +151,29 @@ class Job:
             export_best(config, session, collectives, folder, checkpoints, world)
 
     def leave_marker(self, attempt: Attempt | None) -> None:
-        """Say in the run folder that the run was stopped on request, and can go on."""
-        asked = dict.fromkeys(cause for cause in self.collectives.all_gather_object(self._cause) if cause)
+        """Write `requeue`: the run was stopped on request, and can go on.
+
+        A job that has not locked the run folder writes nothing else there. The stop file is the holder's to remove.
+        """
+        causes = dict.fromkeys(cause for cause in self.collectives.all_gather_object(self._cause) if cause)
 
         def write() -> int:
             step = max(self.checkpoints.steps(), default=0)
-            said = {"step": step, "job": str(attempt) if attempt else None, "cause": ", ".join(asked)}
+            marker = {"step": step, "job": str(attempt) if attempt else None, "cause": ", ".join(causes)}
             if self.folder.held:
-                self.folder.confirm()  # a run folder that has gone does not come back with a marker in it
+                self.folder.confirm()  # a run folder that was removed must not be made again for a marker
             else:
                 self.folder.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder.requeue, pack_json(said))
-            self.folder.stop.unlink(missing_ok=True)
-            log.info("stopped at step %d (%s): saved; the same command continues", step, said["cause"])
+            write_atomically(self.folder.requeue, pack_json(marker))
+            if self.folder.held:
+                self.folder.stop.unlink(missing_ok=True)
+                log.info("stopped at step %d (%s): saved; the same command continues", step, marker["cause"])
+            else:
+                log.info("stopped before the run folder was opened (%s); the same command starts again", marker["cause"])
             return step
 
         step = self.collectives.on_rank_zero(lambda: os_errors_as_faults(write, "the requeue marker"))
-        if LAUNCHER_DIED in asked:
+        if LAUNCHER_DIED in causes:
             with self.collectives.heartbeat.phase("stopping", step):
                 raise LauncherDied("torchrun has died: the run is saved; the same command continues")
 

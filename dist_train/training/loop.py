@@ -207,9 +207,10 @@ class Loop:
     def _untimed(self, action: Callable[[], T]) -> T:
         """Do something that does not count as time spent on steps."""
         self._update_clock()
-        result = action()
-        self._clock = time.perf_counter()
-        return result
+        try:
+            return action()
+        finally:  # an evaluation ends with Stopped when the ranks have agreed to stop
+            self._clock = time.perf_counter()
 
     def _describe_nonfinite(self, sent: _PendingStep, loss: float, norm: float) -> str:
         rows = [row for part in self.collectives.all_gather_object(lambda: _some_rows(sent.batches)) for row in part]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.distributed.stopping import STOP_SIGNALS
+from dist_train.run.checkpoint.lock import RunLock
 from tests.resume.conftest import Whole
 from tests.resume.jobs import Trap, finish, folder_of, outcome, run_job, tiny_job
 from tests.resume.processes import job
@@ -69,6 +70,20 @@ def test_a_stop_file_and_a_time_limit_stop_it_as_well(table: Path, tmp_path: Pat
     assert limited.codes == [0, 0], limited.errors
     assert json.loads((run_dir / "requeue").read_text())["cause"] == "run.time_limit_minutes is over"
     assert finish(arguments, 2) == uninterrupted(2)[0]
+
+
+def test_a_job_that_waits_for_the_run_folder_leaves_the_stop_file_to_its_holder(table: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "stop").touch()
+    with RunLock(run_dir / "lock", {"process": 1}):
+        lock = (run_dir / "lock").read_bytes()
+        ended = run_job(tiny_job(table, run_dir), 2)
+        assert ended.codes == [0, 0], ended.errors
+        assert {path.name for path in run_dir.iterdir()} == {"lock", "stop", "requeue"}
+        assert (run_dir / "lock").read_bytes() == lock
+    assert "stopped before the run folder was opened (stop file" in ended.errors[0]
+    assert "saved" not in ended.errors[0]
 
 
 def test_a_second_interrupt_does_not_wait(table: Path, tmp_path: Path) -> None:

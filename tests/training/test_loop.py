@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from dist_train.determinism.position import Position
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
-from dist_train.errors import TrainingFault
+from dist_train.errors import Stopped, TrainingFault
 from dist_train.training.loop import Ending, Intervals, Loop
 from dist_train.training.meter import Meter
 from dist_train.training.progress import Progress
@@ -33,6 +34,7 @@ class Rig:
     stop_at: int | None = None
     collectives: Collectives = field(default_factory=lambda: Collectives(World()))
     steps_per_epoch: int = 4
+    before_evaluation: Callable[[], None] = lambda: None
     saved: list[int] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
     updates: int = 0
@@ -49,6 +51,7 @@ class Rig:
         evaluations = iter(self.validation or [])
 
         def evaluate() -> dict[str, Any] | None:
+            self.before_evaluation()
             return None if self.validation is None else {"loss": next(evaluations), "auroc": 0.8}
 
         def updated() -> None:
@@ -133,6 +136,17 @@ def test_a_stop_saves_and_the_next_run_goes_on_to_the_same_lines() -> None:
     assert rig.feed.asked == [Position(0, 0), Position(1, 20)]
     strip = [{k: v for k, v in line.items() if k != "samples_per_second"} for line in rig.lines]
     assert strip == [{k: v for k, v in line.items() if k != "samples_per_second"} for line in whole.lines]
+
+
+def test_the_time_of_an_interrupted_evaluation_is_not_training_time() -> None:
+    def interrupted() -> None:
+        time.sleep(0.5)
+        raise Stopped
+
+    rig = Rig(before_evaluation=interrupted)
+    assert rig.run(total_steps=8, evaluate_steps=4) is Ending.STOPPED
+    assert rig.saved == [4]
+    assert rig.progress.train_seconds < 0.5
 
 
 def test_a_stop_at_the_last_step_is_the_end() -> None:

@@ -87,7 +87,10 @@ class RunLock:
         self.release()
 
     def _try(self) -> bool:
-        stream = self._file.open("a+b")
+        try:
+            stream = self._file.open("a+b")
+        except FileNotFoundError:  # the holder is moving the folder aside, and makes a new one
+            return False
         # The holder may have moved the folder aside since the file was opened.
         if not (self._flock(stream) and self._is_in_place(stream)):
             stream.close()

@@ -91,6 +91,16 @@ def test_a_run_moved_aside_between_opening_and_locking_is_not_the_one_that_is_lo
         RunLock(folder.lock, {}, 0).__enter__()
 
 
+def test_a_run_folder_that_is_being_moved_aside_is_waited_for(tmp_path: Path) -> None:
+    """With run.resume=never the holder moves the folder aside, and for a moment there is none."""
+    folder = RunFolder(tmp_path / "run")
+    waiting = RunLock(folder.lock, {"process": 2}, 0.3)
+    assert not waiting.take(0)
+    folder.create()
+    with RunLock(folder.lock, {"process": 1}), pytest.raises(UserError, match="another job is using .*: process 1"):
+        waiting.take()
+
+
 def _attempt(job: str, restart: int) -> dict[str, Any]:
     return this_process({"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart)})
 
