@@ -20,6 +20,7 @@ from dist_train.run.checkpoint.commit import commit
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import Parts, encode_parts, pack_json, weights_sha256
 from dist_train.run.session import Session, scored_weights
+from dist_train.run.tracking.console_tracker import describe_scores
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
 from dist_train.system.machine import describe_machine, peak_memory_bytes
@@ -81,11 +82,7 @@ def export_best(
     collectives.on_rank_zero(lambda: os_errors_as_faults(write, "the trained model"))
     for split, metrics in scores.items():
         if metrics:
-            auroc = "-" if metrics["auroc"] is None else f"{metrics['auroc']:.4f}"
-            log.info(
-                "%s  loss %.4f  auroc %s  macro-F1 %.4f  (weights of step %d)",
-                split, metrics["loss"], auroc, metrics["macro_f1"], best or session.progress.step,
-            )  # fmt: skip
+            log.info("%s  %s  (weights of step %d)", split, describe_scores(metrics), best or session.progress.step)
     log.info("summary in %s", folder.summary)
 
 

@@ -19,7 +19,7 @@ from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import pack_json
 from dist_train.run.dry_run import DryRunReport, profile_session
 from dist_train.run.export import checkpoint_parts, export_best
-from dist_train.run.resume import begin_writing, changes_since, matching_dataset, open_run
+from dist_train.run.resume import begin_writing, changes_since, finished_line, matching_dataset, open_run
 from dist_train.run.session import Session, build_loop, load_data
 from dist_train.run.tracking.trackers import Trackers
 from dist_train.system.console import log
@@ -107,6 +107,8 @@ class Job:
             with heartbeat.phase("trial"):
                 _announce(profile_session(session, collectives, self._stop.wanted))
             return
+        if self._says_that_it_is_finished(session):
+            return
         with heartbeat.phase("opening the run folder"):
             found = open_run(folder, config, checkpoints, self._stack, self.variables, collectives)
         matching = matching_dataset(found, config, dataset, collectives)
@@ -150,6 +152,20 @@ class Job:
         with heartbeat.phase("shipping the model"):
             export_best(config, session, collectives, folder, checkpoints, world)
 
+    def _says_that_it_is_finished(self, session: Session) -> bool:
+        line = self.collectives.on_rank_zero(
+            lambda: finished_line(
+                self.folder,
+                self.config,
+                self.checkpoints,
+                total_steps=session.total_steps,
+                data_sha256=session.dataset.sha256,
+            )
+        )
+        if line:
+            log.info("%s", line)
+        return line is not None
+
     def leave_marker(self, attempt: Attempt | None) -> None:
         """Write `requeue`: the run was stopped on request, and can go on.
 
@@ -169,7 +185,7 @@ class Job:
                 self.folder.stop.unlink(missing_ok=True)
                 log.info("stopped at step %d (%s): saved; the same command continues", step, marker["cause"])
             else:
-                log.info("stopped before the run folder was opened (%s); the same command starts again", marker["cause"])
+                log.info("stopped before the run folder was opened (%s); the same command continues", marker["cause"])
             return step
 
         step = self.collectives.on_rank_zero(lambda: os_errors_as_faults(write, "the requeue marker"))

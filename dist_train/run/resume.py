@@ -17,20 +17,58 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.slurm import Attempt
 from dist_train.errors import UserError, os_errors_as_faults
 from dist_train.run.checkpoint.checkpoints import Checkpoints, Found
-from dist_train.run.checkpoint.commit import CorruptCheckpoint, remove, remove_stale
+from dist_train.run.checkpoint.commit import CorruptCheckpoint, is_whole, remove, remove_stale
 from dist_train.run.checkpoint.lock import RunLock, this_process
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import pack_json_line, read_parts
 from dist_train.run.session import load_data
+from dist_train.run.tracking.console_tracker import describe_scores
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
 from dist_train.system.machine import describe_machine
+from dist_train.training.progress import Progress
 
 _TURN_SECONDS = 1.0
 _LEAVING_SECONDS = 10.0  # from a collective that timed out to the end of the process
 
 # Harmless keys that nevertheless change learning rates, lines of metrics, or which weights are the best.
 _CHANGES_THE_RECORD = ("train.epochs", "train.max_steps", "train.early_stopping_patience", "evaluation.", "log.")
+
+
+def finished_line(
+    folder: RunFolder, config: JobConfig, checkpoints: Checkpoints, *, total_steps: int, data_sha256: str
+) -> str | None:
+    """Rank 0: what to tell the user where this configuration has nothing left to train; None where it has.
+
+    Only reads, and needs no lock. Raises UserError where the run is finished but of another configuration or data.
+    """
+    if config.run.resume == "never" or not (folder.summary.is_file() and is_whole(folder.model)):
+        return None
+    found, _ = checkpoints.newest()
+    if found is None:
+        return None
+    progress = Progress()
+    progress.load_state_dict(found.parts["state.json"]["progress"])
+    if progress.trains_on(total_steps, config.train.early_stopping_patience):
+        return None
+    _refuse_changes(found, config)
+    _refuse_other_data(found, config, data_sha256)
+    test = json.loads(folder.summary.read_bytes())["test"]
+    scores = f"test {describe_scores(test)}" if test else "there are no test rows"
+    return (
+        f"{folder.path}: the run is finished after {progress.step} steps: {scores}. Nothing is left to do: "
+        f"continue with a larger {_limit(config, progress)}, or start anew with run.resume=never"
+    )
+
+
+def _limit(config: JobConfig, progress: Progress) -> str:
+    """The key that ended a run, with its value."""
+    train = config.train
+    if progress.out_of_patience(train.early_stopping_patience):
+        return f"train.early_stopping_patience (now {train.early_stopping_patience})"
+    if train.max_steps is not None and progress.step >= train.max_steps:
+        return f"train.max_steps (now {train.max_steps})"
+    return f"train.epochs (now {train.epochs})"
 
 
 def open_run(
@@ -85,6 +123,7 @@ def _open_folder(
         )
     if found:
         _refuse_changes(found, config)
+        _log_changes(found, config)
         _check_best(found, config, checkpoints)
     return found
 
@@ -181,15 +220,18 @@ def remove_exported(folder: RunFolder, checkpoints: Checkpoints) -> None:
 
 
 def _refuse_changes(found: Found, config: JobConfig) -> None:
-    state = found.parts["state.json"]
-    incompatible, compatible = differences(state["config"], _as_json(config))
-    for line in compatible:
-        log.info("changed since the checkpoint: %s", line)
+    incompatible, _ = differences(found.parts["state.json"]["config"], _as_json(config))
     if incompatible and not config.run.force:
         raise UserError(
             f"the checkpoint of step {found.step} was trained with another configuration: {'; '.join(incompatible)}. "
             "Set them back, choose another run.name, start anew with run.resume=never, or insist with run.force=true"
         )
+
+
+def _log_changes(found: Found, config: JobConfig) -> None:
+    incompatible, compatible = differences(found.parts["state.json"]["config"], _as_json(config))
+    for line in compatible:
+        log.info("changed since the checkpoint: %s", line)
     for line in incompatible:
         log.warning("forced to go on although %s", line)
 
@@ -224,13 +266,17 @@ def matching_dataset(found: Found | None, config: JobConfig, dataset: Dataset, c
     log.info("resuming from the checkpoint of step %d", found.step)
     if state["data_sha256"] == dataset.sha256:
         return dataset
-    if not config.run.force:
+    _refuse_other_data(found, config, dataset.sha256)
+    log.warning("forced to go on although the data have changed")
+    return load_data(config, collectives, Encoder.from_description(state["encoder"], found.parts["encoder.pth"]))
+
+
+def _refuse_other_data(found: Found, config: JobConfig, data_sha256: str) -> None:
+    if found.parts["state.json"]["data_sha256"] != data_sha256 and not config.run.force:
         raise UserError(
             f"{config.data.path}: the file has changed since the checkpoint of step {found.step}; "
             "choose another run.name, start anew with run.resume=never, or insist with run.force=true"
         )
-    log.warning("forced to go on although the data have changed")
-    return load_data(config, collectives, Encoder.from_description(state["encoder"], found.parts["encoder.pth"]))
 
 
 def _note_other_bits(state: Mapping[str, Any], config: JobConfig, collectives: Collectives) -> None:

@@ -135,8 +135,7 @@ class Session:
     @property
     def trains_on(self) -> bool:
         """Whether there are steps to come."""
-        done = self.progress.out_of_patience(self.config.train.early_stopping_patience)
-        return (self.progress.step < self.total_steps and not done) or self.progress.evaluation_due
+        return self.progress.trains_on(self.total_steps, self.config.train.early_stopping_patience)
 
     def after_update(self) -> None:
         """Follow the weights with their moving average."""

@@ -42,6 +42,10 @@ class Progress:
         """Whether that many evaluations in a row have not been the best; None: patience never ends."""
         return patience is not None and self.evaluations_without_gain >= patience
 
+    def trains_on(self, total_steps: int, patience: int | None) -> bool:
+        """Whether a step or an evaluation is still to come."""
+        return (self.step < total_steps and not self.out_of_patience(patience)) or self.evaluation_due
+
     def state_dict(self) -> dict[str, Any]:
         """JSON types; an infinite loss is None."""
         return {

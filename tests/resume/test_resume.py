@@ -209,18 +209,69 @@ def test_never_moves_the_old_run_aside_and_starts_anew(
     assert outcome(tmp_path / "run.old-2") == outcome(runs / "whole")
 
 
-def test_a_finished_run_is_only_scored_again(runs: Path, go_on: Callable[..., Any], tmp_path: Path) -> None:
+def _snapshot(folder: Path) -> dict[str, tuple[int, bytes | None]]:
+    """Time of the last change and content of everything in a run folder, the folder itself and its lock included."""
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in [folder, *sorted(folder.rglob("*"))]
+    }
+
+
+def test_a_command_on_a_finished_run_touches_nothing(runs: Path, go_on: Callable[..., Any], tmp_path: Path) -> None:
     run_dir = Path(shutil.copytree(runs / "whole", tmp_path / "run"))
-    before = _files(run_dir)
+    before = _snapshot(run_dir)
+    done = go_on("wandb.mode=offline", "log.every_steps=4")
+    assert done.code == 0, done.err
+    (line,) = done.err.splitlines()
+    loss = outcome(run_dir)["test"]["loss"]
+    assert f"{run_dir}: the run is finished after {STEPS} steps: test loss {loss:.4f}  auroc " in line
+    assert f"continue with a larger train.max_steps (now {STEPS}), or start anew with run.resume=never" in line
+    assert _snapshot(run_dir) == before
+    assert go_on("train.epochs=900", "run.force=true").code == 0
+    assert _snapshot(run_dir) == before
+
+    done = go_on("optim.lr=0.01")
+    assert done.code == 2
+    assert "trained with another configuration: optim.lr: was 0.05, is 0.01." in done.err
+    assert len(done.err.splitlines()) == 1
+    assert _snapshot(run_dir) == before
+
+
+def test_a_finished_run_of_two_ranks_is_finished_for_one(table: Path, tmp_path: Path) -> None:
+    arguments = tiny_job(table, tmp_path / "run", "train.epochs=2")
+    finish(arguments, 2)
+    before = _snapshot(tmp_path / "run")
+    done = command("train", *arguments)
+    assert done.code == 0, done.err
+    assert "continue with a larger train.epochs (now 2)" in done.err
+    assert _snapshot(tmp_path / "run") == before
+
+
+def test_a_finished_run_with_other_data_is_refused(
+    runs: Path, go_on: Callable[..., Any], table: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(runs / "whole", tmp_path / "run"))
+    before = _snapshot(run_dir)
+    (tmp_path / "changed.csv").write_text(table.read_text() + "1.0,2.0,north,low\n")
+    done = go_on(f"data.path={tmp_path / 'changed.csv'}")
+    assert done.code == 2
+    assert "the file has changed since the checkpoint of step" in done.err
+    assert _snapshot(run_dir) == before
+
+
+@pytest.mark.parametrize("gone", ["summary.json", "model/MANIFEST.json"])
+def test_a_run_that_was_killed_before_its_export_is_exported(
+    runs: Path, go_on: Callable[..., Any], tmp_path: Path, gone: str
+) -> None:
+    run_dir = Path(shutil.copytree(runs / "whole", tmp_path / "run"))
+    (run_dir / gone).unlink()
     done = go_on()
     assert done.code == 0, done.err
-    after = _files(run_dir)
-    assert {name for name in before if before[name] != after[name]} <= {"config.yaml", "summary.json"}
-    assert before.keys() == after.keys()
     first, second = (json.loads((d / "summary.json").read_text()) for d in (runs / "whole", run_dir))
     for name in ("run", "peak_memory_bytes"):  # the second process has trained nothing
         del first[name], second[name]
     assert first == second
+    assert weights_sha256(read_parts(run_dir / "model")["model.pth"]) == first["weights_sha256"]
 
 
 def test_more_steps_go_on(runs: Path, go_on: Callable[..., Any], tmp_path: Path) -> None:

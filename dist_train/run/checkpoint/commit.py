@@ -87,7 +87,8 @@ def read_verified(folder: Path) -> dict[str, bytes]:
     return parts
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
+    """Whether a folder was committed and still holds what was written."""
     try:
         read_verified(folder)
     except CorruptCheckpoint:
@@ -116,7 +117,7 @@ def remove_stale(parent: Path) -> None:
     (parent / f"{TMP_PREFIX}probe").touch()
     for former in parent.glob(f"{_FORMER}*"):
         folder = parent / former.name.removeprefix(_FORMER).partition(_ANOTHER)[0]
-        if not folder.exists() and _is_whole(former):
+        if not folder.exists() and is_whole(former):
             former.replace(folder)
     for aside in parent.glob(f"{TMP_PREFIX}*"):
         if aside.is_dir():

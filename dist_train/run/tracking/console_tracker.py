@@ -59,17 +59,20 @@ class ConsoleTracker:
             self._bar.update(self._task, completed=record["step"], epoch=epoch, detail=detail, left=left)
 
     def _evaluation_line(self, record: Mapping[str, Any]) -> str:
-        auroc = "-" if record["auroc"] is None else f"{record['auroc']:.4f}"
-        return (
-            f"epoch {record['epoch']}/{self._num_epochs}  step {record['step']}  "
-            f"{record['split']} loss {record['loss']:.4f}  auroc {auroc}  macro-F1 {record['macro_f1']:.4f}"
-        )
+        epoch = f"epoch {record['epoch']}/{self._num_epochs}"
+        return f"{epoch}  step {record['step']}  {record['split']} {describe_scores(record)}"
 
     def _show(self, line: str) -> None:
         if self._bar is None:
             log.info("%s", line)
         else:
             self._console.print(line, soft_wrap=True)
+
+
+def describe_scores(metrics: Mapping[str, Any]) -> str:
+    """The metrics of a split that fit on a line."""
+    auroc = "-" if metrics["auroc"] is None else f"{metrics['auroc']:.4f}"
+    return f"loss {metrics['loss']:.4f}  auroc {auroc}  macro-F1 {metrics['macro_f1']:.4f}"
 
 
 class _Forgiving:

@@ -97,7 +97,10 @@ def test_a_run_folder_that_is_being_moved_aside_is_waited_for(tmp_path: Path) ->
     waiting = RunLock(folder.lock, {"process": 2}, 0.3)
     assert not waiting.take(0)
     folder.create()
-    with RunLock(folder.lock, {"process": 1}), pytest.raises(UserError, match="another job is using .*: process 1"):
+    with (
+        RunLock(folder.lock, {"process": 1}),
+        pytest.raises(UserError, match="another job is using this run folder: process 1"),
+    ):
         waiting.take()
 
 
