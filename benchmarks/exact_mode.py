@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
-
 from benchmarks.contestants import Ours
 from benchmarks.ranks import on_ranks
 from benchmarks.report import Report, cell, measured, table, take_turns
 from benchmarks.workload import NEVER, TOTAL_STEPS
 from dist_train.config.load import load_config
-from dist_train.data.dataset import load_dataset
 from dist_train.distributed.collectives import Collectives
 from dist_train.run.session import Session
+from dist_train.tasks.registry import load_task
 
 VIRTUAL_RANKS = 8
 CASES = ((1, 256), (1, 1024), (1, 4096), (8, 4096))  # ranks, global batch size
@@ -49,5 +47,4 @@ def _session(collectives: Collectives, batch_size: int, virtual_ranks: str) -> S
             f"train.epochs={TOTAL_STEPS}", f"evaluation.every_steps={NEVER}", f"checkpoint.every_steps={NEVER}",
         ]
     )  # fmt: skip
-    dataset = load_dataset(config.data, collectives, seed=0, one_hot=True, dtype=torch.float32)
-    return Session(config, dataset, collectives)
+    return Session(config, load_task(config, collectives), collectives)

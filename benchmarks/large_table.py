@@ -31,8 +31,9 @@ from dist_train.data.store import Store
 from dist_train.determinism.position import Position
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
-from dist_train.run.session import Session, load_data
+from dist_train.run.session import Session
 from dist_train.system.machine import describe_machine
+from dist_train.tasks.registry import load_task
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = Path(__file__).with_name("results") / "large_table.json"
@@ -85,7 +86,7 @@ def by_turns(store: Path, batch_size: int) -> dict[str, Any]:
     """Rows per second of training from the store and from memory, medians over turns, and the ratio of each pair."""
     config = load_config([*KEYS, f"data.path={store}", f"train.global_batch_size={batch_size}"])
     collectives = Collectives(World())
-    session = Session(config, load_data(config, collectives), collectives)
+    session = Session(config, load_task(config, collectives), collectives)
     tensors = Store(store).tensors("train")
     resident = ResidentRows((tensors["features"].clone(),), tensors["targets"].long(), tensors["rows"].clone())
     feeds = {

@@ -20,6 +20,7 @@ from benchmarks.scaling import Cluster, Compute, Link, Messages, Prediction, fit
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.run.session import Session
+from dist_train.tasks.tabular import TabularTask
 
 BATCH, VIRTUAL_RANKS = 4096, 8
 NUM_ROWS = 65536
@@ -119,7 +120,9 @@ def _milliseconds(said: Prediction) -> list[str]:
 def _racer(collectives: Collectives, batch: int, virtual_ranks: int | None, seconds: float) -> Callable[[], float]:
     named = "null" if virtual_ranks is None else virtual_ranks
     config = workload.configuration(batch, f"train.virtual_ranks={named}")
-    session = Session(config, workload.dataset(NUM_ROWS, torch.device("cpu")), collectives)
+    session = Session(
+        config, TabularTask(config, workload.dataset(NUM_ROWS, torch.device("cpu")), collectives), collectives
+    )
     return partial(Ours(session, collectives).seconds_per_step, seconds)
 
 

@@ -14,6 +14,7 @@ from benchmarks.report import Report, cell, measured, table, take_turns
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.run.session import Session
+from dist_train.tasks.tabular import TabularTask
 
 OURS, LIMIT = "dist_train", "products alone"
 
@@ -61,7 +62,8 @@ def measure_limits(report: Report, device: torch.device, rounds: int, seconds: f
 def _racers(device: torch.device, batch_size: int, data: Any, seconds: float) -> dict[str, Callable[[], float]]:
     features, targets = (t.cpu() for t in (data.splits["train"].inputs[0], data.splits["train"].targets))
     collectives = Collectives(World(device=device))
-    session = Session(workload.configuration(batch_size), data, collectives)
+    config = workload.configuration(batch_size)
+    session = Session(config, TabularTask(config, data, collectives), collectives)
     peers = {
         "tutorial": contestants.tutorial, "Lightning": contestants.lightning, "Accelerate": contestants.accelerate,
     }  # fmt: skip

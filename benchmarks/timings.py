@@ -23,7 +23,8 @@ from dist_train.distributed.world import World
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.export import checkpoint_parts
 from dist_train.run.predictor import Predictor
-from dist_train.run.session import Session, load_data
+from dist_train.run.session import Session
+from dist_train.tasks.registry import load_task
 
 REPOSITORY = Path(__file__).parent.parent
 QUIET = ("wandb.mode=disabled", "runtime.device=cpu", "run.resume=never")
@@ -38,7 +39,7 @@ def measure(report: Report, rounds: int) -> None:
         config = workload.configuration(1024, *arguments, f"run.dir={folder}", "run.name=run", *QUIET)
         world, environ = World(), dict(os.environ)
         collectives = Collectives(world)
-        session = Session(config, load_data(config, collectives), collectives)
+        session = Session(config, load_task(config, collectives), collectives)
         checkpoints = Checkpoints(folder / "checkpoints", keep=2)
         _train(["run.name=run", f"run.dir={folder}", *arguments, *QUIET, "train.max_steps=20"])
         predictor = Predictor(folder / "run", collectives)

@@ -13,6 +13,7 @@ from benchmarks.report import Report, cell, measured, table, take_turns
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.run.session import Session
+from dist_train.tasks.tabular import TabularTask
 
 GLOBAL_BATCH = 4096
 ROUNDS = 3  # for each of the others': what else the machine does slows two ranks down on either core
@@ -34,8 +35,8 @@ def _measure(collectives: Collectives, rounds: int, seconds: float) -> dict[str,
     config = workload.configuration(GLOBAL_BATCH)
     data = workload.dataset(workload.NUM_ROWS, torch.device("cpu"))
     lone = Collectives(World())
-    both = Ours(Session(config, data, collectives), collectives)
-    one = Ours(Session(config, data, lone), lone)
+    both = Ours(Session(config, TabularTask(config, data, collectives), collectives), collectives)
+    one = Ours(Session(config, TabularTask(config, data, lone), lone), lone)
 
     def alone() -> float:
         rate = one(seconds) if collectives.is_main else 0.0

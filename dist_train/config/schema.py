@@ -29,6 +29,14 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What is trained."""
+
+    name: str = "tabular"
+    """Name of the task: `tabular`, classification of the rows of a table, or one that a package registers."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The table, its target and its splits."""
 
@@ -175,6 +183,7 @@ class JobConfig:
     """One training job."""
 
     run: RunConfig = field(default_factory=RunConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -19,8 +19,13 @@ class Source(Protocol):
 
     @property
     def row_numbers(self) -> Tensor: ...
-    def gather(self, share: MicroBatchIndices) -> Batch: ...
     def read(self, index: Tensor) -> tuple[Tensor, ...]: ...
+
+
+class Gatherer(Protocol):
+    """Makes the batch of a share."""
+
+    def gather(self, share: MicroBatchIndices) -> Batch: ...
 
 
 class Batch:
@@ -78,9 +83,9 @@ class ResidentRows:
         return len(self.targets)
 
     @property
-    def resident_bytes(self) -> int:
-        """Memory that the rows take on the device."""
-        return sum(t.numel() * t.element_size() for t in (*self.inputs, self.targets))
+    def on_device(self) -> bool:
+        """Whether a batch is gathered without the host."""
+        return True
 
     @property
     def mapped_bytes(self) -> int:
@@ -104,7 +109,7 @@ class ResidentRows:
 class Feed:
     """Yields what one optimizer step trains on, and the position after it, without end."""
 
-    def __init__(self, rows: Source, sampler: PositionSampler) -> None:
+    def __init__(self, rows: Gatherer, sampler: PositionSampler) -> None:
         self.rows = rows
         self.sampler = sampler
 

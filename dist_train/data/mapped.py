@@ -37,9 +37,9 @@ class MappedRows:
         return self._targets.to(self._device, torch.int64)
 
     @property
-    def resident_bytes(self) -> int:
-        """Memory that the rows take on the device beside the kernel's cache: none."""
-        return 0
+    def on_device(self) -> bool:
+        """Whether a batch is gathered without the host."""
+        return False
 
     @property
     def mapped_bytes(self) -> int:

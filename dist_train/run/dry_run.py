@@ -54,12 +54,12 @@ def profile_session(session: Session, collectives: Collectives, wants_stop: Call
     """
     mapped = mapped_memory_bytes()
     steps, rows_per_second = _train(session, collectives, wants_stop)
-    rows = {name: len(session.dataset.splits[name]) for name in ("valid", "test")}
-    rows_a_second = _evaluate(session, session.dataset.splits["valid"], collectives)
+    rows = {name: len(session.task.splits[name]) for name in ("valid", "test")}
+    rows_a_second = _evaluate(session, session.task.splits["valid"], collectives)
     if collectives.is_main:
         encode_parts(session.tensor_parts())  # a checkpoint in memory
     unseen = max(0, *(count - _EVALUATED_ROWS for count in rows.values()))
-    classes = len(session.dataset.encoder.class_names)
+    classes = len(session.task.class_names)
     on_device = collectives.device.type == "cuda"  # metrics are computed on the host
 
     def most_memory() -> int:
@@ -67,7 +67,7 @@ def profile_session(session: Session, collectives: Collectives, wants_stop: Call
             return peak_memory_bytes(collectives.device)
         # Of a store the trial has touched some pages, and the run will touch all.
         touched = mapped_memory_bytes() - mapped
-        whole = sum(split.mapped_bytes for split in session.dataset.splits.values())
+        whole = sum(split.mapped_bytes for split in session.task.splits.values())
         return peak_memory_bytes(collectives.device) + max(0, whole - touched)
 
     peak = max(collectives.all_gather_object(most_memory))
@@ -107,11 +107,11 @@ def _train(session: Session, collectives: Collectives, wants_stop: Callable[[], 
 
 def _evaluate(session: Session, rows: Rows, collectives: Collectives) -> float:
     """Rows per second of an evaluation on the first rows of a split; 0 when there are none."""
-    encoder, batch_size = session.dataset.encoder, session.config.evaluation.batch_size
+    batch_size = session.config.evaluation.batch_size
 
     def evaluate_first(count: int) -> float:
         first, start = _First(rows, count), time.perf_counter()
-        evaluate(session.scored, first, encoder.class_names, batch_size, collectives)
+        evaluate(session.scored, first, session.task, batch_size, collectives)
         return len(first) / (time.perf_counter() - start)
 
     evaluate_first(1)  # loads what computes the metrics

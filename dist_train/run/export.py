@@ -30,21 +30,19 @@ def checkpoint_parts(
     config: JobConfig, session: Session, books: Mapping[str, Any], world: World, environ: Mapping[str, str]
 ) -> Parts:
     """Everything that a run needs to go on, by name; `books` is the state of the trackers."""
-    encoder = session.dataset.encoder
     attempt = Attempt.from_environment(environ)
     state = {
         "progress": session.progress.state_dict(),
         **books,
         "config": asdict(config),
-        "encoder": encoder.describe(),
-        "data_sha256": session.dataset.sha256,
+        "data_sha256": session.task.fingerprint,
         "world_size": world.size,
         "ranks_per_host": world.local_size,
         "job": attempt.job if attempt else None,
         "dist_train": __version__,
         "machine": describe_machine(world.device),
     }
-    return session.tensor_parts() | {"encoder.pth": dict(encoder.state_dict()), "state.json": state}
+    return session.tensor_parts() | {"task.json": session.task.description(), "state.json": state}
 
 
 def export_best(
@@ -66,11 +64,10 @@ def export_best(
     summary = _summary(config, session, world, weights) | {"peak_memory_bytes": peak} | scores
     model = {
         "model.pth": weights,
-        "encoder.pth": dict(session.dataset.encoder.state_dict()),
-        "encoder.json": session.dataset.encoder.describe(),
+        "task.json": session.task.description(),
         "training.json": {
             "step": best or session.progress.step,
-            "data_sha256": session.dataset.sha256,
+            "data_sha256": session.task.fingerprint,
             "weights_sha256": summary["weights_sha256"],
         },
     }
@@ -101,11 +98,11 @@ def _summary(config: JobConfig, session: Session, world: World, weights: Mapping
         "samples_per_second": samples / progress.train_seconds,
         "parameters": sum(p.numel() for p in session.model.parameters()),
         "trainable_parameters": sum(p.numel() for p in session.model.parameters() if p.requires_grad),
-        "classes": session.dataset.encoder.class_names,
+        "classes": session.task.class_names,
         "best_step": progress.best_step,
         "seed": config.run.seed,
         "weights_sha256": weights_sha256(weights),
-        "data_sha256": session.dataset.sha256,
+        "data_sha256": session.task.fingerprint,
         "dist_train": __version__,
         "machine": describe_machine(world.device),
         "python": platform.python_version(),

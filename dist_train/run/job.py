@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 
-from dist_train.config.rules import given_class_weights
 from dist_train.config.run_path import path_of_run
 from dist_train.config.schema import JobConfig
 from dist_train.determinism.sliced_modules import require_world_size
@@ -19,12 +18,13 @@ from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import pack_json
 from dist_train.run.dry_run import DryRunReport, profile_session
 from dist_train.run.export import checkpoint_parts, export_best
-from dist_train.run.resume import begin_writing, changes_since, finished_line, matching_dataset, open_run
-from dist_train.run.session import Session, build_loop, load_data
+from dist_train.run.resume import begin_writing, changes_since, finished_line, matching_task, open_run
+from dist_train.run.session import Session, build_loop
 from dist_train.run.tracking.trackers import Trackers
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
 from dist_train.system.machine import pin_arithmetic
+from dist_train.tasks.registry import load_task
 from dist_train.training.loop import Ending
 from dist_train.training.plan import Plan
 from dist_train.training.protocols import Record
@@ -99,9 +99,8 @@ class Job:
         """Train to the end; raises Stopped when all ranks have agreed to stop, and everything is saved by then."""
         config, world, collectives, heartbeat = self.config, self.world, self.collectives, self.collectives.heartbeat
         folder, checkpoints = self.folder, self.checkpoints
-        dataset = load_data(config, collectives)
-        given_class_weights(config.train, dataset.encoder.class_names)
-        session = Session(config, dataset, collectives)  # what it refuses is refused before anything is written
+        task = load_task(config, collectives)
+        session = Session(config, task, collectives)  # what it refuses is refused before anything is written
         if dry_run:
             _announce(session.plan(world))
             with heartbeat.phase("trial"):
@@ -111,8 +110,8 @@ class Job:
             return
         with heartbeat.phase("opening the run folder"):
             found = open_run(folder, config, checkpoints, self._stack, self.variables, collectives)
-        matching = matching_dataset(found, config, dataset, collectives)
-        if matching is not dataset:
+        matching = matching_task(found, config, task, collectives)
+        if matching is not task:
             session = Session(config, matching, collectives)
         if found:
             session.restore(found.parts)
@@ -159,7 +158,7 @@ class Job:
                 self.config,
                 self.checkpoints,
                 total_steps=session.total_steps,
-                data_sha256=session.dataset.sha256,
+                data_sha256=session.task.fingerprint,
             )
         )
         if line:

@@ -11,8 +11,6 @@ from typing import Any
 from dist_train.config.compatibility import differences
 from dist_train.config.load import config_to_yaml
 from dist_train.config.schema import JobConfig
-from dist_train.data.dataset import Dataset
-from dist_train.data.encoder import Encoder
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.slurm import Attempt
 from dist_train.errors import UserError, os_errors_as_faults
@@ -21,11 +19,12 @@ from dist_train.run.checkpoint.commit import CorruptCheckpoint, is_whole, remove
 from dist_train.run.checkpoint.lock import RunLock, this_process
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import pack_json_line, read_parts
-from dist_train.run.session import load_data
 from dist_train.run.tracking.console_tracker import describe_scores
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
 from dist_train.system.machine import describe_machine
+from dist_train.tasks.base import Task
+from dist_train.tasks.registry import description_in, load_task
 from dist_train.training.progress import Progress
 
 _TURN_SECONDS = 1.0
@@ -168,15 +167,15 @@ def begin_writing(
     os_errors_as_faults(write, "the run folder")
 
 
-def changes_since(found: Found | None, config: JobConfig, dataset: Dataset, collectives: Collectives) -> list[str]:
+def changes_since(found: Found | None, config: JobConfig, task: Task, collectives: Collectives) -> list[str]:
     """What makes the rest of a run another function than its beginning: a replay has to start after it."""
     if not found:
         return []
     state = found.parts["state.json"]
     incompatible, compatible = differences(state["config"], _as_json(config))
     changes = incompatible + [line for line in compatible if line.startswith(_CHANGES_THE_RECORD)]
-    if state["data_sha256"] != dataset.sha256:
-        changes.append(f"the data: SHA-256 was {state['data_sha256']}, is {dataset.sha256}")
+    if state["data_sha256"] != task.fingerprint:
+        changes.append(f"the data: SHA-256 was {state['data_sha256']}, is {task.fingerprint}")
     regrouped = _regrouped(config, state, collectives)
     if regrouped:
         changes.append(regrouped)
@@ -257,18 +256,18 @@ def _check_best(found: Found, config: JobConfig, checkpoints: Checkpoints) -> No
     progress |= {"best_step": None, "best_loss": None}
 
 
-def matching_dataset(found: Found | None, config: JobConfig, dataset: Dataset, collectives: Collectives) -> Dataset:
-    """The dataset to go on with: encoded as the checkpoint's model knows it."""
+def matching_task(found: Found | None, config: JobConfig, task: Task, collectives: Collectives) -> Task:
+    """The task to go on with: preprocessing is that which the checkpoint's model was trained with."""
     if not found:
-        return dataset
+        return task
     state = found.parts["state.json"]
     _note_other_bits(state, config, collectives)
     log.info("resuming from the checkpoint of step %d", found.step)
-    if state["data_sha256"] == dataset.sha256:
-        return dataset
-    _refuse_other_data(found, config, dataset.sha256)
+    if state["data_sha256"] == task.fingerprint:
+        return task
+    _refuse_other_data(found, config, task.fingerprint)
     log.warning("forced to go on although the data have changed")
-    return load_data(config, collectives, Encoder.from_description(state["encoder"], found.parts["encoder.pth"]))
+    return load_task(config, collectives, description_in(found.parts))
 
 
 def _refuse_other_data(found: Found, config: JobConfig, data_sha256: str) -> None:

@@ -8,15 +8,11 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.config.rules import given_class_weights
 from dist_train.config.schema import JobConfig
-from dist_train.data.dataset import Dataset, load_dataset
-from dist_train.data.encoder import Encoder
-from dist_train.data.feed import Feed, ResidentRows
+from dist_train.data.feed import Feed
 from dist_train.data.sampler import PositionSampler
 from dist_train.determinism.batch_norm import sync_batch_norm, zero_grad_of_biases_before_batchnorm
 from dist_train.determinism.dropout import convert_dropout
@@ -26,15 +22,15 @@ from dist_train.determinism.slices import Slices
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
-from dist_train.models.registry import build_model
 from dist_train.run.checkpoint.state import Parts
+from dist_train.tasks.base import Task
 from dist_train.training.evaluation import evaluate
 from dist_train.training.graph import CudaRecorder, GraphStep
 from dist_train.training.loop import Intervals, Loop
-from dist_train.training.loss import CrossEntropy, balanced_weights
 from dist_train.training.meter import Meter
 from dist_train.training.optimizer import AdamW, average_of
 from dist_train.training.plan import Plan
+from dist_train.training.precision import autocast_dtype_of
 from dist_train.training.progress import Progress
 from dist_train.training.protocols import Batch, Save, Stateful, Track
 from dist_train.training.reduction import DDPReducer, GradientReducer, SliceReducer
@@ -45,29 +41,18 @@ from dist_train.training.step import EagerStep, Step
 STEPS_AHEAD = 8
 
 
-def dtype_of(precision: str) -> torch.dtype:
-    """Type of weights and features; under bf16 both stay float32 and autocast does the rest."""
-    return torch.float64 if precision == "float64" else torch.float32
-
-
 class Session:
     """The objects of one training run on this rank, wired together.
 
     `scored` is the model whose weights are evaluated and shipped: the moving average where there is one.
     """
 
-    def __init__(self, config: JobConfig, dataset: Dataset, collectives: Collectives) -> None:
-        train, encoder = config.train, dataset.encoder
+    def __init__(self, config: JobConfig, task: Task, collectives: Collectives) -> None:
+        train = config.train
         self.config = config
-        self.dataset = dataset
+        self.task = task
         self.random = random = RowRandom(config.run.seed)
-        plain = build_model(
-            config.model,
-            input_dim=encoder.input_dim,
-            embedded_sizes=encoder.embedded_sizes,
-            num_classes=len(encoder.class_names),
-            seed=config.run.seed,
-        ).to(collectives.device, dtype_of(train.precision))
+        plain = task.model()
         self.average = average_of(plain, train.ema_decay) if train.ema_decay else None
         slices = Slices(random)
         self.model = self._synchronised(convert_dropout(plain, random), slices, collectives)
@@ -78,7 +63,7 @@ class Session:
             eps=config.optim.eps,
         )
         sampler = PositionSampler(
-            len(dataset.splits["train"]),
+            len(task.splits["train"]),
             rank=collectives.rank,
             world_size=collectives.size,
             seed=config.run.seed,
@@ -87,7 +72,7 @@ class Session:
             num_slices=train.virtual_ranks,
             shuffle_block_rows=config.data.shuffle_block_rows,
         )
-        self.feed = Feed(dataset.splits["train"], sampler)
+        self.feed = Feed(task.splits["train"], sampler)
         self.total_steps = min(train.epochs * self.feed.steps_per_epoch, train.max_steps or 2**63)
         self.meter = Meter()
         self.progress = Progress()
@@ -98,14 +83,14 @@ class Session:
 
         eager = EagerStep(
             trained,
-            CrossEntropy(self._class_weights(collectives), train.label_smoothing),
+            task.objective(),
             self.optimizer,
             self.learning_rate,
             begin,
             reduction,
             collectives,
             max_grad_norm=config.optim.max_grad_norm,
-            autocast_dtype=torch.bfloat16 if train.precision == "bf16" else None,
+            autocast_dtype=autocast_dtype_of(train.precision),
         )
         self.step: Step = GraphStep(eager, random, CudaRecorder()) if self._recordable(collectives) else eager
         self._tensors: dict[str, Stateful] = {
@@ -144,8 +129,8 @@ class Session:
 
     def score(self, split: str, collectives: Collectives) -> dict[str, Any] | None:
         """Metrics of the scored model on a split, the same on every rank; None when the split has no rows."""
-        encoder, rows = self.dataset.encoder, self.dataset.splits[split]
-        return evaluate(self.scored, rows, encoder.class_names, self.config.evaluation.batch_size, collectives)
+        rows = self.task.splits[split]
+        return evaluate(self.scored, rows, self.task, self.config.evaluation.batch_size, collectives)
 
     def tensor_parts(self) -> Parts:
         """All tensors of a checkpoint."""
@@ -169,15 +154,12 @@ class Session:
         train, model = self.config.train, self.model
         parameters = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        share = -(-train.global_batch_size // train.accumulation_steps // world.size)
-        item = dtype_of(train.precision).itemsize
-        copies = 4 + (self.average is not None)  # weights, gradients, two moments; moving average
         return Plan(
             world=world,
             virtual_ranks=train.virtual_ranks,
-            rows={name: len(rows) for name, rows in self.dataset.splits.items()},
-            class_names=self.dataset.encoder.class_names,
-            input_dim=self.dataset.encoder.input_dim,
+            rows={name: len(rows) for name, rows in self.task.splits.items()},
+            class_names=self.task.class_names,
+            num_inputs=self.task.num_inputs,
             parameters=parameters,
             trainable=trainable,
             global_batch_size=train.global_batch_size,
@@ -185,21 +167,12 @@ class Session:
             steps_per_epoch=self.feed.steps_per_epoch,
             total_steps=self.total_steps,
             learning_rate=self.learning_rate,
-            data_bytes=sum(rows.resident_bytes for rows in self.dataset.splits.values()),
-            state_bytes=(parameters * copies + trainable * self._slice_gradients(world)) * item,
-            activation_bytes=share * item * _activations_of_a_row(model, self.dataset) * 2,  # and their gradients
         )
-
-    def _slice_gradients(self, world: World) -> int:
-        """Gradients of slices that a rank holds in the exact mode: its own, and all of them once they are gathered."""
-        virtual_ranks = self.config.train.virtual_ranks or 0
-        gathered = virtual_ranks if world.size > 1 else 0  # alone, its own are all
-        return virtual_ranks // world.size + gathered
 
     def _recordable(self, collectives: Collectives) -> bool:
         """Whether a step can be one CUDA graph: all of it runs on the GPU, and the host is asked for nothing."""
         train = self.config.train
-        resident = isinstance(self.dataset.splits["train"], ResidentRows)
+        resident = self.task.splits["train"].on_device
         return resident and collectives.runs_on_device and train.virtual_ranks is None and train.accumulation_steps == 1
 
     def _synchronised(self, plain: nn.Module, slices: Slices, collectives: Collectives) -> nn.Module:
@@ -209,7 +182,7 @@ class Session:
             model = sync_batch_norm(plain, collectives)
         else:
             model = convert_virtual_ranks(plain, slices, collectives)
-            check_row_wise(model, self.dataset.splits["train"].slice(0, 4), self.config.model.name)
+            check_row_wise(model, self.task.splits["train"].slice(0, 4), self.config.model.name)
         # A machine for GPUs may lack numba; the network computes the same without it, more slowly.
         if collectives.device.type == "cpu" and self.config.train.precision != "bf16" and find_spec("numba"):
             from dist_train.accel.cpu_mlp import fuse_sequences  # imports numba, which takes a while
@@ -240,32 +213,8 @@ class Session:
         """
         replicated.eval()  # neither statistics nor dropout
         for _ in range(2):
-            replicated(*self.dataset.splits["train"].slice(0, 1)).sum().backward()
+            replicated(*self.task.splits["train"].slice(0, 1)).sum().backward()
         replicated.train()
-
-    def _class_weights(self, collectives: Collectives) -> Tensor | None:
-        train, names = self.config.train, self.dataset.encoder.class_names
-        if train.class_weights is None:
-            return None
-        given = given_class_weights(train, names)
-        weights = (
-            torch.tensor(given, dtype=torch.float64)
-            if given
-            else balanced_weights(self.dataset.splits["train"].targets, len(names))
-        )
-        return weights.to(collectives.device, dtype_of(self.config.train.precision))
-
-
-def load_data(config: JobConfig, collectives: Collectives, encoder: Encoder | None = None) -> Dataset:
-    """The data of a configuration; encoded by `encoder` where one is given, else by one that is fitted to them."""
-    return load_dataset(
-        config.data,
-        collectives,
-        seed=config.run.seed,
-        one_hot=config.model.embedding_dim is None,
-        dtype=dtype_of(config.train.precision),
-        encoder=encoder,
-    )
 
 
 def build_loop(
@@ -306,22 +255,3 @@ def scored_weights(parts: Parts) -> dict[str, Tensor]:
         return dict(parts["model.pth"])
     prefix = "module."
     return {n.removeprefix(prefix): t for n, t in parts["average.pth"].items() if n.startswith(prefix)}
-
-
-def _activations_of_a_row(model: nn.Module, dataset: Dataset) -> int:
-    """Numbers that the modules of a model put out for one row, counted on a row of the training data."""
-    count = 0
-
-    def add(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-        nonlocal count
-        count += output.numel()
-
-    handles = [m.register_forward_hook(add) for m in model.modules() if not list(m.children())]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        model(*dataset.splits["train"].slice(0, 1))
-    model.train(was_training)
-    for handle in handles:
-        handle.remove()
-    return count

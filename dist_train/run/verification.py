@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dist_train.config.schema import JobConfig
-from dist_train.data.encoder import Encoder
 from dist_train.determinism.sliced_modules import require_world_size
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
@@ -20,8 +19,9 @@ from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.commit import CorruptCheckpoint
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import Parts, read_parts, weights_sha256
-from dist_train.run.session import Session, build_loop, load_data
+from dist_train.run.session import Session, build_loop
 from dist_train.system.machine import describe_machine
+from dist_train.tasks.registry import description_in, load_task
 from dist_train.training.protocols import Record
 
 # What a clock says, and what a run notes about itself: everything else must be equal.
@@ -133,16 +133,16 @@ def verify(
     start = evidence.start(first, last)
     session = _session(config, collectives, evidence, start)
     report = Report(start, last, machine=describe_machine(collectives.device), config=asdict(config))
-    report.data_sha256 = session.dataset.sha256
+    report.data_sha256 = session.task.fingerprint
     for change in evidence.changes:
         report.notes.append(f"changed at step {change['step']}: {'; '.join(change['changes'])}")
     _compare_machine(report, evidence)
     replay = _Replay(evidence, session, report, collectives)
     replay.run(config)
     replay.compare_shipped()
-    if evidence.origin and evidence.origin["data_sha256"] != session.dataset.sha256:
+    if evidence.origin and evidence.origin["data_sha256"] != session.task.fingerprint:
         was = evidence.origin["data_sha256"]
-        report.differ(last, f"the data are not those of the run: SHA-256 {session.dataset.sha256}, the run had {was}")
+        report.differ(last, f"the data are not those of the run: SHA-256 {session.task.fingerprint}, the run had {was}")
     return report
 
 
@@ -156,7 +156,6 @@ class _Replay:
         self.collectives = collectives
         self.pending = [x for x in evidence.lines if report.first_step < x["step"] <= report.last_step]
         self.best_weights: dict[str, Tensor] | None = None
-        self._encoder = dict(session.dataset.encoder.state_dict())
 
     def run(self, config: JobConfig) -> None:
         """Train over the range; ends at its last step, or early after a difference."""
@@ -208,13 +207,13 @@ class _Replay:
         if recorded is None:
             return
         self.report.checkpoints += 1
-        replayed = self.session.tensor_parts() | {"encoder.pth": self._encoder}
+        replayed = self.session.tensor_parts()
         name = _first_different_tensor(recorded, replayed)
         state = recorded["state.json"]
         if name:
             self.report.differ(step, f"the checkpoint's {name} is not what the replay has")
-        elif state["encoder"] != self.session.dataset.encoder.describe():
-            self.report.differ(step, "the checkpoint's encoder is not what the replay has")
+        elif not self._same_task(recorded):
+            self.report.differ(step, "the checkpoint's task (fitted preprocessing) is not what the replay has")
         else:
             recorded_progress, replayed_progress = state["progress"], self.session.progress.state_dict()
             if recorded_progress["evaluation_due"]:  # stopped before an evaluation that the replay has done by now
@@ -240,12 +239,12 @@ class _Replay:
             return
         report.model_compared = True
         report.weights_sha256 = weights_sha256(self.evidence.model["model.pth"])
-        replayed: Parts = {"model.pth": self.best_weights, "encoder.pth": self._encoder}
+        replayed: Parts = {"model.pth": self.best_weights}
         name = _first_different_tensor(self.evidence.model, replayed)
         if name:
             report.differ(best, f"the trained model's {name} is not what the replay has")
-        if self.evidence.model["encoder.json"] != self.session.dataset.encoder.describe():
-            report.differ(best, "the trained model's encoder is not what the replay has")
+        if not self._same_task(self.evidence.model):
+            report.differ(best, "the trained model's task (fitted preprocessing) is not what the replay has")
         if report.weights_sha256 != summary["weights_sha256"]:
             report.differ(best, "model/model.pth does not have the weights_sha256 of summary.json")
         self.session.scored.load_state_dict(self.best_weights)
@@ -255,14 +254,17 @@ class _Replay:
             if name:
                 report.differ(best, f"the summary's {split} {name} is not what the replayed weights have")
 
+    def _same_task(self, parts: Parts) -> bool:
+        """Whether the task in a checkpoint or in `model/` is that of the replay; its format may be an older one."""
+        recorded, replayed = description_in(parts), self.session.task.description()
+        return bool(recorded | {"format": replayed["format"]} == json.loads(json.dumps(replayed)))
+
 
 def _session(config: JobConfig, collectives: Collectives, evidence: Evidence, start: int) -> Session:
-    """The run as it stood. The encoder is fitted anew, unless the run went on with other data than it began with."""
+    """The run as it stood. Preprocessing is fitted anew, unless the run went on with other data than it began with."""
     parts = evidence.checkpoints.get(start)
-    encoder = None
-    if parts and evidence.changes:
-        encoder = Encoder.from_description(parts["state.json"]["encoder"], parts["encoder.pth"])
-    session = Session(config, load_data(config, collectives, encoder), collectives)
+    fitted = description_in(parts) if parts and evidence.changes else None
+    session = Session(config, load_task(config, collectives, fitted), collectives)
     if parts:
         session.restore(parts)
     return session

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import TrainingFault
-from dist_train.training.metrics import classification_metrics
-from dist_train.training.protocols import Rows
+from dist_train.training.protocols import Rows, Scorer
 
 # A vote on whether to stop is a collective; a pass may be shorter than that.
 PASSES_BETWEEN_VOTES = 16
 
 
 @torch.no_grad()
-def probabilities(model: nn.Module, rows: Rows, batch_size: int, num_classes: int, collectives: Collectives) -> Tensor:
+def probabilities(model: nn.Module, rows: Rows, batch_size: int, scorer: Scorer, collectives: Collectives) -> Tensor:
     """Class probabilities of all rows on every rank, (rows, classes) float64 on the CPU.
 
     The rows are cut in passes of `batch_size`, and the ranks take contiguous runs of passes: a pass is the same
@@ -30,6 +29,7 @@ def probabilities(model: nn.Module, rows: Rows, batch_size: int, num_classes: in
     first, last = split_evenly(0, num_passes, collectives.size)[collectives.rank]
     ends = [min(len(rows), number * batch_size) for number in range(first, last + 1)]
     # One tensor for all: many small ones that stay, made between large ones that go, tear the heap to pieces.
+    num_classes = len(scorer.class_names)
     own = torch.empty((ends[-1] - ends[0], num_classes), dtype=torch.float64, device=collectives.device)
     for number in range(-(-num_passes // collectives.size)):  # the same for every rank; one may have a pass less
         if number % PASSES_BETWEEN_VOTES == 0:
@@ -37,13 +37,13 @@ def probabilities(model: nn.Module, rows: Rows, batch_size: int, num_classes: in
         index = first + number
         if index < last:
             start, stop = ends[number], ends[number + 1]
-            own[start - ends[0] : stop - ends[0]] = model(*rows.slice(start, stop)).double().softmax(1)
+            own[start - ends[0] : stop - ends[0]] = scorer.probabilities(model(*rows.slice(start, stop)))
     model.train(was_training)
     return collectives.all_gather_varlen(own).cpu()
 
 
 def evaluate(
-    model: nn.Module, rows: Rows, class_names: list[str], batch_size: int, collectives: Collectives
+    model: nn.Module, rows: Rows, scorer: Scorer, batch_size: int, collectives: Collectives
 ) -> dict[str, Any] | None:
     """Metrics of the model on all rows, the same on every rank; None when there are no rows.
 
@@ -52,13 +52,11 @@ def evaluate(
     if len(rows) == 0:
         return None
     with collectives.heartbeat.phase("evaluation"):
-        return _scores(model, rows, class_names, batch_size, collectives)
+        return _scores(model, rows, scorer, batch_size, collectives)
 
 
-def _scores(
-    model: nn.Module, rows: Rows, class_names: list[str], batch_size: int, collectives: Collectives
-) -> dict[str, Any]:
-    predicted = probabilities(model, rows, batch_size, len(class_names), collectives)
+def _scores(model: nn.Module, rows: Rows, scorer: Scorer, batch_size: int, collectives: Collectives) -> dict[str, Any]:
+    predicted = probabilities(model, rows, batch_size, scorer, collectives)
     lost = int((~predicted.isfinite().all(1)).sum())
     if lost:
         raise TrainingFault(
@@ -67,6 +65,6 @@ def _scores(
         )
 
     def score() -> dict[str, Any]:
-        return classification_metrics(predicted.numpy(), rows.targets.cpu().numpy(), class_names)
+        return scorer.metrics(predicted, rows.targets.cpu())
 
     return collectives.on_rank_zero(score)

@@ -63,6 +63,15 @@ class CrossEntropy:
         )
 
 
+def class_probabilities(logits: Tensor) -> Tensor:
+    """Logits, (rows, classes) or (rows, members, classes) -> (rows, classes) float64.
+
+    Softmax over the classes; of an ensemble, the mean over its members.
+    """
+    probabilities = logits.double().softmax(-1)
+    return probabilities if probabilities.ndim == 2 else probabilities.mean(1)
+
+
 def balanced_weights(targets: Tensor, num_classes: int) -> Tensor:
     """Weights inverse to class frequency with mean 1 over the rows: rows / (classes * rows of the class), float64."""
     counts = torch.bincount(targets, minlength=num_classes).double()

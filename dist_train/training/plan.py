@@ -12,13 +12,13 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Figures of a run; memory in bytes per rank, of its tensors alone. What a process takes is measured by a trial."""
+    """Figures of a run, without memory and speed: those are measured by a dry run."""
 
     world: World
     virtual_ranks: int | None
     rows: dict[str, int]
     class_names: list[str]
-    input_dim: int
+    num_inputs: int
     parameters: int
     trainable: int
     global_batch_size: int
@@ -26,9 +26,6 @@ class Plan:
     steps_per_epoch: int
     total_steps: int
     learning_rate: Callable[[int], float]
-    data_bytes: int
-    state_bytes: int
-    activation_bytes: int
 
     def lines(self) -> Iterator[str]:
         """The plan in words."""
@@ -38,18 +35,13 @@ class Plan:
         ranks = f"{world.size} rank{'s' * (world.size > 1)}"
         yield f"world      {ranks} on {world.device.type}, backend {world.backend}{exact}"
         yield "rows       " + ", ".join(f"{name} {count:,}" for name, count in self.rows.items())
-        yield f"classes    {', '.join(self.class_names)}; {self.input_dim} input features"
+        yield f"classes    {', '.join(self.class_names)}; {self.num_inputs} input features"
         yield f"model      {self.parameters:,} parameters, {self.trainable:,} of them trainable"
         yield (
             f"steps      {self.total_steps:,} of {self.global_batch_size:,} rows ({self.steps_per_epoch:,} an epoch); "
             f"a rank works on at most {share:,} rows at a time"
         )
         yield f"rate       {self._curve()}"
-        total = self.data_bytes + self.state_bytes + self.activation_bytes
-        yield (
-            f"memory     tensors of about {_mebibytes(total)} a rank: data {_mebibytes(self.data_bytes)}, "
-            f"weights and optimizer {_mebibytes(self.state_bytes)}, activations {_mebibytes(self.activation_bytes)}"
-        )
 
     def _curve(self, width: int = 30) -> str:
         last = self.total_steps - 1
@@ -57,7 +49,3 @@ class Plan:
         peak = max(self.learning_rate(step) for step in range(0, last + 1, 1 + last // 10_000))
         bars = "".join(_BARS[round(rate / peak * (len(_BARS) - 1))] for rate in rates)
         return f"{bars}  first {rates[0]:.2e}, peak {peak:.2e}, last {rates[-1]:.2e}"
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"

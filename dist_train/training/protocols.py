@@ -54,6 +54,31 @@ class Rows(Protocol):
     def slice(self, start: int, stop: int) -> tuple[Tensor, ...]: ...
 
 
+class Source(Rows, Protocol):
+    """Rows of a split, to train on as well. `row_numbers` are their numbers in the data.
+
+    `mapped_bytes`: pages of files that a pass over all rows brings into memory; `on_device`: whether a batch is
+    gathered without the host.
+    """
+
+    @property
+    def row_numbers(self) -> Tensor: ...
+    @property
+    def mapped_bytes(self) -> int: ...
+    @property
+    def on_device(self) -> bool: ...
+    def gather(self, share: Any) -> Any: ...
+
+
+class Scorer(Protocol):
+    """What evaluation needs of a task: probabilities of logits, and metrics of probabilities."""
+
+    @property
+    def class_names(self) -> list[str]: ...
+    def probabilities(self, logits: Tensor) -> Tensor: ...
+    def metrics(self, probabilities: Tensor, targets: Tensor) -> dict[str, Any]: ...
+
+
 class Stateful(Protocol):
     """Anything that a checkpoint holds: a flat mapping of tensors and JSON values."""
 

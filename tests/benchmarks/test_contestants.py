@@ -13,6 +13,7 @@ from benchmarks.contestants import Clock, Ours
 from benchmarks.report import measured, take_turns
 from dist_train.distributed.collectives import Collectives
 from dist_train.run.session import Session
+from dist_train.tasks.tabular import TabularTask
 from tests.ranks import on_ranks
 
 CPU = torch.device("cpu")
@@ -64,7 +65,7 @@ def test_a_peer_trains_the_model_to_something(name: str) -> None:
 
 def bounded(collectives: Collectives) -> tuple[int, float]:
     config = workload.configuration(64)
-    session = Session(config, workload.dataset(256, CPU), collectives)
+    session = Session(config, TabularTask(config, workload.dataset(256, CPU), collectives), collectives)
     rate = Ours(session, collectives)(0.0)
     return session.progress.step, rate
 

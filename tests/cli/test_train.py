@@ -36,7 +36,7 @@ def test_the_run_folder_is_as_promised(run_dir: Path) -> None:
         "config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "model", "wandb", "lock",
     }  # fmt: skip
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_00000071", "step_00000075"]
-    assert {p.name for p in (run_dir / "model").iterdir()} >= {"model.pth", "encoder.pth", "encoder.json"}
+    assert {p.name for p in (run_dir / "model").iterdir()} >= {"model.pth", "task.json"}
     assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 1
 
 

@@ -112,7 +112,7 @@ def altered_weights(run_dir: Path) -> None:
 def altered_encoder(run_dir: Path) -> None:
     for folder in (run_dir / "model", *(run_dir / "checkpoints").iterdir()):
         parts = read_parts(folder)
-        parts["encoder.pth"]["median"][0] += 1000
+        parts["task.json"]["encoder"]["tensors"]["median"][0] += 1000
         commit(folder, encode_parts(parts))
 
 
@@ -161,7 +161,7 @@ def altered_row(run_dir: Path, split: str) -> None:
         (altered_weights, "differs: the trained model's model.pth, tensor layers.0.weight is not what the replay has"),
         (edit_summary(weights_sha256="0"), "differs: model/model.pth does not have the weights_sha256 of summary.json"),
         (edit_summary(test={"loss": 0.1}), "differs: the summary's test loss is not what the replayed weights have"),
-        (altered_encoder, "differs: the checkpoint's encoder.pth, tensor median is not what the replay has"),
+        (altered_encoder, "differs: the checkpoint's task (fitted preprocessing) is not what the replay has"),
         (altered_progress, "step 20 differs: the checkpoint's best_loss is not what the replay has"),
         (edit_line(4, lambda line: line | {"loss": line["loss"] * (1 + 2**-51)}), "differs: {split} loss: recorded"),
         (edit_line(0, lambda line: line | {"grad_norm": 0.1}), "differs: {split} grad_norm: recorded"),

@@ -101,7 +101,7 @@ def test_features_become_what_the_precision_asks_for(sound: Path) -> None:
     share = MicroBatchIndices(torch.tensor([5, 0]), (2,), 0, 0, 2)
     assert rows.gather(share).inputs[0].dtype == torch.float64
     assert rows.slice(0, 3)[0].dtype == torch.float64
-    assert rows.resident_bytes == 0
+    assert not rows.on_device
 
 
 def copied(sound: Path, folder: Path) -> Path:

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import polars as pl
 
 from dist_train.config.load import load_config
-from dist_train.data.dataset import load_dataset
 from dist_train.distributed.collectives import Collectives
-from dist_train.run.session import Session, dtype_of
+from dist_train.run.session import Session
+from dist_train.tasks.registry import load_task
 from dist_train.training.evaluation import probabilities
 
 BUILTIN = ["data.target=risk_tier", "data.split_column=split", "train.epochs=1", "optim.lr=3e-3"]
@@ -33,14 +33,7 @@ class Trained:
 def build(collectives: Collectives, arguments: list[str]) -> Session:
     """The session of a configuration."""
     config = load_config(arguments)
-    dataset = load_dataset(
-        config.data,
-        collectives,
-        seed=config.run.seed,
-        one_hot=config.model.embedding_dim is None,
-        dtype=dtype_of(config.train.precision),
-    )
-    return Session(config, dataset, collectives)
+    return Session(config, load_task(config, collectives), collectives)
 
 
 def train(collectives: Collectives, arguments: list[str]) -> Trained:
@@ -55,8 +48,7 @@ def train(collectives: Collectives, arguments: list[str]) -> Trained:
         fewest = min(fewest, *(len(batch.rows) for batch in batches))
         if len(losses) == session.total_steps:
             break
-    encoder, test = session.dataset.encoder, session.dataset.splits["test"]
-    predicted = probabilities(session.scored, test, 2048, len(encoder.class_names), collectives)
+    predicted = probabilities(session.scored, session.task.splits["test"], 2048, session.task, collectives)
     weights = {name: value.numpy() for name, value in session.model.state_dict().items()}
     average = {name: value.numpy() for name, value in session.scored.state_dict().items()}
     return Trained(np.array(losses), weights, average, predicted.numpy(), fewest)

@@ -101,8 +101,7 @@ def test_evaluation_equals_the_cpu() -> None:
     for device in ("cpu", "cuda"):
         collectives = on(device)
         session = build(collectives, BUILTIN)
-        names = session.dataset.encoder.class_names
-        metrics = evaluate(session.scored, session.dataset.splits["test"], names, 2048, collectives)
+        metrics = evaluate(session.scored, session.task.splits["test"], session.task, 2048, collectives)
         assert metrics is not None
         scores.append(metrics)
     for name in ("loss", "accuracy", "balanced_accuracy", "macro_f1", "auroc", "brier"):

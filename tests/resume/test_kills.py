@@ -15,7 +15,7 @@ def test_the_job_exercises_what_could_be_forgotten(table: Path, uninterrupted: W
     run_dir = table.parent / "uninterrupted1"
     checkpoint = run_dir / "checkpoints" / f"step_{whole['steps']:08d}"
     assert {p.name for p in checkpoint.iterdir()} == {
-        "model.pth", "optimizer.pth", "average.pth", "meter.pth", "encoder.pth", "state.json", "MANIFEST.json",
+        "model.pth", "optimizer.pth", "average.pth", "meter.pth", "task.json", "state.json", "MANIFEST.json",
     }  # fmt: skip
     assert whole["steps"] < 30 * 7  # it stopped early
     assert whole["best_step"] != whole["steps"]  # what is shipped has to be read back from a checkpoint

@@ -180,7 +180,7 @@ def test_changed_data_can_be_forced_and_keep_the_encoder(
     done = go_on(f"data.path={changed}", "run.force=true")
     assert done.code == 0, done.err
     assert "forced to go on although the data have changed" in done.err
-    encoder = (part / "model" / "encoder.json").read_text()
+    encoder = (part / "model" / "task.json").read_text()
     assert "east" not in encoder
 
 
@@ -321,7 +321,7 @@ def test_the_shipped_weights_are_those_of_the_summary(runs: Path) -> None:
     state = torch.load(runs / "whole" / "model" / "model.pth", weights_only=True)
     assert weights_sha256(state) == outcome(runs / "whole")["weights_sha256"]
     assert set(read_verified(runs / "whole" / "model")) == {
-        "model.pth", "encoder.pth", "encoder.json", "training.json",
+        "model.pth", "task.json", "training.json",
     }  # fmt: skip
 
 
@@ -476,7 +476,7 @@ def test_a_kill_between_two_folders_of_the_model_brings_the_model_back(runs: Pat
     (run_dir / "model").rename(run_dir / ".partial-former-model")
     arguments = tiny_job(table, run_dir, f"train.max_steps={STEPS}")
     assert run_job([*arguments, "optim.lr=0.01"], 1).codes == [2]  # refused; it has opened the folder
-    assert set(read_verified(run_dir / "model")) >= {"model.pth", "encoder.json"}
+    assert set(read_verified(run_dir / "model")) >= {"model.pth", "task.json"}
     finish(arguments)
     assert not list(run_dir.glob(".partial*"))
 

@@ -17,6 +17,7 @@ from dist_train.distributed.world import World
 from dist_train.errors import TrainingFault
 from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.training.evaluation import evaluate, probabilities
+from dist_train.training.loss import class_probabilities
 from dist_train.training.metrics import classification_metrics
 from tests.ranks import on_ranks
 from tests.training.fakes import FakeRows
@@ -24,6 +25,21 @@ from tests.training.fakes import FakeRows
 NAMES = ["high", "low", "medium"]
 PASS = 8
 ROW_COUNTS = [0, 1, 2, 7, 8, 9, 16, 17, 23, 24, 25, 40]
+
+
+class Scorer:
+    """Scores three classes."""
+
+    class_names = NAMES
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return class_probabilities(logits)
+
+    def metrics(self, probabilities: Tensor, targets: Tensor) -> dict[str, Any]:
+        return classification_metrics(probabilities.numpy(), targets.numpy(), NAMES)
+
+
+SCORER = Scorer()
 
 
 def rows(count: int) -> FakeRows:
@@ -41,8 +57,8 @@ def on_a_rank(collectives: Collectives) -> list[tuple[npt.NDArray[Any], dict[str
     model = classifier()
     answers = []
     for count in ROW_COUNTS:
-        predicted = probabilities(model, rows(count), PASS, 3, collectives)
-        answers.append((predicted.numpy(), evaluate(model, rows(count), NAMES, PASS, collectives)))
+        predicted = probabilities(model, rows(count), PASS, SCORER, collectives)
+        answers.append((predicted.numpy(), evaluate(model, rows(count), SCORER, PASS, collectives)))
         assert model.training
     return answers
 
@@ -81,7 +97,7 @@ class Watched(nn.Module):
 
 def test_every_row_is_shown_once_in_order() -> None:
     model, table = Watched(), rows(21)
-    probabilities(model, table, PASS, 3, Collectives(World()))
+    probabilities(model, table, PASS, SCORER, Collectives(World()))
     assert model.shown == table.inputs[:, 0].tolist()
 
 
@@ -90,7 +106,7 @@ def broken(collectives: Collectives) -> str:
     with torch.no_grad():
         model.get_parameter("layers.7.weight").fill_(math.inf)
     with pytest.raises(TrainingFault) as fault:
-        evaluate(model, rows(20), NAMES, PASS, collectives)
+        evaluate(model, rows(20), SCORER, PASS, collectives)
     return str(fault.value)
 
 

@@ -1,0 +1,72 @@
+"""The contract of a task. A run, its checkpoints and everything above them know a task and nothing below it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import polars as pl
+from torch import Tensor, nn
+
+from dist_train.training.loss import Objective
+from dist_train.training.protocols import Source
+
+Description = dict[str, Any]
+"""JSON: everything that is needed, beside the weights, to build a task's model and to read its inputs again."""
+
+
+class Task(Protocol):
+    """What is trained.
+
+    A model's `forward(*inputs)` gives logits, (rows, classes), or (rows, members, classes) for an ensemble whose
+    members are trained together. `splits` is empty in a task that was restored to score new data.
+    """
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of the logits."""
+
+    @property
+    def splits(self) -> Mapping[str, Source]:
+        """Rows of `train`, `valid` and `test`, in the order of the data."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the data; empty in a task that was restored."""
+
+    @property
+    def num_inputs(self) -> int:
+        """Width of what the model sees of a row, for the plan."""
+
+    def model(self) -> nn.Module:
+        """A new model with initial weights that are a function of the seed, on the device, in the run's precision."""
+
+    def objective(self) -> Objective:
+        """The training loss, as sums per slice."""
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits -> (rows, classes) float64."""
+
+    def metrics(self, probabilities: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Metrics of (rows, classes) float64 probabilities against (rows,) class indices, both on the CPU; JSON types.
+
+        `loss` is among them: the best checkpoint is that of the lowest.
+        """
+
+    def description(self) -> Description:
+        """What a checkpoint and `model/` keep of the task; its `format` is a number."""
+
+    def labelled(self, split: str, file: Path | None = None) -> Source:
+        """Rows to evaluate on: a split of the run's own data, or of another file.
+
+        Raises:
+            UserError: there are no such rows, or the file does not fit the model.
+        """
+
+    def unlabelled(self, table: pl.DataFrame, source: str) -> Source:
+        """Rows of a table to score, in its order; the targets are zeros.
+
+        Raises:
+            UserError: a column is missing, or a cell cannot be read.
+        """

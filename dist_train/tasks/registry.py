@@ -1,0 +1,54 @@
+"""Tasks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from dist_train.config.schema import JobConfig
+from dist_train.distributed.collectives import Collectives
+from dist_train.errors import UserError
+from dist_train.tasks.base import Description, Task
+from dist_train.tasks.tabular import TabularTask, tabular_description_of_format_1
+
+
+class TaskType(Protocol):
+    """How a task comes to be, for training or for scoring."""
+
+    def load(self, config: JobConfig, collectives: Collectives, fitted: Description | None = None) -> Task:
+        """The task with its data; preprocessing is fitted to the training rows unless `fitted` says what it was."""
+
+    def restore(self, config: JobConfig, collectives: Collectives, fitted: Description, fingerprint: str) -> Task:
+        """The task of a trained model, without data; `fingerprint` is that of the data that it was trained on."""
+
+
+TASKS: dict[str, TaskType] = {"tabular": TabularTask}
+
+
+def task_type(name: str) -> TaskType:
+    """The task of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in TASKS:
+        raise UserError(f"task.name: there is no task {name!r}; there is {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def load_task(config: JobConfig, collectives: Collectives, fitted: Description | None = None) -> Task:
+    """The task of a configuration, with its data. Raises Stopped when the ranks have agreed to stop."""
+    return task_type(config.task.name).load(config, collectives, fitted)
+
+
+def description_in(parts: Mapping[str, Any]) -> Description:
+    """The task in the parts of a checkpoint or of `model/`, of this format or of format 1."""
+    if "task.json" in parts:
+        return dict(parts["task.json"])
+    encoder = parts["encoder.json"] if "encoder.json" in parts else parts["state.json"]["encoder"]
+    return tabular_description_of_format_1(encoder, parts["encoder.pth"])
+
+
+def restore_task(config: JobConfig, collectives: Collectives, fitted: Description, fingerprint: str) -> Task:
+    """The task that a model was trained for, without data."""
+    return task_type(fitted["task"]).restore(config, collectives, fitted, fingerprint)

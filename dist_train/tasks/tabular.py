@@ -1,0 +1,160 @@
+"""Classification of the rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from dist_train.config.rules import given_class_weights
+from dist_train.config.schema import JobConfig
+from dist_train.data.dataset import (
+    Dataset,
+    encode,
+    load_dataset,
+    load_labelled,
+    open_store,
+    read_for_evaluation,
+    remap_targets,
+)
+from dist_train.data.encoder import Encoder
+from dist_train.data.feed import ResidentRows, resident
+from dist_train.data.mapped import MappedRows
+from dist_train.data.store import is_store, pack_encoder, unpack_encoder
+from dist_train.data.table import locate
+from dist_train.distributed.collectives import Collectives
+from dist_train.models.registry import build_model
+from dist_train.system.console import log
+from dist_train.tasks.base import Description
+from dist_train.training.loss import CrossEntropy, Objective, balanced_weights, class_probabilities
+from dist_train.training.metrics import classification_metrics
+from dist_train.training.precision import dtype_of
+
+
+class TabularTask:
+    """A table with a column to predict. `dataset` holds the encoder and the encoded rows of each split."""
+
+    FORMAT = 2
+
+    def __init__(self, config: JobConfig, dataset: Dataset, collectives: Collectives) -> None:
+        self._config = config
+        self._collectives = collectives
+        self._dtype = dtype_of(config.train.precision)
+        self.encoder = dataset.encoder
+        self.splits: Mapping[str, ResidentRows | MappedRows] = dataset.splits
+        self.fingerprint = dataset.sha256
+        if config.train.class_weights is not None:
+            given_class_weights(config.train, self.class_names)  # a mistake is told before anything is written
+
+    @classmethod
+    def load(cls, config: JobConfig, collectives: Collectives, fitted: Description | None = None) -> TabularTask:
+        """Read the table, split it, fit the encoder to the training rows unless it was `fitted`, encode all rows.
+
+        Raises:
+            UserError: the table, or the configuration for it, has a mistake.
+            Stopped: the ranks have agreed to stop.
+        """
+        dataset = load_dataset(
+            config.data,
+            collectives,
+            seed=config.run.seed,
+            one_hot=config.model.embedding_dim is None,
+            dtype=dtype_of(config.train.precision),
+            encoder=unpack_encoder(fitted["encoder"]) if fitted else None,
+        )
+        return cls(config, dataset, collectives)
+
+    @classmethod
+    def restore(cls, config: JobConfig, collectives: Collectives, fitted: Description, fingerprint: str) -> TabularTask:
+        """The task of a trained model, without rows."""
+        return cls(config, Dataset({}, unpack_encoder(fitted["encoder"]), fingerprint), collectives)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of the logits."""
+        return self.encoder.class_names
+
+    @property
+    def num_inputs(self) -> int:
+        """Columns of the classifier's dense input."""
+        return self.encoder.input_dim
+
+    def model(self) -> nn.Module:
+        """The classifier with initial weights that are a function of the seed."""
+        return build_model(
+            self._config.model,
+            input_dim=self.encoder.input_dim,
+            embedded_sizes=self.encoder.embedded_sizes,
+            num_classes=len(self.class_names),
+            seed=self._config.run.seed,
+        ).to(self._collectives.device, self._dtype)
+
+    def objective(self) -> Objective:
+        """Cross-entropy with the class weights and the label smoothing of the configuration."""
+        return CrossEntropy(self._class_weights(), self._config.train.label_smoothing)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Softmax over the classes, mean over the members of an ensemble: (rows, classes) float64."""
+        return class_probabilities(logits)
+
+    def metrics(self, probabilities: Tensor, targets: Tensor) -> dict[str, Any]:
+        """`classification_metrics` of the rows."""
+        return classification_metrics(probabilities.numpy(), targets.numpy(), self.class_names)
+
+    def description(self) -> Description:
+        """The fitted encoder."""
+        return {"task": "tabular", "format": self.FORMAT, "encoder": pack_encoder(self.encoder)}
+
+    def labelled(self, split: str, file: Path | None = None) -> ResidentRows | MappedRows:
+        """A split of the run's own data, or the rows of another file: all of them unless it has the split column."""
+        path = str(file or self._config.data.path)
+        if is_store(path):
+            return self._stored(path, split)
+        frame, targets, chosen, source = self._collectives.run_on_all(lambda: self._rows(split, file))
+        # The whole table is encoded, so that a bad cell is named by its row in the file.
+        inputs = self._collectives.run_on_all(lambda: encode(frame, self.encoder, source))
+        return resident(inputs, targets, chosen, self._collectives.device, self._dtype)
+
+    def unlabelled(self, table: pl.DataFrame, source: str) -> ResidentRows:
+        """Rows to score."""
+        inputs = encode(table, self.encoder, source)
+        targets = torch.zeros(table.height, dtype=torch.int64)
+        return resident(inputs, targets, torch.arange(table.height), self._collectives.device, self._dtype)
+
+    def _stored(self, path: str, split: str) -> MappedRows:
+        store = open_store(path, self._collectives, [split], encoder=self.encoder)
+        if store.sha256 != self.fingerprint:
+            log.warning("%s is not the store that the model was trained on", path)
+        return MappedRows(store.tensors(split), self._collectives.device, self._dtype)
+
+    def _rows(self, split: str, file: Path | None) -> tuple[pl.DataFrame, Tensor, Tensor, str]:
+        """Table, class indices of its rows, the rows to evaluate on, and where they come from."""
+        data = self._config.data
+        if file is not None:
+            return *read_for_evaluation(locate(str(file)), data, self.class_names, split), str(file)
+        table = load_labelled(data, self._config.run.seed)
+        if table.sha256 != self.fingerprint:
+            log.warning("%s is not the file that the model was trained on", table.source)
+        return table.frame, remap_targets(table, self.class_names), table.split[split], table.source
+
+    def _class_weights(self) -> Tensor | None:
+        train = self._config.train
+        if train.class_weights is None:
+            return None
+        given = given_class_weights(train, self.class_names)
+        weights = (
+            torch.tensor(given, dtype=torch.float64)
+            if given
+            else balanced_weights(self.splits["train"].targets, len(self.class_names))
+        )
+        return weights.to(self._collectives.device, self._dtype)
+
+
+def tabular_description_of_format_1(encoder: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Description:
+    """The description of a task that was written as an encoder in two files."""
+    fitted = Encoder.from_description(encoder, tensors)
+    return {"task": "tabular", "format": 1, "encoder": pack_encoder(fitted)}
