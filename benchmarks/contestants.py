@@ -191,7 +191,7 @@ class Ours:
         """Rows, seconds and steps of a while of training."""
         session, progress = self.session, self.session.progress
         num_rows, first_step, rows = session.feed.num_rows, progress.step, progress.samples(session.feed.num_rows)
-        self.collectives.barrier()
+        self.collectives.all_gather_object(lambda: None)
         start = time.perf_counter()
 
         def over() -> bool:

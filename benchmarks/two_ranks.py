@@ -40,7 +40,7 @@ def _measure(collectives: Collectives, rounds: int, seconds: float) -> dict[str,
 
     def alone() -> float:
         rate = one(seconds) if collectives.is_main else 0.0
-        collectives.barrier()
+        collectives.all_gather_object(lambda: None)
         return rate
 
     racers: dict[str, Callable[[], float]] = {"one": alone, "two": lambda: both(seconds)}

@@ -214,7 +214,7 @@ class Normalised(Activation):
         if len(self._statistics_of) > len(self._of_slices):  # a slice has several blocks
             for of_blocks, of_slice in zip(self._blocks_of, self._of_slices, strict=True):
                 cpu_kernels.batch_norm_gather_stats(of_blocks, of_slice)
-        parts = norm.collectives.all_gather_slices(self._slices_tensor).numpy()
+        parts = norm.collectives.all_gather(self._slices_tensor).flatten(0, 1).numpy()
         count = cpu_kernels.batch_norm_scale_shift(
             parts, self._of_all, norm.eps, self._weight, self._bias, self._inverse_std, self._scale, self._shift
         )

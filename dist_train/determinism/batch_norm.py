@@ -134,7 +134,7 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: GatheredBatchNorm1d) -> Tensor:
         wide = [part.double() for part in norm.slices.split(x)]
         own = torch.stack([_statistics(part) for part in wide])
-        counts, mean, var = gather_stats(norm.collectives.all_gather_slices(own))
+        counts, mean, var = gather_stats(norm.collectives.all_gather(own).flatten(0, 1))
         count = norm.require_rows(counts[0].item())
         norm.update_running_stats(mean, var, count)
         inverse_std = torch.rsqrt(var + norm.eps)

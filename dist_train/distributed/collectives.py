@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dist_train.accel.host_memory import CAPACITY, Exchange, bytes_for, open_exchange
+from dist_train.distributed.broadcast import Packed, receive
 from dist_train.distributed.world import World
 from dist_train.errors import PeerFailed, Stopped, TrainingFault, UserError
 from dist_train.watchdog.heartbeat import Heartbeat
 
 T = TypeVar("T")
+
+_MESSAGE_BYTES = 1 << 24
 
 
 class Collectives:
@@ -31,7 +35,7 @@ class Collectives:
         self.device = world.device
         # Whether a collective is a kernel on the GPU among others, so that nobody waits for it on the host.
         self.runs_on_device = world.device.type == "cuda" and (world.size == 1 or world.backend == "nccl")
-        self.heartbeat = Heartbeat()
+        self.heartbeat = Heartbeat(internal=("collectives", "broadcast"))
         self._wants_stop = wants_stop
         # Whether ranks share memory is found out when they first need it, and then the same everywhere.
         self._may_share = 1 < world.size == world.local_size and world.device.type == "cpu"
@@ -92,58 +96,81 @@ class Collectives:
         The same bits for every world size, as long as the slices of all ranks together are the same. A sum of one
         partial is that partial itself, not a copy.
         """
-        stacked = self.all_gather_slices(partials)
+        stacked = self.all_gather(partials).flatten(0, 1)
         return stacked.squeeze(0) if len(stacked) == 1 else stacked.sum(0)
 
-    def all_gather_slices(self, own: Tensor) -> Tensor:
-        """What the slices of all ranks have, in order: (slices of this rank, ...) -> (slices of all ranks, ...)."""
-        return own if self.size == 1 else self.all_gather(own).flatten(0, 1)
+    def gather_rows(self, rows: Tensor) -> Tensor | None:
+        """Rows of all ranks joined in rank order, on the CPU of rank 0; None on the other ranks.
 
-    def all_gather_varlen(self, tensor: Tensor) -> Tensor:
-        """Tensors of all ranks joined along their first dimension in rank order; lengths may differ or be 0."""
+        (rows of this rank, ...) -> (rows of all ranks, ...); numbers of rows may differ or be 0.
+        """
+        own = rows.cpu()
         if self.size == 1:
-            return tensor
-        lengths = self.all_gather(torch.tensor(len(tensor), device=tensor.device)).tolist()
-        padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
-        padded[: len(tensor)] = tensor
-        stacked = self.all_gather(padded)
-        return torch.cat([rows[:length] for rows, length in zip(stacked, lengths, strict=True)])
+            return own
+        lengths = self.all_gather(torch.tensor(len(own))).tolist()
+        per_message = max(1, _MESSAGE_BYTES // max(1, own[:1].nbytes))
+        if not self.is_main:
+            for start in range(0, len(own), per_message):
+                with self.heartbeat.waiting("gather_rows"):
+                    dist.send(own[start : start + per_message].contiguous(), 0)
+            return None
+        ends = list(accumulate(lengths))
+        joined = own.new_empty((ends[-1], *own.shape[1:]))
+        joined[: ends[0]] = own
+        for rank, (first, last) in enumerate(pairwise(ends), start=1):
+            for start in range(first, last, per_message):
+                with self.heartbeat.waiting("gather_rows"):
+                    dist.recv(joined[start : min(last, start + per_message)], rank)
+        return joined
 
     def on_rank_zero(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, given to all. A failure there is raised on every rank."""
-        return cast(T, self.all_gather_object(lambda: make() if self.is_main else None)[0])
+        """What `make` returns on rank 0, broadcast to all; rank 0 and a world of one get the object itself.
+
+        A failure of `make` is raised on every rank, as in `all_gather_object`. What only rank 0 needs, `make` keeps to
+        itself and returns None. Memory of a rank: one copy of what is broadcast.
+        """
+        if not self.is_main:
+            value, failure = receive(self._broadcast)
+            if failure is not None:
+                raise failure
+            return cast(T, value)
+        outcome = _attempt(make, self.rank)
+        if self.size > 1:
+            try:
+                packed = Packed((outcome.value, outcome.failure))
+            except Exception as error:
+                outcome = _Outcome(None, PeerFailed(f"rank 0 failed: {type(error).__name__}: {error}"), error)
+                packed = Packed((None, outcome.failure))
+            packed.send(self._broadcast)
+        outcome.raise_own()
+        return cast(T, outcome.value)
+
+    def _broadcast(self, data: Tensor) -> None:
+        with self.heartbeat.waiting("on_rank_zero"):
+            dist.broadcast(data, 0)
 
     def all_gather_object(self, act: Callable[[], T]) -> Sequence[T]:
-        """Run `act` on every rank; all ranks get all results, in rank order.
+        """Run `act` on every rank; all ranks get all results, in rank order. For small results.
 
         A UserError, TrainingFault, Stopped or OSError on any rank becomes the same error on all ranks, that of the
         lowest rank that failed, so that every rank leaves by the same way. Any other exception is a fault of the
         program: the rank that has it raises it, with its traceback, the others a PeerFailed that says whose it was.
         """
-        fault: Exception | None = None
-        failure: Exception | None = None
-        result: T | None = None
-        try:
-            result = act()
-        except (UserError, TrainingFault, Stopped, OSError) as error:
-            failure = error
-        except Exception as error:
-            fault = error
-            failure = PeerFailed(f"rank {self.rank} failed: {type(error).__name__}: {error}")
-        outcomes: list[tuple[Any, Any]] = [(result, failure)]
+        own = _attempt(act, self.rank)
+        outcomes: list[tuple[Any, Any]] = [(own.value, own.failure)]
         if self.size > 1:
             outcomes = [(None, None)] * self.size
             with self.heartbeat.waiting("all_gather_object"):
-                dist.all_gather_object(outcomes, (result, failure))
-        if fault is not None:
-            raise fault
+                dist.all_gather_object(outcomes, (own.value, own.failure))
+        if own.fault is not None:
+            raise own.fault
         for _, failed in outcomes:
             if failed is not None:
                 raise failed
         return [value for value, _ in outcomes]
 
     def run_on_all(self, act: Callable[[], T]) -> T:
-        """Run `act` on every rank; each keeps its own result, which never travels. It fails as `agree` does."""
+        """Run `act` on every rank; each keeps its own result, which is not sent. It fails as `all_gather_object`."""
         mine: list[T] = []
         self.all_gather_object(lambda: mine.append(act()))
         return mine[0]
@@ -175,7 +202,8 @@ class Collectives:
         """Go through `work` on every rank, one item a round, until all ranks are through with theirs.
 
         No rank waits for another for longer than an item takes, and between two rounds all can stop together. An item
-        is a count of what was done; `show` is told the sum over ranks of each round. It fails as `agree` does.
+        is a count of what was done; `show` is told the sum over ranks of each round. It fails as `all_gather_object`
+        does.
         """
         while True:
             count: int | None = None
@@ -203,9 +231,28 @@ class Collectives:
             if self.all_reduce(votes).item():
                 raise Stopped
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        self.all_reduce(torch.zeros(1, device=self.device))
+
+class _Outcome(NamedTuple):
+    """How a function has ended: its value, what the other ranks raise, what this rank raises instead of that."""
+
+    value: Any
+    failure: Exception | None = None
+    fault: Exception | None = None
+
+    def raise_own(self) -> None:
+        if self.fault is not None:
+            raise self.fault
+        if self.failure is not None:
+            raise self.failure
+
+
+def _attempt(act: Callable[[], Any], rank: int) -> _Outcome:
+    try:
+        return _Outcome(act())
+    except (UserError, TrainingFault, Stopped, OSError) as error:
+        return _Outcome(None, error)
+    except Exception as error:
+        return _Outcome(None, PeerFailed(f"rank {rank} failed: {type(error).__name__}: {error}"), error)
 
 
 def _raise(failure: Exception | None) -> None:

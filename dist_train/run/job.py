@@ -138,7 +138,8 @@ class Job:
             collectives.on_rank_zero(lambda: os_errors_as_faults(write, f"the checkpoint of step {step}"))
 
         def track(record: Record) -> None:
-            collectives.on_rank_zero(lambda: books[0].track(record))
+            if collectives.is_main:  # it never raises, so the other ranks need not hear of it
+                books[0].track(record)
 
         collectives.on_rank_zero(lambda: os_errors_as_faults(open_books, "metrics.jsonl"))
         loop = build_loop(config, session, collectives, save=save, track=track, wants_stop=self._stop.wanted)

@@ -57,10 +57,15 @@ class Predictor:
             raise UserError(f"{file or self.config.data.path}: there are no {split} rows")
         return metrics
 
-    def predict(self, file: Path) -> pl.DataFrame:
-        """`probability_<class>` for each class and `predicted_class`: a row for each row of the file, in its order."""
+    def predict(self, file: Path) -> pl.DataFrame | None:
+        """`probability_<class>` for each class and `predicted_class`: a row for each row of the file, in its order.
+
+        None on ranks other than 0.
+        """
         rows = self.task.unlabelled(read_table(file, self.config.data.missing_values), str(file))
         predicted = probabilities(self.model, rows, self.config.evaluation.batch_size, self.task, self.collectives)
+        if predicted is None:
+            return None
         columns = {f"probability_{name}": predicted[:, i].numpy() for i, name in enumerate(self.class_names)}
         winners = [self.class_names[i] for i in predicted.argmax(1).tolist()]
         return pl.DataFrame(columns).with_columns(pl.Series("predicted_class", winners, dtype=pl.String))

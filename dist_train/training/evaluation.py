@@ -17,8 +17,10 @@ PASSES_BETWEEN_VOTES = 16
 
 
 @torch.no_grad()
-def probabilities(model: nn.Module, rows: Rows, batch_size: int, scorer: Scorer, collectives: Collectives) -> Tensor:
-    """Class probabilities of all rows on every rank, (rows, classes) float64 on the CPU.
+def probabilities(
+    model: nn.Module, rows: Rows, batch_size: int, scorer: Scorer, collectives: Collectives
+) -> Tensor | None:
+    """Class probabilities of all rows on rank 0, (rows, classes) float64 on the CPU; None on the other ranks.
 
     The rows are cut in passes of `batch_size`, and the ranks take contiguous runs of passes: a pass is the same
     arithmetic on whichever rank it is computed. Raises Stopped when the ranks have agreed to stop.
@@ -39,7 +41,7 @@ def probabilities(model: nn.Module, rows: Rows, batch_size: int, scorer: Scorer,
             start, stop = ends[number], ends[number + 1]
             own[start - ends[0] : stop - ends[0]] = scorer.probabilities(model(*rows.slice(start, stop)))
     model.train(was_training)
-    return collectives.all_gather_varlen(own).cpu()
+    return collectives.gather_rows(own)
 
 
 def evaluate(
@@ -57,14 +59,15 @@ def evaluate(
 
 def _scores(model: nn.Module, rows: Rows, scorer: Scorer, batch_size: int, collectives: Collectives) -> dict[str, Any]:
     predicted = probabilities(model, rows, batch_size, scorer, collectives)
-    lost = int((~predicted.isfinite().all(1)).sum())
-    if lost:
-        raise TrainingFault(
-            f"the model's probabilities are not finite for {lost} of {len(rows)} rows: its weights are too large or "
-            "not finite; lower optim.lr or set optim.max_grad_norm"
-        )
 
     def score() -> dict[str, Any]:
+        assert predicted is not None  # on rank 0
+        lost = int((~predicted.isfinite().all(1)).sum())
+        if lost:
+            raise TrainingFault(
+                f"the model's probabilities are not finite for {lost} of {len(rows)} rows: its weights are too large "
+                "or not finite; lower optim.lr or set optim.max_grad_norm"
+            )
         return scorer.metrics(predicted, rows.targets.cpu())
 
     return collectives.on_rank_zero(score)

@@ -53,7 +53,10 @@ class RankState:
 class Heartbeat:
     """The record of one rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, internal: tuple[str, ...] = ()) -> None:
+        """`internal`: names of modules, without their packages, that a collective passes through on its way from the
+        caller; the place of a collective is the nearest one outside of them."""
+        self._internal = ("heartbeat", *internal)
         self.handle = _memory()
         """File descriptor of the memory, which another process of this host can open by way of /proc."""
         weakref.finalize(self, os.close, self.handle)
@@ -140,7 +143,7 @@ class Heartbeat:
     def _name(self, what: str) -> bytes:
         """The collective and the place in the code that called for it."""
         frame = sys._getframe(2)
-        while frame.f_back and frame.f_globals["__name__"].rpartition(".")[2] in ("heartbeat", "collectives"):
+        while frame.f_back and frame.f_globals["__name__"].rpartition(".")[2] in self._internal:
             frame = frame.f_back
         key = (what, frame.f_code, frame.f_lineno)
         name = self._names.get(key)

@@ -109,7 +109,7 @@ class Watchdog:
         }
         self._woken: set[int] = set()
         self._alone = len(self._ranks) == 1
-        collectives.barrier()  # nobody leaves before its memory has been opened
+        collectives.all_gather_object(lambda: None)  # nobody leaves before its memory has been opened
 
     def _of_this_host(self) -> dict[int, Process]:
         host = self._ranks[self._rank].host
@@ -331,7 +331,7 @@ def _unpacked(data: bytes) -> list[RankReport]:
     for fields in json.loads(data):
         statement = RankReport(**(fields | {"reading": None}))
         if fields["reading"]:
-            reading = RankState(**(fields["reading"] | {"trail": tuple(fields["reading"]["trail"])}))
+            reading = RankState(**(fields["reading"] | {"history": tuple(fields["reading"]["history"])}))
             statement = replace(statement, reading=reading)
         found.append(statement)
     return found

@@ -27,6 +27,7 @@ class Trained:
     weights: dict[str, npt.NDArray[Any]]
     average: dict[str, npt.NDArray[Any]]
     probabilities: npt.NDArray[np.float64]
+    """On rank 0."""
     fewest_rows: int
 
 
@@ -49,9 +50,10 @@ def train(collectives: Collectives, arguments: list[str]) -> Trained:
         if len(losses) == session.total_steps:
             break
     predicted = probabilities(session.scored, session.task.splits["test"], 2048, session.task, collectives)
+    on_main = np.empty((0, 0)) if predicted is None else predicted.numpy()
     weights = {name: value.numpy() for name, value in session.model.state_dict().items()}
     average = {name: value.numpy() for name, value in session.scored.state_dict().items()}
-    return Trained(np.array(losses), weights, average, predicted.numpy(), fewest)
+    return Trained(np.array(losses), weights, average, on_main, fewest)
 
 
 def write_table(path: Path, train_rows: int, other_rows: int = 60) -> list[str]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
+from dist_train.distributed import broadcast, collectives
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import PeerFailed, Stopped, TrainingFault, UserError
+from dist_train.system.machine import peak_memory_bytes
 from tests.ranks import on_ranks
 
 WORLDS = pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -29,14 +33,15 @@ def everything(c: Collectives) -> None:
     for lengths in ([2, 0, 3], [0, 0, 0], [0, 4, 0], [1, 1, 1]):
         own = torch.full((lengths[c.rank], 2), c.rank)
         expected = [[r, r] for r in ranks for _ in range(lengths[r])]
-        joined = c.all_gather_varlen(own)
-        assert joined.shape == (len(expected), 2)
-        assert joined.tolist() == expected
+        joined = c.gather_rows(own)
+        assert (joined is None) == (c.rank > 0)
+        if joined is not None:
+            assert joined.shape == (len(expected), 2)
+            assert joined.tolist() == expected
     assert c.all_gather_object(lambda: {"rank": c.rank}) == [{"rank": r} for r in ranks]
     calls: list[int] = []
     assert c.on_rank_zero(lambda: calls.append(c.rank) or "made") == "made"  # type: ignore[func-returns-value]
     assert calls == ([0] if c.is_main else [])
-    c.barrier()
 
 
 @WORLDS
@@ -101,6 +106,144 @@ def test_a_failure_of_the_first_is_raised_on_all(world_size: int) -> None:
     assert on_ranks(world_size, failing_first) == ["[Errno 13] Permission denied: '/somewhere'"] * world_size
 
 
+def broadcast_of(c: Collectives, value: Any) -> Any:
+    received = c.on_rank_zero(lambda: value)
+    assert (received is value) == c.is_main
+    return received
+
+
+class Named(NamedTuple):
+    """A class of its own, as a checkpoint that was found is."""
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+
+
+def varied(c: Collectives) -> None:
+    half = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
+    frozen = np.arange(7, dtype=np.int32)
+    frozen.flags.writeable = False
+    tensors = {
+        "half": half, "turned": half.t(), "one": torch.tensor(2.5, dtype=torch.float64), "none": torch.empty(0, 3),
+        "flags": torch.tensor([True, False]), "parameter": torch.nn.Parameter(torch.ones(3)),
+        "every second": half[:, ::2], "expanded": torch.ones(1).expand(4),
+        "wide": torch.zeros(3, 2, dtype=torch.complex64),
+    }  # fmt: skip
+    shared = tensors["half"]
+    value = [Named("x" * 5000, tensors), {"again": shared, "numbers": frozen, "bytes": b"abc" * 1000}, None]
+    got, more, nothing = broadcast_of(c, value)
+    assert nothing is None
+    assert got.name == "x" * 5000
+    assert list(got.tensors) == list(tensors)
+    for name, tensor in tensors.items():
+        assert type(got.tensors[name]) is type(tensor)
+        assert got.tensors[name].dtype == tensor.dtype
+        assert torch.equal(got.tensors[name], tensor), name
+    assert more["again"] is got.tensors["half"]
+    assert more["numbers"].tolist() == frozen.tolist()
+    assert more["bytes"] == b"abc" * 1000
+    got.tensors["half"] += 1  # what was received can be written to, and stays with whoever received it
+    assert c.on_rank_zero(lambda: float(got.tensors["half"][0, 0])) == 1.0
+    for size in (900, 980, 1000, 1010, 1024, 3000):  # around the size of what goes in one message
+        assert broadcast_of(c, "y" * size) == "y" * size
+
+
+@WORLDS
+def test_any_object_is_broadcast_as_it_is(world_size: int) -> None:
+    on_ranks(world_size, varied)
+
+
+PAYLOAD_BYTES = 200 << 20
+
+
+def peak_of(c: Collectives, chunk_bytes: int) -> float:
+    """By how much a broadcast has raised the peak memory of this rank, in payloads."""
+    broadcast._CHUNK_BYTES = chunk_bytes
+    value = None
+    if c.is_main:
+        moments = {f"layer{i}": torch.full((PAYLOAD_BYTES // 32,), float(i)) for i in range(8)}
+        value = {"optimizer.pth": moments, "state.json": {"step": 3}}
+    before = peak_memory_bytes(torch.device("cpu"))
+    received = c.on_rank_zero(lambda: value)
+    after = peak_memory_bytes(torch.device("cpu"))
+    assert received is not None
+    assert received["state.json"] == {"step": 3}
+    for i in range(8):
+        tensor = received["optimizer.pth"][f"layer{i}"]
+        assert tensor[0] == tensor[-1] == i
+    return (after - before) / PAYLOAD_BYTES
+
+
+@pytest.mark.parametrize("chunk_bytes", [1 << 20, 1 << 26])
+def test_what_is_large_is_broadcast_once_and_copied_nowhere(chunk_bytes: int) -> None:
+    first, *others = on_ranks(4, peak_of, chunk_bytes)
+    assert first < 0.2
+    assert all(0.9 < other < 1.3 for other in others)
+
+
+def unpicklable(c: Collectives) -> str:
+    with pytest.raises((PeerFailed, AttributeError, TypeError, pickle.PicklingError)) as failure:
+        c.on_rank_zero(lambda: threading.Lock())
+    assert c.on_rank_zero(lambda: 3) == 3, "the ranks are out of step after a failure"
+    return type(failure.value).__name__
+
+
+def test_what_cannot_be_pickled_leaves_nobody_waiting() -> None:
+    first, *others = on_ranks(3, unpicklable)
+    assert first != "PeerFailed"
+    assert others == ["PeerFailed"] * 2
+
+
+def fault_of_the_first(c: Collectives) -> str:
+    def make() -> int:
+        raise Strange(1, 2)
+
+    with pytest.raises((Strange, PeerFailed)) as failure:
+        c.on_rank_zero(make)
+    assert c.on_rank_zero(lambda: c.rank) == 0, "the ranks are out of step after a failure"
+    return f"{type(failure.value).__name__}: {failure.value}"
+
+
+def test_a_fault_of_the_program_on_rank_zero_reaches_all() -> None:
+    failed = "PeerFailed: rank 0 failed: Strange: 1 and 2"
+    assert on_ranks(3, fault_of_the_first) == ["Strange: 1 and 2", failed, failed]
+
+
+def stopped_first(c: Collectives) -> str:
+    def make() -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        c.on_rank_zero(make)
+    return "stopped"
+
+
+@WORLDS
+def test_a_stop_on_rank_zero_stops_all(world_size: int) -> None:
+    assert on_ranks(world_size, stopped_first) == ["stopped"] * world_size
+
+
+def place_of(c: Collectives) -> str | None:
+    c.on_rank_zero(lambda: None)
+    return c.heartbeat.read().history[-1]
+
+
+def test_the_heartbeat_says_who_waits_for_rank_zero() -> None:
+    for place in on_ranks(2, place_of):
+        assert place.startswith(f"on_rank_zero in {__name__}.place_of, line ")
+
+
+def gathered_in_pieces(c: Collectives) -> list[int] | None:
+    collectives._MESSAGE_BYTES = 24  # three rows
+    rows = c.gather_rows(torch.arange(10 * c.rank, 10 * c.rank + 4 + c.rank))
+    return None if rows is None else rows.tolist()
+
+
+def test_rows_are_gathered_in_pieces() -> None:
+    expected = [*range(4), *range(10, 15), *range(20, 26)]
+    assert on_ranks(3, gathered_in_pieces) == [expected, None, None]
+
+
 def same_bits(c: Collectives) -> bytes:
     values = torch.from_numpy(np.random.default_rng(c.rank).normal(size=1000)).float()
     return c.all_reduce(values).numpy().tobytes()
@@ -122,7 +265,7 @@ def test_the_default_group(world_size: int) -> None:
 
 def test_one_process_shares_nothing() -> None:
     alone, x = Collectives(World()), torch.arange(3)
-    assert alone.all_gather_varlen(x) is x
+    assert alone.gather_rows(x) is x
     assert alone.all_gather(x).shape == (1, 3)
     with pytest.raises(KeyError):  # a fault of the program is not dressed up as the user's mistake
         alone.all_gather_object(lambda: {}["missing"])

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dist_train.config.load import load_config
+from dist_train.distributed.broadcast import Packed
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.run.job import train
@@ -119,7 +120,7 @@ def lay(fault: Fault, mark: Path) -> None:
         note()
         return True
 
-    for name in ("all_reduce", "all_gather", "all_gather_slices", "all_gather_object"):
+    for name in ("all_reduce", "all_gather", "gather_rows", "all_gather_object", "on_rank_zero"):
         before_each(name, lambda collectives: _go_wrong(fault, note) if reached(collectives) else None)
 
 
@@ -138,15 +139,21 @@ def _go_wrong(fault: Fault, note: Callable[[], None]) -> None:
 
 def _skip_one(note: Callable[[], None]) -> None:
     """The next collective of this rank by way of torch is not taken part in, whichever it is; `note` is called then."""
-    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "all_gather_object")}
+    names = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "send", "recv")
+    originals = {name: getattr(dist, name) for name in names}
 
-    def skipped(received: Any, *_arguments: Any, **_named: Any) -> None:
+    def skipped(name: str, received: Any) -> None:
         note()
-        for name, function in originals.items():
-            setattr(dist, name, function)
+        for other, function in originals.items():
+            setattr(dist, other, function)
+        # Not whatever the memory held, which may end the run by itself.
+        if name == "broadcast":
+            Packed((None, None)).send(received.copy_)
+        elif name == "recv":
+            received.zero_()
         for tensor in received if isinstance(received, list) else []:
             if isinstance(tensor, torch.Tensor):
-                tensor.zero_()  # and not whatever the memory held, which may end the run by itself
+                tensor.zero_()
 
-    for name in originals:
-        setattr(dist, name, skipped)
+    for name in names:
+        setattr(dist, name, lambda received, *_, name=name, **_named: skipped(name, received))
