@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import exact_mode, scaling_check, throughput, timings, two_ranks, workload
+from benchmarks import exact_mode, scaling, throughput, timings, two_ranks, workload
 from benchmarks.report import RESULTS, Report
 
 CPU = torch.device("cpu")
@@ -32,8 +32,7 @@ def main() -> None:
         "exact_mode": lambda: exact_mode.compare(report, rounds, seconds / 2),
         "timings": lambda: timings.measure(report, rounds),
         "dry_run": lambda: timings.foretell(report),
-        "scaling": lambda: scaling_check.compare(report, min(rounds, 3), seconds / 5),
-        "on_paper": lambda: scaling_check.show_paper(report),
+        "scaling": lambda: scaling.compare(report, min(rounds, 3), seconds / 5),
         "gpu": lambda: _gpu(report, batches, rounds, seconds),
     }
     unknown = [name for name in arguments.only if name not in parts]

@@ -147,7 +147,7 @@ def _hint(key: str, text: str) -> str:
         return text[text.index("Did you mean") :]
     default = JobConfig()
     homes = [f"{section.name}.{key}" for section in fields(default) if hasattr(getattr(default, section.name), key)]
-    return f"Did you mean: {' or '.join(map(repr, homes))}?" if homes else "Every key stands in README.md"
+    return f"Did you mean: {' or '.join(map(repr, homes))}?" if homes else "docs/configuration.md lists every key"
 
 
 def _first_line(error: BaseException) -> str:

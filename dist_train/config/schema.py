@@ -1,6 +1,6 @@
 """Every key of a configuration, its default and its meaning.
 
-The text under each field is its documentation: the README's table is made from it.
+The text under each field is its documentation: docs/configuration.md is made from it.
 Units stand in the names (`_rows`, `_steps`, `_seconds`) or in the text. Batch sizes are always global.
 """
 
@@ -41,7 +41,7 @@ class DataConfig:
     """The table, its target and its splits."""
 
     path: str = "builtin:credit_card_risk"
-    """CSV or Parquet file, a store made by `launch/prepare.py`, or `builtin:NAME` for a data set that comes with the package."""
+    """CSV or Parquet file, a store made by `dist-train prepare`, or `builtin:NAME` for a data set that comes with the package."""
     target: str = "risk_tier"
     """Name of the target column: text or integers, two classes or more, no missing cells."""
     drop: list[str] = field(default_factory=list)
@@ -51,7 +51,7 @@ class DataConfig:
     missing_values: list[str] = field(default_factory=lambda: ["", "NA", "N/A", "NaN", "nan", "null", "NULL"])
     """Cells of a CSV file that mean: no value."""
     max_categories: int = 256
-    """Categories kept for one column, the most frequent first; the others share the slot for unknown ones."""
+    """Categories kept for one column, the most frequent first; the others share the code for unknown ones."""
     split_column: str | None = None
     """Column that says train; valid, val or validation; test. Null: split by the fractions below."""
     validation_fraction: float = 0.15

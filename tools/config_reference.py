@@ -1,6 +1,6 @@
 """The table of every configuration key, made from the schema: default, type, meaning.
 
-python -m dist_train.config.reference README.md      # rewrite the table between the two markers
+`make docs` runs it: `python -m tools.config_reference docs/configuration.md` rewrites the table between the markers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Make the pictures of the README from a real run: `make pictures`.
+"""Make the pictures of the documentation from a real run: `make pictures`.
 
-docs/images/terminal.svg: the terminal while the default job trains on two ranks, and when it is done.
-docs/images/curves.svg: loss and AUROC over the steps, from that run's metrics.jsonl.
+docs/images/terminal.svg, shown by the README: the terminal while the default job trains on two ranks, and at its end.
+docs/images/curves.svg, not kept in git: loss and AUROC over the steps, from that run's metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyte
 from rich.console import Console
 from rich.text import Text
 
-IMAGES = Path(__file__).parent / "images"
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
 COLUMNS, LINES = 118, 22
 SHOWN = "$ torchrun --standalone --nproc_per_node=2 launch/train.py configs/credit_risk.yaml"
 
@@ -35,7 +35,7 @@ def main() -> None:
 
 def record(runs: Path) -> tuple[list[Text], list[Text]]:
     """The screen while the bar is halfway, and the last lines at the end."""
-    screen = pyte.ConsoleTracker(COLUMNS, LINES)
+    screen = pyte.Screen(COLUMNS, LINES)
     stream = pyte.ByteStream(screen)
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -90,7 +90,7 @@ def curves(metrics: Path, file: Path) -> None:
     figure.savefig(file)
 
 
-def _lines(screen: pyte.ConsoleTracker) -> list[Text]:
+def _lines(screen: pyte.Screen) -> list[Text]:
     lines = []
     for y in range(screen.lines):
         cells = [screen.buffer[y][x] for x in range(screen.columns)]

@@ -1,4 +1,4 @@
-"""The README's table of keys is the schema's."""
+"""The table of keys in the documentation is the schema's."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import fields
 
 import pytest
 
-from dist_train.config.reference import BEGIN, END, markdown_table, with_table
 from dist_train.config.schema import JobConfig
 from tests.commands import REPOSITORY
+from tools.config_reference import BEGIN, END, markdown_table, with_table
 
 
-def test_the_readme_has_the_table_of_this_schema() -> None:
-    page = (REPOSITORY / "README.md").read_text()
+def test_the_documentation_has_the_table_of_this_schema() -> None:
+    page = (REPOSITORY / "docs/configuration.md").read_text()
     assert page == with_table(page), "run `make docs`"
 
 
