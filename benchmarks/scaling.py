@@ -21,6 +21,7 @@ from benchmarks.report import Report, measured, table, take_turns
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.run.session import Session
+from dist_train.tasks.tabular import TabularTask
 
 BATCH, NUM_ROWS = 4096, 65536
 RANKS = (1, 2, 4)
@@ -104,7 +105,9 @@ def _through_gloo(collectives: Collectives) -> Collectives:
 
 
 def _racer(collectives: Collectives, batch: int, seconds: float) -> partial[float]:
-    session = Session(workload.configuration(batch), workload.dataset(NUM_ROWS, torch.device("cpu")), collectives)
+    config = workload.configuration(batch)
+    task = TabularTask(config, workload.dataset(NUM_ROWS, torch.device("cpu")), collectives)
+    session = Session(config, task, collectives)
     return partial(Ours(session, collectives).seconds_per_step, seconds)
 
 
