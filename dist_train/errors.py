@@ -27,6 +27,10 @@ class PeerFailed(TrainingFault):
     """Another rank has failed, and says by what itself."""
 
 
+class LauncherDied(TrainingFault):
+    """The run was saved and ended because torchrun is gone."""
+
+
 class Stopped(Exception):
     """All ranks have agreed to stop at this place because one of them was asked to; nothing has gone wrong."""
 

@@ -34,11 +34,11 @@ def main(program: str, argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
 
     from dist_train.distributed.collectives import Collectives
+    from dist_train.distributed.supervision import watched
     from dist_train.distributed.world import device_here, process_group, world_from_environment
     from dist_train.run.checkpoint.run_folder import opened_run
     from dist_train.run.predictor import Predictor
     from dist_train.system.console import terminal
-    from dist_train.watchdog.watchdog import watched
 
     runtime = opened_run(arguments.run_dir)[1].runtime
     world = world_from_environment(os.environ, device=device_here(runtime.device))

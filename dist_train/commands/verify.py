@@ -36,11 +36,11 @@ def main(program: str, argv: Sequence[str]) -> None:
     first, last = _range(arguments.steps)
 
     from dist_train.distributed.collectives import Collectives
+    from dist_train.distributed.supervision import watched
     from dist_train.distributed.world import device_here, process_group, world_from_environment
     from dist_train.run.checkpoint.run_folder import opened_run
     from dist_train.run.verification import verify
     from dist_train.system.machine import pin_arithmetic
-    from dist_train.watchdog.watchdog import watched
 
     folder, config = opened_run(arguments.run_dir)
     world = world_from_environment(os.environ, device=device_here(config.runtime.device))

@@ -11,8 +11,9 @@ from dist_train.determinism.sliced_modules import require_world_size
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.slurm import Attempt
 from dist_train.distributed.stopping import LAUNCHER_DIED, Launcher, StopRequest
+from dist_train.distributed.supervision import watched
 from dist_train.distributed.world import World, process_group
-from dist_train.errors import Stopped, os_errors_as_faults
+from dist_train.errors import LauncherDied, Stopped, os_errors_as_faults
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import pack_json
@@ -28,7 +29,6 @@ from dist_train.tasks.registry import load_task
 from dist_train.training.loop import Ending
 from dist_train.training.plan import Plan
 from dist_train.training.protocols import Record
-from dist_train.watchdog.watchdog import LauncherDied, watched
 
 
 def train(

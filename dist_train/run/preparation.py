@@ -44,13 +44,13 @@ from dist_train.data.table import ColumnKinds
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.stopping import Launcher, StopRequest
+from dist_train.distributed.supervision import watched
 from dist_train.distributed.world import World, process_group
 from dist_train.errors import Stopped, UserError, os_errors_as_faults
 from dist_train.run.checkpoint.lock import RunLock, this_process
 from dist_train.system.console import log
 from dist_train.system.files import TMP_PREFIX, sync_folder, write_atomically, write_synced
 from dist_train.system.progress_bar import progress_bar
-from dist_train.watchdog.watchdog import watched
 
 _TURN_SECONDS = 1.0
 

@@ -72,10 +72,10 @@ class Heartbeat:
 
     def read(self) -> RankState:
         """This rank's own record, from any of its threads."""
-        reading = read(self.handle)
-        if reading.collective is None and self._backward is not None and _main_thread_is_in_autograd():
-            return replace(reading, collective=self._backward)
-        return reading
+        state = read(self.handle)
+        if state.collective is None and self._backward is not None and _main_thread_is_in_autograd():
+            return replace(state, collective=self._backward)
+        return state
 
     def keep_stacks(self) -> None:
         """From now on, crashes and STACK_SIGNAL leave the stacks of all threads in the memory."""
@@ -156,21 +156,21 @@ class Heartbeat:
 class _Waiting:
     """A context manager without the cost of a generator: it surrounds every collective."""
 
-    __slots__ = ("_pulse", "_what")
+    __slots__ = ("_heartbeat", "_what")
 
     def __init__(self, heartbeat: Heartbeat, what: str) -> None:
-        self._pulse = heartbeat
+        self._heartbeat = heartbeat
         self._what = what
 
     def __enter__(self) -> None:
-        self._pulse.enter(self._what)
+        self._heartbeat.enter(self._what)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # After a failure the record goes on saying where it was.
         if kind is None:
-            self._pulse.leave()
+            self._heartbeat.leave()
 
 
 def read(handle: int) -> RankState:

@@ -1,9 +1,9 @@
 """When one rank fails, hangs or vanishes: every rank ends soon, and one report says which rank, where and why.
 
 A thread on each rank looks twice a second whether this rank has waited in a collective for longer than the timeout, and
-whether another rank has raised the alarm. The first to raise it gathers what every rank was doing
-(`watchdog/heartbeat.py`), finds out which is to blame (`watchdog/diagnosis.py`), writes the report and prints the
-verdict; the others are silent.
+whether the watchdog of another rank has tripped. The first one that trips collects the reports of all ranks
+(`watchdog/heartbeat.py`), finds out which rank is to blame (`watchdog/diagnosis.py`), writes the report and prints the
+verdict; the others print nothing. This package imports the standard library and torch alone.
 """
 
 from __future__ import annotations
@@ -16,113 +16,111 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed import PrefixStore, Store
 
-from dist_train.distributed.collectives import Collectives
-from dist_train.distributed.stopping import Launcher
-from dist_train.errors import EXIT_FAULT, PeerFailed, Stopped, TrainingFault, UserError
 from dist_train.watchdog.diagnosis import RankReport, Verdict, diagnose, headline, report
-from dist_train.watchdog.heartbeat import STACK_SIGNAL, RankState, read
+from dist_train.watchdog.heartbeat import STACK_SIGNAL, Heartbeat, RankState, read
 from dist_train.watchdog.processes import Process
 
 T = TypeVar("T")
 
 _LOOK_SECONDS = 0.5
-# To publish what one was doing; to hear from all others; to close books and connections once the report is written.
+# To publish a report; to hear from all others; to close files and connections once the report is written.
 _ASK_SECONDS = 2.0
 _COLLECT_SECONDS = 3.0
 _LEAVE_SECONDS = 2.0
 _MAX_FLIGHT = 20_000
 
 
-class LauncherDied(TrainingFault):
-    """The run was saved and ended because torchrun is gone."""
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a run is watched.
+
+    A rank that waits in a collective for longer than `timeout_seconds` trips its watchdog, and every rank ends with
+    `exit_code`. The report is appended to `report_file` under `title`; None: it goes to stderr. `launcher_died` says
+    whether the launcher of this process is gone; None: it has none. An exception of the types `passed` leaves the block
+    as it is. One of the types `effects` ends every rank, but has its cause elsewhere: this rank is not blamed for it.
+    """
+
+    timeout_seconds: float
+    exit_code: int
+    report_file: Path | None = None
+    title: str = ""
+    launcher_died: Callable[[], bool] | None = None
+    passed: tuple[type[Exception], ...] = ()
+    effects: tuple[type[Exception], ...] = ()
+
+
+Share = Callable[[object], Sequence[Any]]
+"""Collective: every rank's object, in rank order, on all ranks."""
 
 
 @contextmanager
-def watched(
-    collectives: Collectives,
-    store: Store,
-    *,
-    timeout_seconds: float,
-    report_file: Path | None,
-    launcher: Launcher | None = None,
-    title: str = "",
-) -> Iterator[None]:
+def watched(rank: int, heartbeat: Heartbeat, store: Store, share: Share, settings: Settings) -> Iterator[None]:
     """Watch over the ranks inside the block. Called by all of them.
 
-    What a user can mend, an agreed fault and an agreed stop pass through. Any other failure, on any rank, ends every
-    rank with EXIT_FAULT; the report is appended to `report_file`, None: it goes to stderr.
+    `heartbeat` is this rank's, `store` the one that all ranks share. Any exception that `settings` does not let pass,
+    on any rank, ends every rank; in a world of one it is raised as it is.
+
+    Raises:
+        SystemExit: this rank has failed, and the report is written.
     """
-    watch = Watchdog(collectives, store, timeout_seconds, report_file, launcher, title)
-    watch.start()
+    watchdog = Watchdog(rank, heartbeat, store, share, settings)
+    watchdog.start()
     try:
         yield
-    except (PeerFailed, LauncherDied) as error:
-        watch.fail(error)
-    except (UserError, TrainingFault, Stopped):
+    except settings.effects as error:
+        watchdog.fail(error)
+    except settings.passed:
         raise
     except Exception as error:
-        if collectives.size == 1:  # nobody waits: the traceback says it all
+        if watchdog.alone:  # nobody waits: the traceback says it all
             raise
-        watch.fail(error)
+        watchdog.fail(error)
     finally:
-        watch.end()
+        watchdog.end()
 
 
 class Watchdog:
-    """The watch of one rank."""
+    """The watchdog of one rank."""
 
-    def __init__(
-        self,
-        collectives: Collectives,
-        store: Store,
-        timeout_seconds: float,
-        report_file: Path | None,
-        launcher: Launcher | None,
-        title: str,
-    ) -> None:
-        self._rank = collectives.rank
-        self._pulse = collectives.heartbeat
+    def __init__(self, rank: int, heartbeat: Heartbeat, store: Store, share: Share, settings: Settings) -> None:
+        self._rank = rank
+        self._heartbeat = heartbeat
         self._store: Store | None = _own_connection(store)
-        self._timeout_seconds = timeout_seconds
-        self._report_file = report_file
-        self._launcher = launcher
-        self._title = title
+        self._settings = settings
         self._ended = threading.Event()
-        self._alarmed = threading.Lock()
-        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
-        handles, self._ranks = zip(
-            *collectives.all_gather_object(lambda: (self._pulse.handle, Process.of(os.getpid()))), strict=True
-        )
+        self._tripped = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        handles, self._ranks = zip(*share((heartbeat.handle, Process.of(os.getpid()))), strict=True)
         self._neighbours = {
-            rank: who.open_file(handles[rank], os.O_RDONLY) for rank, who in self._of_this_host().items()
+            other: who.open_file(handles[other], os.O_RDONLY) for other, who in self._of_this_host().items()
         }
         self._woken: set[int] = set()
-        self._alone = len(self._ranks) == 1
-        collectives.all_gather_object(lambda: None)  # nobody leaves before its memory has been opened
+        self.alone = len(self._ranks) == 1
+        share(None)  # nobody leaves before its memory has been opened
 
     def _of_this_host(self) -> dict[int, Process]:
         host = self._ranks[self._rank].host
         return {rank: who for rank, who in enumerate(self._ranks) if rank != self._rank and who.host == host}
 
     def start(self) -> None:
-        """Begin to look."""
-        if not self._alone:
-            self._pulse.keep_stacks()
+        """Start the thread."""
+        if not self.alone:
+            self._heartbeat.keep_stacks()
             self._thread.start()
 
     def end(self) -> None:
-        """Look no more."""
+        """Stop the thread."""
         self._ended.set()
         for handle in self._neighbours.values():
             if handle is not None:
@@ -130,39 +128,44 @@ class Watchdog:
                     os.close(handle)
         self._neighbours = {}
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> NoReturn:
         """This rank cannot go on. Raises SystemExit once the report has been written."""
-        if not self._alarmed.acquire(blocking=False):
-            self._thread.join()  # it has heard the alarm, and ends this process
-        self._alarm(timed_out=False, error=None if isinstance(error, (PeerFailed, LauncherDied)) else error)
-        threading.Thread(target=_leave_after, args=(_LEAVE_SECONDS,), daemon=True).start()
-        raise SystemExit(EXIT_FAULT)
+        if not self._tripped.acquire(blocking=False):
+            self._thread.join()  # it has tripped, and ends this process
+        self._trip(timed_out=False, error=None if isinstance(error, self._settings.effects) else error)
+        code = self._settings.exit_code
+        threading.Thread(target=_leave_after, args=(_LEAVE_SECONDS, code), daemon=True).start()
+        raise SystemExit(code)
 
     def _watch(self) -> None:
         """The thread."""
         orphaned_at = None
         while not self._ended.wait(_LOOK_SECONDS):
-            reading = self._pulse.read()
-            waited = reading.collective is not None and reading.seconds > self._timeout_seconds
-            if orphaned_at is None and self._launcher and self._launcher.died:
+            own = self._heartbeat.read()
+            waited = own.collective is not None and own.seconds > self._settings.timeout_seconds
+            if orphaned_at is None and self._launcher_died():
                 orphaned_at = time.monotonic()
             # An orphan ends by itself at the next step; unless it hangs.
-            orphaned = orphaned_at is not None and time.monotonic() - orphaned_at > self._timeout_seconds
-            if (waited or orphaned or self._heard()) and self._alarmed.acquire(blocking=False):
-                self._alarm(timed_out=waited, error=None)
-                os._exit(EXIT_FAULT)
+            orphaned = orphaned_at is not None and time.monotonic() - orphaned_at > self._settings.timeout_seconds
+            if (waited or orphaned or self._another_has_tripped()) and self._tripped.acquire(blocking=False):
+                self._trip(timed_out=waited, error=None)
+                os._exit(self._settings.exit_code)
 
-    def _heard(self) -> bool:
-        return bool(self._ask(lambda store: store.check(["alarm"])))
+    def _launcher_died(self) -> bool:
+        return self._settings.launcher_died is not None and self._settings.launcher_died()
 
-    def _alarm(self, *, timed_out: bool, error: Exception | None) -> None:
-        """Say what this rank was doing; the first to get here hears the others and reports."""
-        self._pulse.dump_stacks()
-        self._pulse.keep(_nccl_flight())
-        mine, unresponsive = self._own_statement(error), self._unresponsive() if self._speaks_for_its_host() else []
-        first = self._ask(lambda store: store.add("alarm", 1)) == 1
+    def _another_has_tripped(self) -> bool:
+        return bool(self._ask(lambda store: store.check(["tripped"])))
+
+    def _trip(self, *, timed_out: bool, error: Exception | None) -> None:
+        """Publish this rank's report; the first rank that gets here collects those of the others."""
+        self._heartbeat.dump_stacks()
+        self._heartbeat.keep(_nccl_flight())
+        mine = self._own_report(error)
+        unresponsive = self._unresponsive() if self._reports_for_its_host() else []
+        first = self._ask(lambda store: store.add("tripped", 1)) == 1
         self._ask(lambda store: store.set(f"rank{self._rank}", _packed([mine, *unresponsive])))
-        if first or (self._store is None and self._speaks_for_its_host()):
+        if first or (self._store is None and self._reports_for_its_host()):
             self._collect(mine, unresponsive, timed_out=timed_out)
             return
         deadline = time.monotonic() + _COLLECT_SECONDS + _ASK_SECONDS
@@ -185,7 +188,7 @@ class Watchdog:
         found = {other.rank: other for other in self._unresponsive(but=set(heard | found))} | found
         unknown = {r: RankReport(rank=r, host=w.host, process=w.number) for r, w in enumerate(self._ranks)}
         # A rank that was stopped may have said something when it was woken for its stacks: too late.
-        found = {rank: other for rank, other in found.items() if rank not in heard or other.state == "stopped"}
+        found = {rank: other for rank, other in found.items() if rank not in heard or other.process_state == "stopped"}
         ranks = list((unknown | heard | found).values())
         verdict = diagnose(ranks, timed_out=timed_out)
         self._publish(ranks, verdict)
@@ -198,34 +201,34 @@ class Watchdog:
         return len(heard | gone) == len(self._ranks)
 
     def _publish(self, ranks: list[RankReport], verdict: Verdict) -> None:
-        # Who tells: where a cable is cut, each side blames the other.
-        teller = f"told by rank {self._rank} (host {self._ranks[self._rank].host})"
-        title = f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {self._title}".rstrip()
-        whole = report(ranks, verdict, f"{title}, {teller}")
+        # Where a cable is cut, each side blames the other: the reader must know whose report it is.
+        reporter = f"told by rank {self._rank} (host {self._ranks[self._rank].host})"
+        title = f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {self._settings.title}".rstrip()
+        whole = report(ranks, verdict, f"{title}, {reporter}")
         said = headline(ranks, verdict)
-        where = ""
-        if self._report_file is not None:
+        where, file = "", self._settings.report_file
+        if file is not None:
             try:
-                self._report_file.parent.mkdir(parents=True, exist_ok=True)
-                with self._report_file.open("a") as stream:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("a") as stream:
                     stream.write(whole)
-                where = f"every rank's stack: {self._report_file}"
+                where = f"every rank's stack: {file}"
             except OSError as error:
-                where = f"{self._report_file} cannot be written ({error.strerror}):\n{whole}"
+                where = f"{file} cannot be written ({error.strerror}):\n{whole}"
         errors = [r.error for r in ranks if r.rank in verdict.blamed and r.error and not r.launcher_died]
         print("\n".join([f"error: {said}", *errors[:1], where or whole]), file=sys.stderr, flush=True)
 
-    def _own_statement(self, error: Exception | None) -> RankReport:
+    def _own_report(self, error: Exception | None) -> RankReport:
         who = self._ranks[self._rank]
-        died = self._launcher is not None and self._launcher.died
         return RankReport(
-            rank=self._rank, host=who.host, process=who.number, reading=self._pulse.read(), state="running",
-            answered=True, error="".join(traceback.format_exception(error)) if error else None,
-            lost_connection=error is not None and _is_of_communication(error), launcher_died=died,
+            rank=self._rank, host=who.host, process=who.number, process_state="running",
+            activity=self._heartbeat.read(), answered=True,
+            error="".join(traceback.format_exception(error)) if error else None,
+            lost_connection=error is not None and _is_of_communication(error), launcher_died=self._launcher_died(),
         )  # fmt: skip
 
-    def _speaks_for_its_host(self) -> bool:
-        """Whether this is the one rank of the host that looks after the fallen: to look may wake them for a moment."""
+    def _reports_for_its_host(self) -> bool:
+        """Whether this rank reports for the unresponsive ones of its host. One does: a look may wake them."""
         return all(rank > self._rank for rank, who in self._of_this_host().items() if who.state() == "running")
 
     def _unresponsive(self, but: set[int] | None = None) -> list[RankReport]:
@@ -239,15 +242,20 @@ class Watchdog:
             silent = state != "running" if but is None else rank not in but
             memory = self._neighbours.get(rank)
             if silent and memory is not None:
-                reading = read(memory)
+                activity = read(memory)
                 unasked = state == "running" and self._store is None
                 if state != "gone" and not unasked:
                     _ask_for_stacks(who.number)
                     self._woken.add(rank)
-                    reading = replace(reading, stack=read(memory).stack)
+                    activity = replace(activity, stack=read(memory).stack)
                 found.append(
                     RankReport(
-                        rank=rank, host=who.host, process=who.number, reading=reading, state=state, answered=unasked
+                        rank=rank,
+                        host=who.host,
+                        process=who.number,
+                        activity=activity,
+                        process_state=state,
+                        answered=unasked,
                     )
                 )
         return found
@@ -290,7 +298,7 @@ def _own_connection(store: Store) -> Store:
     """A connection that no other thread can be waiting on."""
     own = store.clone() if hasattr(store, "clone") else store
     own.set_timeout(timedelta(seconds=_ASK_SECONDS))
-    return PrefixStore("watch", own)
+    return PrefixStore("watchdog", own)
 
 
 def _suppressed(act: Callable[[], object]) -> Callable[[], None]:
@@ -307,9 +315,9 @@ def _is_of_communication(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and named is not None)
 
 
-def _leave_after(seconds: float) -> None:
+def _leave_after(seconds: float, code: int) -> None:
     time.sleep(seconds)
-    os._exit(EXIT_FAULT)
+    os._exit(code)
 
 
 def _ask_for_stacks(process: int) -> None:
@@ -322,16 +330,16 @@ def _ask_for_stacks(process: int) -> None:
         os.kill(process, signal.SIGSTOP)  # it shall do no more; `_end_neighbours` ends what is stopped
 
 
-def _packed(statements: list[RankReport]) -> str:
-    return json.dumps([asdict(t) for t in statements])
+def _packed(reports: list[RankReport]) -> str:
+    return json.dumps([asdict(report) for report in reports])
 
 
 def _unpacked(data: bytes) -> list[RankReport]:
     found = []
     for fields in json.loads(data):
-        statement = RankReport(**(fields | {"reading": None}))
-        if fields["reading"]:
-            reading = RankState(**(fields["reading"] | {"history": tuple(fields["reading"]["history"])}))
-            statement = replace(statement, reading=reading)
-        found.append(statement)
+        one = RankReport(**(fields | {"activity": None}))
+        if fields["activity"]:
+            activity = fields["activity"]
+            one = replace(one, activity=RankState(**(activity | {"history": tuple(activity["history"])})))
+        found.append(one)
     return found

@@ -166,3 +166,23 @@ def test_slow_libraries_wait_until_they_are_needed() -> None:
     )
     done = python(program)
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def imported_modules(source: str) -> set[str]:
+    """Every module that code imports, whole names."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def test_the_watchdog_is_a_package_of_its_own() -> None:
+    """It could be taken into another trainer as it is."""
+    for file in (REPOSITORY / "dist_train" / "watchdog").glob("*.py"):
+        for module in imported_modules(file.read_text()):
+            top = module.split(".")[0]
+            own = module.startswith("dist_train.watchdog")
+            assert own or top == "torch" or top in sys.stdlib_module_names, f"{file.name} imports {module}"

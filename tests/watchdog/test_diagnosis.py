@@ -29,8 +29,8 @@ def reading(*history: str, waits: bool = True, step: int = 3, count: int | None 
 def waiting(rank: int, **more: Any) -> RankReport:
     return RankReport(
         **{
-            "rank": rank, "host": "a", "process": 100 + rank, "reading": reading(*STEP * 3),
-            "state": "running", "answered": True,
+            "rank": rank, "host": "a", "process": 100 + rank, "activity": reading(*STEP * 3),
+            "process_state": "running", "answered": True,
         } | more
     )  # fmt: skip
 
@@ -39,9 +39,10 @@ def blamed(*ranks: RankReport, timed_out: bool = True) -> dict[int, str]:
     return diagnose(ranks, timed_out=timed_out).blamed
 
 
-ABSENT = {"answered": False, "state": "gone"}
+SILENT = {"answered": False}
+ABSENT = {"answered": False, "process_state": "gone"}
 LOST = {"error": "RuntimeError: Connection closed by peer", "lost_connection": True}
-BUSY = {"reading": reading(*STEP * 3, waits=False)}
+BUSY = {"activity": reading(*STEP * 3, waits=False)}
 FURTHER = reading(*STEP * 3, GATHER)
 CRASH = reading(*STEP * 3, stack="Fatal Python error: Aborted\n\nThread 0x1 (most recent call first):")
 
@@ -52,12 +53,20 @@ CRASH = reading(*STEP * 3, stack="Fatal Python error: Aborted\n\nThread 0x1 (mos
         ({}, {"launcher_died": True}, "its launcher (torchrun) has died"),
         (LOST, {"error": "Traceback ...\nValueError: no"}, "failed: ValueError: no"),
         (LOST, ABSENT, "is gone: killed, or ended by somebody else"),
-        ({}, {"answered": False, "state": "stopped"}, "is stopped (SIGSTOP)"),
-        ({}, {"answered": False, "state": "running"}, "does not answer: it hangs where the interpreter cannot run"),
-        ({}, {"answered": False, "state": "unknown", "reading": None}, "does not answer: its process is gone, or its"),
+        ({}, {"answered": False, "process_state": "stopped"}, "is stopped (SIGSTOP)"),
+        (
+            {},
+            {"answered": False, "process_state": "running"},
+            "does not answer: it hangs where the interpreter cannot run",
+        ),
+        (
+            {},
+            {"answered": False, "process_state": "unknown", "activity": None},
+            "does not answer: its process is gone, or its",
+        ),
         ({}, BUSY, "has not come to the collective in which the others wait for 30.0 s"),
-        ({}, {"reading": FURTHER}, "it has skipped a collective"),
-        (LOST, ABSENT | {"reading": CRASH}, "crashed: Aborted"),
+        ({}, {"activity": FURTHER}, "it has skipped a collective"),
+        (LOST, ABSENT | {"activity": CRASH}, "crashed: Aborted"),
     ],
 )
 @pytest.mark.parametrize("world_size", [2, 3, 64])
@@ -76,8 +85,8 @@ def test_away_from_collectives_is_no_guilt_when_a_connection_was_lost() -> None:
 
 def test_an_innocent_rank_that_gloo_aborts_is_not_blamed() -> None:
     # Rank 1 skipped a sum: its gather reaches rank 0 in the middle of the sum, and gloo aborts rank 0.
-    aborted = waiting(0, answered=False, state="gone", reading=CRASH)
-    ahead = waiting(1, reading=FURTHER, **LOST)
+    aborted = waiting(0, answered=False, process_state="gone", activity=CRASH)
+    ahead = waiting(1, activity=FURTHER, **LOST)
     assert list(blamed(aborted, ahead, timed_out=False)) == [1]
 
 
@@ -91,13 +100,21 @@ def test_an_innocent_rank_that_gloo_aborts_is_not_blamed() -> None:
     ],
 )
 def test_of_two_ranks_the_one_ahead_has_skipped(one: RankState, other: RankState) -> None:
-    assert list(blamed(waiting(0, reading=one), waiting(1, reading=other))) == [1]
-    assert list(blamed(waiting(0, reading=other), waiting(1, reading=one))) == [0]
+    assert list(blamed(waiting(0, activity=one), waiting(1, activity=other))) == [1]
+    assert list(blamed(waiting(0, activity=other), waiting(1, activity=one))) == [0]
 
 
-def test_where_it_cannot_be_told_both_are_named_or_none() -> None:
-    same_line = [reading("x in a.f, line 3", count=1), reading("y in b.g, line 3", count=1)]
-    assert list(blamed(*(waiting(r, reading=same_line[r]) for r in range(2)))) == [0, 1]
+@pytest.mark.parametrize("other", ["y in b.f, line 3", "y in b.f, line 900", "y in a.g, line 900", "y in a.f, line 3"])
+def test_where_it_cannot_be_told_both_are_named(other: str) -> None:
+    """Lines of different modules, or of different functions, say nothing of who is further."""
+    apart = [reading("x in a.f, line 3", count=1), reading(other, count=1)]
+    ranks = [waiting(r, activity=apart[r]) for r in range(2)]
+    both = f"ranks 0 and 1 wait in different collectives: x in a.f, line 3; {other}"
+    assert blamed(*ranks) == {0: both, 1: both}
+    assert headline(ranks, diagnose(ranks, timed_out=True)).endswith(f": {both}")
+
+
+def test_where_nobody_is_out_of_step_none_is_named() -> None:
     nobody = [waiting(r) for r in range(4)]
     assert blamed(*nobody) == {}
     assert headline(nobody, diagnose(nobody, timed_out=True)).startswith("no rank can be blamed")
@@ -112,7 +129,7 @@ def test_many_ranks_with_one_fault_are_one_line() -> None:
 
 
 def test_the_report_has_every_rank() -> None:
-    ranks = [waiting(0), waiting(1, host="b", reading=reading(*STEP, waits=False, stack="Thread 0x7: sleeping"))]
+    ranks = [waiting(0), waiting(1, host="b", activity=reading(*STEP, waits=False, stack="Thread 0x7: sleeping"))]
     text = report(ranks, diagnose(ranks, timed_out=True), "=== today")
     lines = text.splitlines()
     assert lines[:2] == [

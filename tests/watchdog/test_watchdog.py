@@ -8,13 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from torch._C._distributed_c10d import HashStore
+from torch.distributed import HashStore
 
-from dist_train.distributed.collectives import Collectives
-from dist_train.distributed.world import World
-from dist_train.watchdog.heartbeat import STACK_SIGNAL
+from dist_train.watchdog.diagnosis import RankReport
+from dist_train.watchdog.heartbeat import STACK_SIGNAL, Heartbeat
 from dist_train.watchdog.processes import Process
-from dist_train.watchdog.watchdog import Watchdog
+from dist_train.watchdog.watchdog import Settings, Watchdog, _packed, _unpacked
 from tests.patience import PATIENCE_SECONDS
 
 RANK = f"""
@@ -27,13 +26,13 @@ time.sleep(1000)
 
 @pytest.mark.skipif(STACK_SIGNAL is None, reason="ranks look at each other by way of /proc")
 def test_a_stopped_rank_is_ended_even_if_it_has_not_come_to_stop_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    collectives = Collectives(World())
-    over = Watchdog(collectives, HashStore(), 60.0, None, None, "")
+    heartbeat, settings = Heartbeat(), Settings(timeout_seconds=60.0, exit_code=1)
+    over = Watchdog(0, heartbeat, HashStore(), lambda value: [value], settings)
     with subprocess.Popen([sys.executable, "-c", RANK], stdout=subprocess.PIPE) as stopped:
         assert stopped.stdout
         assert stopped.stdout.readline() == b"ready\n"
         over._ranks = (*over._ranks, Process.of(stopped.pid))
-        over._neighbours = {1: os.dup(collectives.heartbeat.handle)}
+        over._neighbours = {1: os.dup(heartbeat.handle)}
         os.kill(stopped.pid, signal.SIGSTOP)
         monkeypatch.setattr(Process, "state", lambda _: "stopped")
         assert [other.rank for other in over._unresponsive()] == [1]
@@ -44,3 +43,16 @@ def test_a_stopped_rank_is_ended_even_if_it_has_not_come_to_stop_again(monkeypat
         finally:
             stopped.kill()
     over.end()
+
+
+def test_reports_travel_as_they_are() -> None:
+    """They go through the store as JSON."""
+    heartbeat = Heartbeat()
+    for name in ("all_gather", "all_reduce"):
+        with heartbeat.waiting(name):
+            pass
+    reports = [
+        RankReport(rank=3, host="a", process=7, activity=heartbeat.read(), process_state="stopped", error="no"),
+        RankReport(rank=4, host="b", process=8),
+    ]
+    assert _unpacked(_packed(reports).encode()) == reports
