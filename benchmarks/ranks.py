@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from dist_train.accel.host_memory import use_host_memory
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World, process_group
 from dist_train.system.console import leave
@@ -31,7 +32,7 @@ def _rank(rank: int, world_size: int, folder: str, measure: Callable[..., Any], 
         rank=rank, size=world_size, local_rank=rank, local_size=world_size, rendezvous=f"file://{folder}/store"
     )
     with process_group(world, TIMEOUT_SECONDS):
-        answer = measure(Collectives(world), *arguments)
+        answer = measure(use_host_memory(Collectives(world)), *arguments)
         if rank == 0:
             Path(folder, "answer.json").write_text(json.dumps(answer))
     leave(0)  # gloo aborts now and then in a normal exit

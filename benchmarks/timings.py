@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import workload
 from benchmarks.report import Report, cell, measured, table, take_turns
+from dist_train.accel.host_memory import use_host_memory
 from dist_train.data.dataset import load_labelled
 from dist_train.data.fitting import fit_encoder, pieces_of
 from dist_train.data.table import ColumnKinds
@@ -38,7 +39,7 @@ def measure(report: Report, rounds: int) -> None:
         arguments = workload.write_table(folder / "table.parquet", workload.NUM_ROWS)
         config = workload.configuration(1024, *arguments, f"run.dir={folder}", "run.name=run", *QUIET)
         world, environ = World(), dict(os.environ)
-        collectives = Collectives(world)
+        collectives = use_host_memory(Collectives(world))
         session = Session(config, load_task(config, collectives), collectives)
         checkpoints = Checkpoints(folder / "checkpoints", keep=2)
         _train(["run.name=run", f"run.dir={folder}", *arguments, *QUIET, "train.max_steps=20"])

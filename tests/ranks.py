@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dist_train.accel.host_memory import use_host_memory
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World, process_group
 from tests.patience import PATIENCE_SECONDS
@@ -93,4 +94,4 @@ def _with_collectives(
     world = World(rank=rank, size=world_size, local_rank=rank, local_size=world_size, rendezvous=rendezvous)
     with process_group(world, PATIENCE_SECONDS):
         dist.barrier()  # a function without collectives must not end before the others have connected
-        return function(Collectives(world), *arguments)
+        return function(use_host_memory(Collectives(world)), *arguments)

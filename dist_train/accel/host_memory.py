@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_train.distributed.collectives import Collectives
 from dist_train.watchdog.processes import Process
 
 CAPACITY = 1 << 20
@@ -34,6 +35,45 @@ _LOOK_SECONDS = 0.1
 _LENGTH_BITS = 24  # of a stamp, for the length in bytes and the kind of the call; the rest is the number of the call
 _MAX_VIEWS = 256  # a step has a few shapes, but the pieces of a large table may have any
 _STAMP_BYTES = 64  # a cache line of its own for each rank
+
+
+def use_host_memory(collectives: Collectives) -> Collectives:
+    """Have small tensors go through memory that the ranks share, where all ranks are processes of this host on the CPU.
+
+    Elsewhere nothing changes. The memory is opened when it is first needed. Returns `collectives`.
+    """
+    if 1 < collectives.size == collectives.local_size and collectives.device.type == "cpu":
+        collectives.transport = HostMemory(collectives)
+    return collectives
+
+
+class HostMemory:
+    """A `Transport` for tensors of up to CAPACITY bytes together; for none where the ranks cannot share memory."""
+
+    def __init__(self, collectives: Collectives) -> None:
+        self._collectives = collectives
+        self._opened = False
+        self._exchange: Exchange | None = None
+
+    def takes(self, *tensors: Tensor) -> bool:
+        """Whether they fit; the first call that does opens the memory, on all ranks together."""
+        if sum(_bytes_of(tensor) for tensor in tensors) > CAPACITY:
+            return False
+        if not self._opened:
+            collectives = self._collectives
+            self._exchange = open_exchange(collectives.rank, collectives.size, collectives.all_gather_object)
+            self._opened = True
+        return self._exchange is not None
+
+    def all_reduce(self, *tensors: Tensor) -> None:
+        """The sum of each over the ranks, in place, in the order of the ranks: the same bits on each."""
+        assert self._exchange is not None  # `takes`
+        self._exchange.all_reduce(*tensors)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, stacked in their order: (...) -> (size, ...)."""
+        assert self._exchange is not None  # `takes`
+        return self._exchange.all_gather(tensor)
 
 
 class Exchange:
@@ -59,12 +99,12 @@ class Exchange:
         self._views: dict[tuple[Any, ...], _Views] = {}
         self._spins = size <= len(os.sched_getaffinity(0))
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, stacked in their order: (...) -> (size, ...)."""
         (every,) = self._meet([tensor], 0)
         return every.clone()
 
-    def add(self, *tensors: Tensor) -> None:
+    def all_reduce(self, *tensors: Tensor) -> None:
         """The sum of each over the ranks, in place, in the order of the ranks: the same bits on each."""
         for tensor, every in zip(tensors, self._meet(tensors, 1), strict=True):
             torch.sum(every, 0, out=tensor)
@@ -81,7 +121,7 @@ class Exchange:
             views = self._views[key] = self._views_for(place, tensors)
         for own, tensor in zip(views.own, tensors, strict=True):
             own.copy_(tensor.detach())
-        # Ranks that are out of step do not see each other's stamps: they wait, and the watch finds out.
+        # Ranks that are out of step do not see each other's stamps: they wait, and the watchdog trips.
         stamp = (self._count << _LENGTH_BITS) + 2 * views.num_bytes + kind
         at = self._at[place]
         self._stamps[at[self._rank]] = stamp
@@ -95,7 +135,7 @@ class Exchange:
         for tensor in tensors:
             numbers = self._room[place, :, start : start + tensor.nbytes].view(tensor.dtype)
             every.append(numbers.unflatten(1, tensor.shape) if tensor.ndim else numbers.squeeze(1))
-            start += bytes_for(tensor)
+            start += _bytes_of(tensor)
         return _Views([of_all[self._rank] for of_all in every], every, sum(tensor.nbytes for tensor in tensors))
 
     def _wait(self, missing: list[int], at: list[int], stamp: int) -> None:
@@ -123,15 +163,15 @@ class _Views(NamedTuple):
     num_bytes: int
 
 
-def bytes_for(tensor: Tensor) -> int:
+def _bytes_of(tensor: Tensor) -> int:
     """How much of CAPACITY a tensor takes: where the next one begins, numbers of any type can."""
     return -(-tensor.nbytes // 8) * 8
 
 
-def open_exchange(rank: int, size: int, agree: Callable[[Callable[[], Any]], Sequence[Any]]) -> Exchange | None:
+def open_exchange(rank: int, size: int, share: Callable[[Callable[[], Any]], Sequence[Any]]) -> Exchange | None:
     """Memory for ranks that are all on this host; None, on all of them, where they cannot share any.
 
-    Called by all ranks. `agree` gives every rank's result of a function to all.
+    Called by all ranks. `share` gives every rank's result of a function to all.
     """
     # Other processors may show a stamp before what was written before it.
     able = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
@@ -139,15 +179,15 @@ def open_exchange(rank: int, size: int, agree: Callable[[Callable[[], Any]], Seq
     if able and rank == 0:
         handle = os.memfd_create(name)
         os.ftruncate(handle, _bytes_for(size))
-    known: Sequence[tuple[Process, str, int | None]] = agree(lambda: (Process.of(os.getpid()), name, handle))
+    known: Sequence[tuple[Process, str, int | None]] = share(lambda: (Process.of(os.getpid()), name, handle))
     first, name, shared = known[0]
     if rank > 0 and able and shared is not None:
         handle = _memory_of(first, shared, name)
     exchange = None
-    if all(agree(lambda: handle is not None)):
+    if all(share(lambda: handle is not None)):
         assert handle is not None
         exchange = Exchange(rank, [process for process, _, _ in known], handle)
-    agree(lambda: None)  # nobody closes it before all have opened it
+    share(lambda: None)  # nobody closes it before all have opened it
     if handle is not None:
         os.close(handle)
     return exchange

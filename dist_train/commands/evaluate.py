@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_train.accel.host_memory import use_host_memory
 from dist_train.commands.parser import command_parser
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def main(program: str, argv: Sequence[str]) -> None:
     world = world_from_environment(os.environ, device=device_here(runtime.device))
     timeout = runtime.timeout_seconds
     with process_group(world, timeout) as store:
-        collectives = Collectives(world)
+        collectives = use_host_memory(Collectives(world))
         with watched(collectives, store, timeout_seconds=timeout, report_file=None):
             predictor = Predictor(arguments.run_dir, collectives, arguments.checkpoint)
             metrics = predictor.evaluate(arguments.split, arguments.data)

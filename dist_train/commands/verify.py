@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_train.accel.host_memory import use_host_memory
 from dist_train.commands.parser import command_parser
 from dist_train.errors import TrainingFault, UserError
 from dist_train.system.console import log
@@ -48,7 +49,7 @@ def main(program: str, argv: Sequence[str]) -> None:
         pin_arithmetic(world.device)
     timeout = config.runtime.timeout_seconds
     with process_group(world, timeout) as store:
-        collectives = Collectives(world)
+        collectives = use_host_memory(Collectives(world))
         with watched(collectives, store, timeout_seconds=timeout, report_file=None):
             report = verify(folder, config, collectives, first, last)
     if world.rank == 0:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_train.accel.host_memory import CAPACITY, Exchange, bytes_for, open_exchange
 from dist_train.distributed.broadcast import Packed, receive
 from dist_train.distributed.world import World
 from dist_train.errors import PeerFailed, Stopped, TrainingFault, UserError
@@ -21,11 +20,25 @@ T = TypeVar("T")
 _MESSAGE_BYTES = 1 << 24
 
 
+class Transport(Protocol):
+    """A faster way between ranks than the process group. It gives the same bits on every rank."""
+
+    def takes(self, *tensors: Tensor) -> bool:
+        """Whether tensors of these shapes and types go together by this way; the same on all ranks, which all ask."""
+
+    def all_reduce(self, *tensors: Tensor) -> None:
+        """Sum each over the ranks, in place."""
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """(...) -> (world, ...), in rank order."""
+
+
 class Collectives:
     """Collectives over the ranks of `world`. All ranks must make the same calls in the same order.
 
     `wants_stop` says whether this process was asked to stop; None, on all ranks alike: the job cannot be stopped.
-    `heartbeat` records every collective.
+    `heartbeat` records every collective. `transport`, None on all ranks or on none, is tried first by `all_reduce` and
+    `all_gather`.
     """
 
     def __init__(self, world: World, wants_stop: Callable[[], bool] | None = None) -> None:
@@ -37,9 +50,7 @@ class Collectives:
         self.runs_on_device = world.device.type == "cuda" and (world.size == 1 or world.backend == "nccl")
         self.heartbeat = Heartbeat(internal=("collectives", "broadcast"))
         self._wants_stop = wants_stop
-        # Whether ranks share memory is found out when they first need it, and then the same everywhere.
-        self._may_share = 1 < world.size == world.local_size and world.device.type == "cpu"
-        self._exchange: Exchange | None = None
+        self.transport: Transport | None = None
 
     @classmethod
     def of_default_group(cls, device: torch.device) -> Collectives:
@@ -56,10 +67,10 @@ class Collectives:
     def all_reduce(self, tensor: Tensor, *more: Tensor) -> Tensor:
         """Sum over ranks of each tensor, in place; every rank gets the same bits. The first one comes back."""
         if self.size > 1:
-            exchange = self._exchange_for(tensor, *more)
+            transport = self.transport_for(tensor, *more)
             with self.heartbeat.waiting("all_reduce"):
-                if exchange:
-                    exchange.add(tensor, *more)
+                if transport:
+                    transport.all_reduce(tensor, *more)
                 else:
                     for own in (tensor, *more):
                         dist.all_reduce(own)
@@ -69,26 +80,17 @@ class Collectives:
         """Same-shaped tensors of all ranks, stacked in rank order: (...) -> (world, ...)."""
         if self.size == 1:
             return tensor.unsqueeze(0)
-        exchange = self._exchange_for(tensor)
+        transport = self.transport_for(tensor)
         with self.heartbeat.waiting("all_gather"):
-            if exchange:
-                return exchange.gather(tensor)
+            if transport:
+                return transport.all_gather(tensor)
             gathered = tensor.new_empty((self.size, *tensor.shape))
             dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         return gathered
 
-    def share_memory_for(self, *tensors: Tensor) -> bool:
-        """Whether such tensors go together through memory that all ranks share. Called by all of them."""
-        return self._exchange_for(*tensors) is not None
-
-    def _exchange_for(self, *tensors: Tensor) -> Exchange | None:
-        """What small tensors go through where all ranks are on this host."""
-        if not self._may_share or sum(bytes_for(tensor) for tensor in tensors) > CAPACITY:
-            return None
-        if self._exchange is None:
-            self._exchange = open_exchange(self.rank, self.size, self.all_gather_object)
-            self._may_share = self._exchange is not None
-        return self._exchange
+    def transport_for(self, *tensors: Tensor) -> Transport | None:
+        """The transport that takes such tensors together; None: the process group does. Called by all ranks."""
+        return self.transport if self.transport is not None and self.transport.takes(*tensors) else None
 
     def ordered_sum(self, partials: Tensor) -> Tensor:
         """Sum of the partials of all slices of all ranks in one fixed order: (slices, ...) -> (...).

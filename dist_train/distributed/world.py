@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from dist_train.distributed.torchrun import TORCHRUN_VARIABLES, missing_from_torchrun
 from dist_train.errors import TrainingFault, UserError
+from dist_train.system.torchrun import TORCHRUN_VARIABLES, missing_from_torchrun
 
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 

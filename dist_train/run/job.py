@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 
+from dist_train.accel.host_memory import use_host_memory
 from dist_train.config.run_path import path_of_run
 from dist_train.config.schema import JobConfig
 from dist_train.determinism.sliced_modules import require_world_size
@@ -55,7 +56,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(stop.listening())
         store = stack.enter_context(process_group(world, timeout))
-        collectives = Collectives(world, stop.wanted)
+        collectives = use_host_memory(Collectives(world, stop.wanted))
         job = Job(config, world, environ, folder, collectives, stop, stack)
         title = f"{config.run.name}{f', job {attempt}' if attempt else ''}"
         with watched(

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dist_train.accel.host_memory import use_host_memory
 from dist_train.config.schema import JobConfig
 from dist_train.data.blocks import Blocks, Records
 from dist_train.data.inputs import find_files, plan_columns, plan_units
@@ -70,7 +71,7 @@ def prepare(
     with ExitStack() as stack:
         stack.enter_context(stop.listening())
         store = stack.enter_context(process_group(world, timeout))
-        collectives = Collectives(world, stop.wanted)
+        collectives = use_host_memory(Collectives(world, stop.wanted))
         preparation = Preparation(patterns, output, config, collectives, stack)
         with watched(collectives, store, timeout_seconds=timeout, report_file=None, launcher=launcher):
             try:
@@ -85,7 +86,7 @@ def prepare(
 def verify_store(folder: Path, world: World, timeout_seconds: float) -> Store:
     """Check every block of a store; UserError names one that is damaged."""
     with process_group(world, timeout_seconds) as shared:
-        collectives = Collectives(world)
+        collectives = use_host_memory(Collectives(world))
         with watched(collectives, shared, timeout_seconds=timeout_seconds, report_file=None):
             store = collectives.run_on_all(lambda: Store(folder))
             with progress_bar("verifying", store.bytes_of(SPLITS), "bytes", shown=collectives.is_main) as show:

@@ -185,7 +185,7 @@ def changes_since(found: Found | None, config: JobConfig, task: Task, collective
 def _regrouped(config: JobConfig, state: Mapping[str, Any], collectives: Collectives) -> str | None:
     """How the ranks differ from those of a checkpoint, where the fast mode adds gradients up in another order on them.
 
-    Ranks of one host add up in another way than those of several (`Collectives.sum`); of two there is one order.
+    Ranks of one host add up in another way than those of several (`Collectives.all_reduce`); of two there is one order.
     """
     if config.train.virtual_ranks is not None:
         return None

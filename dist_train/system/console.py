@@ -12,8 +12,8 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from dist_train.distributed.torchrun import missing_from_torchrun
 from dist_train.errors import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingFault, UserError
+from dist_train.system.torchrun import has_peers, missing_from_torchrun, rank_for_messages
 
 log = logging.getLogger("dist_train")
 
@@ -21,10 +21,11 @@ log = logging.getLogger("dist_train")
 QUIET_RANK_GRACE_SECONDS = 5.0
 
 
-def set_up_logging(rank: int) -> None:
-    """Log lines go to stderr with time and rank; ranks other than 0 speak from WARNING up."""
+def set_up_logging(rank: int, *, has_peers: bool) -> None:
+    """Log lines go to stderr with the time, and the rank where there are several; from WARNING up on all but rank 0."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(message)s", datefmt="%H:%M:%S"))
+    who = f"[rank {rank}] " if has_peers else ""
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S"))
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -41,8 +42,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     A mistake is found by every rank; rank 0 prints it. The others give it the time to do so, and speak up when nobody
     has ended them by then: there may be no rank 0. In a half-set environment no rank is sure of its number: all speak.
     """
-    rank = _rank_by_name()
-    set_up_logging(rank)
+    rank = rank_for_messages(os.environ)
+    set_up_logging(rank, has_peers=has_peers(os.environ))
     code = EXIT_FAULT
     try:
         main()
@@ -61,12 +62,6 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     leave(code)
-
-
-def _rank_by_name() -> int:
-    """The rank for messages, before the environment has been checked."""
-    name = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    return int(name) if name.isdecimal() else 0
 
 
 def leave(code: int) -> NoReturn:

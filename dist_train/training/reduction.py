@@ -59,7 +59,7 @@ class DDPReducer:
         self._gradients = list(of_bucket.values())
         slices.gradients, slices.visit_all_parameters = [of_bucket], True
         self._sums = torch.empty(0)
-        self._together = collectives.share_memory_for(self._flat, torch.empty(3, dtype=torch.float64))
+        self._together = collectives.transport_for(self._flat, torch.empty(3, dtype=torch.float64)) is not None
         self.grad_scale = 1 if self._together else collectives.size
         if self._together:
             # A lambda, since torch takes annotations that are text for wrong ones.

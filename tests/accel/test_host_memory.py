@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_train.accel.host_memory import CAPACITY, Exchange, _bytes_for, open_exchange
+from dist_train.accel.host_memory import CAPACITY, Exchange, _bytes_for, open_exchange, use_host_memory
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.watchdog.processes import Process
@@ -59,10 +59,10 @@ def as_gloo_does(c: Collectives) -> int:
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(several, expected, strict=True))
             c.all_gather_object(lambda: None)
             count += 1
-    assert c.share_memory_for(torch.zeros(CAPACITY // 4))
-    assert not c.share_memory_for(torch.zeros(CAPACITY // 4 + 1))
-    assert not c.share_memory_for(torch.zeros(CAPACITY // 4), torch.zeros(1))
-    assert not by_gloo.share_memory_for(torch.zeros(1))
+    assert c.transport_for(torch.zeros(CAPACITY // 4)) is not None
+    assert c.transport_for(torch.zeros(CAPACITY // 4 + 1)) is None
+    assert c.transport_for(torch.zeros(CAPACITY // 4), torch.zeros(1)) is None
+    assert by_gloo.transport is None
     for length in range(600):  # views of so many shapes are not kept
         assert c.all_gather(torch.full((length,), float(c.rank), requires_grad=True)).sum() == length * sum(
             range(c.size)
@@ -115,14 +115,14 @@ def test_a_rank_that_is_gone_is_noticed() -> None:
     with Sleeper() as other:
         mine, _ = shared(other.both)
     with pytest.raises(dist.DistNetworkError, match="rank 1 is gone"):
-        mine.gather(torch.zeros(3))
+        mine.all_gather(torch.zeros(3))
 
 
 def test_what_a_rank_has_left_before_it_went_counts() -> None:
     with Sleeper() as other:
         mine, theirs = shared(other.both)
         leave(theirs, torch.ones(3))
-    assert mine.gather(torch.zeros(3)).tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert mine.all_gather(torch.zeros(3)).tolist() == [[0, 0, 0], [1, 1, 1]]
 
 
 def leave(exchange: Exchange, tensor: torch.Tensor) -> threading.Thread:
@@ -130,7 +130,7 @@ def leave(exchange: Exchange, tensor: torch.Tensor) -> threading.Thread:
 
     def come() -> None:
         with suppress(dist.DistNetworkError):
-            exchange.gather(tensor)
+            exchange.all_gather(tensor)
 
     thread = threading.Thread(target=come, daemon=True)
     thread.start()
@@ -138,7 +138,7 @@ def leave(exchange: Exchange, tensor: torch.Tensor) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize("call", [lambda e: e.gather(torch.zeros(4)), lambda e: e.add(torch.zeros(3))])
+@pytest.mark.parametrize("call", [lambda e: e.all_gather(torch.zeros(4)), lambda e: e.all_reduce(torch.zeros(3))])
 def test_ranks_that_are_out_of_step_wait_for_the_watch(call: Callable[[Exchange], Any]) -> None:
     with Sleeper() as other:
         # For each end the other one is the process that sleeps.
@@ -161,14 +161,30 @@ def test_ranks_that_are_out_of_step_wait_for_the_watch(call: Callable[[Exchange]
     assert not thread.is_alive()
 
 
+def test_it_steps_aside_where_ranks_do_not_share_a_host_or_are_alone() -> None:
+    for world in (World(), World(size=4, local_size=2), World(size=2, local_size=2, device=torch.device("meta"))):
+        assert use_host_memory(Collectives(world)).transport is None
+    assert use_host_memory(Collectives(World(size=2, local_size=2))).transport is not None
+
+
+def without_memory(c: Collectives) -> list[float]:
+    platform.machine = lambda: "aarch64"
+    assert c.transport_for(torch.ones(3)) is None
+    return c.all_reduce(torch.full((3,), 1.0 + c.rank)).tolist()  # type: ignore[no-any-return]
+
+
+def test_where_memory_cannot_be_shared_the_process_group_is_used() -> None:
+    assert on_ranks(2, without_memory) == [[3.0] * 3] * 2
+
+
 def test_another_processor_has_no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    def agree(act: Callable[[], Any]) -> list[Any]:
+    def share(act: Callable[[], Any]) -> list[Any]:
         return [act(), act()]
 
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    assert open_exchange(0, 2, agree) is None
+    assert open_exchange(0, 2, share) is None
     monkeypatch.undo()
-    assert open_exchange(0, 2, agree) is not None
+    assert open_exchange(0, 2, share) is not None
 
 
 def test_memory_of_a_stranger_is_left_alone(tmp_path: Path) -> None:
@@ -178,9 +194,9 @@ def test_memory_of_a_stranger_is_left_alone(tmp_path: Path) -> None:
         file.flush()
         mine = Process.of(os.getpid())
 
-        def agree(act: Callable[[], Any]) -> list[Any]:
+        def share(act: Callable[[], Any]) -> list[Any]:
             answer = act()
             return [(mine, "dist_train 1234", file.fileno()), answer] if isinstance(answer, tuple) else [answer]
 
-        assert open_exchange(1, 2, agree) is None
+        assert open_exchange(1, 2, share) is None
     assert (tmp_path / "precious").read_text() == "precious"

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.distributed.torchrun import TORCHRUN_VARIABLES
 from dist_train.distributed.world import World, torch_backend, world_from_environment
 from dist_train.errors import UserError
+from dist_train.system.torchrun import TORCHRUN_VARIABLES
 
 TORCHRUN = {
     "RANK": "5",

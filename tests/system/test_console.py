@@ -41,7 +41,20 @@ def test_rank_0_says_everything_and_answers_stay_alone_on_stdout() -> None:
     done = run("pass")
     assert (done.returncode, done.stdout) == (0, "an answer\n")
     lines = done.stderr.splitlines()
+    assert [line.split(" ", 1)[1] for line in lines] == ["an info", "a warning"]
+
+
+@pytest.mark.parametrize(
+    "variables", [{"RANK": "0", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}]
+)
+def test_lines_name_the_rank_where_there_are_several(variables: dict[str, str]) -> None:
+    lines = run("pass", **variables).stderr.splitlines()
     assert [line.split(" ", 1)[1] for line in lines] == ["[rank 0] an info", "[rank 0] a warning"]
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}])
+def test_one_rank_is_no_news(variables: dict[str, str]) -> None:
+    assert "[rank" not in run("pass", **variables).stderr
 
 
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
