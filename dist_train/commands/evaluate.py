@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def main(program: str, argv: Sequence[str]) -> None:
     """Parse the arguments and run the command."""
     parser = command_parser(program, __doc__)
-    parser.add_argument("run_dir", type=Path, help="run folder, e.g. runs/credit_risk")
+    parser.add_argument("run_dir", type=Path, help="run folder, e.g. runs/credit_risk, or a trained model")
     parser.add_argument("--split", default="test", help="train, valid or test (default: test)")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (default: best)")
     parser.add_argument(
@@ -37,11 +37,10 @@ def main(program: str, argv: Sequence[str]) -> None:
     from dist_train.distributed.collectives import Collectives
     from dist_train.distributed.supervision import watched
     from dist_train.distributed.world import device_here, process_group, world_from_environment
-    from dist_train.run.checkpoint.run_folder import opened_run
-    from dist_train.run.predictor import Predictor
+    from dist_train.run.predictor import Predictor, runtime_of
     from dist_train.system.console import terminal
 
-    runtime = opened_run(arguments.run_dir)[1].runtime
+    runtime = runtime_of(arguments.run_dir)
     world = world_from_environment(os.environ, device=device_here(runtime.device))
     timeout = runtime.timeout_seconds
     with process_group(world, timeout) as store:

@@ -28,7 +28,7 @@ _WRITERS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
 def main(program: str, argv: Sequence[str]) -> None:
     """Parse the arguments and run the command."""
     parser = command_parser(program, __doc__)
-    parser.add_argument("run_dir", type=Path, help="run folder, e.g. runs/credit_risk")
+    parser.add_argument("run_dir", type=Path, help="run folder, e.g. runs/credit_risk, or a trained model")
     parser.add_argument("input", type=Path, help="CSV or Parquet file")
     parser.add_argument("output", type=Path, help="CSV or Parquet file to write")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (default: best)")
@@ -40,11 +40,10 @@ def main(program: str, argv: Sequence[str]) -> None:
     from dist_train.data.table import locate
     from dist_train.distributed.collectives import Collectives
     from dist_train.distributed.world import device_here, world_from_environment
-    from dist_train.run.checkpoint.run_folder import opened_run
-    from dist_train.run.predictor import Predictor
+    from dist_train.run.predictor import Predictor, runtime_of
     from dist_train.system.console import log
 
-    runtime = opened_run(arguments.run_dir)[1].runtime
+    runtime = runtime_of(arguments.run_dir)
     # One process: the environment of a launcher is not read.
     world = world_from_environment({}, device=device_here(runtime.device))
     predictor = Predictor(arguments.run_dir, Collectives(world), arguments.checkpoint)

@@ -1,9 +1,27 @@
-"""May a run go on under another configuration than the one it was started with?"""
+"""Artefacts and configurations of other versions, and what a run may change when it goes on.
+
+Checkpoints and trained models carry a format number; one that carries none is of format 1. A version reads every
+format up to its own. A configuration has no number: its keys are read through `RENAMED` and `ADDED`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import is_dataclass
 from typing import Any
+
+from dist_train.config.schema import JobConfig
+from dist_train.errors import UserError
+
+FORMATS = {"checkpoint": 2, "trained model": 2}
+"""The format that this version writes, by kind of artefact."""
+
+RENAMED: dict[str, str] = {}
+"""Former name of a key -> its name now, both as `section.key`. A former name is read wherever a key is."""
+
+ADDED: dict[str, Any] = {"task.name": "tabular"}
+"""Key that came after format 1 -> the default that it had when it came: what a run that lacks it was trained with."""
 
 # Keys that a run may change when it goes on: where things lie, what is shown, how long it goes on and which of its
 # weights are best. They leave alone the model, the data, their order and everything else that a step takes from the
@@ -11,25 +29,84 @@ from typing import Any
 # what somebody who asks for more epochs wants. evaluation.* can change which weights count as best, and with
 # train.early_stopping_patience where the run ends; runtime.* can change how sums are rounded.
 # data.path is among them because the content of the file is compared instead.
-_HARMLESS = (
+_COMPATIBLE = (
     "run.name", "run.dir", "run.resume", "run.force", "run.time_limit_minutes", "data.path", "train.epochs",
     "train.max_steps", "train.early_stopping_patience", "evaluation.", "checkpoint.", "runtime.", "log.", "wandb.",
 )  # fmt: skip
 
 
+def require_format(kind: str, number: Any, source: str) -> None:
+    """Raises UserError where this version does not read artefacts of this kind and format number."""
+    supported = FORMATS[kind]
+    if not isinstance(number, int) or not 1 <= number <= supported:
+        raise UserError(
+            f"{source}: is a {kind} of format {number}; this version of dist_train reads the formats 1 to {supported}: "
+            "use the version that wrote it"
+        )
+
+
+def with_renamed_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested configuration in which former names of keys are replaced by those of now."""
+    copy = deepcopy(dict(tree))
+    for former, name in RENAMED.items():
+        section, _, key = former.partition(".")
+        values = copy.get(section)
+        if not isinstance(values, dict) or key not in values:
+            continue
+        value = values.pop(key)
+        if not values:
+            del copy[section]
+        section, _, key = name.partition(".")
+        copy.setdefault(section, {}).setdefault(key, value)
+    return copy
+
+
+def migrated(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved configuration of an older run, with the keys of now: renamed, and added with their first default."""
+    copy = with_renamed_keys(tree)
+    for name, default in ADDED.items():
+        section, _, key = name.partition(".")
+        copy.setdefault(section, {}).setdefault(key, default)
+    return copy
+
+
+def unknown_keys(tree: Mapping[str, Any]) -> list[str]:
+    """Keys of a nested configuration that this version does not have, as `section.key`."""
+    known = JobConfig()
+    return sorted(
+        f"{section}.{name}"
+        for section, values in tree.items()
+        if isinstance(values, Mapping)
+        for name in values
+        if not hasattr(getattr(known, section, None), name)
+    )
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Differing keys of two resolved configurations as `key: was A, is B`: the harmful, then the harmless ones."""
-    old, new = dict(_flat(before)), dict(_flat(now))
+    """Differing keys of two resolved configurations as `key: was A, is B`: the incompatible, then the compatible ones.
+
+    `before` may be of an older version.
+    """
+    old, new = dict(_flat(migrated(before))), dict(_flat(now))
     incompatible: list[str] = []
     compatible: list[str] = []
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            line = f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
-            (compatible if key.startswith(_HARMLESS) else incompatible).append(line)
+        if key not in new:
+            line = f"{key}: was {old[key]!r}, and this version has no such key"
+        elif old.get(key) != new[key]:
+            line = f"{key}: was {old.get(key)!r}, is {new[key]!r}"
+        else:
+            continue
+        (compatible if key.startswith(_COMPATIBLE) else incompatible).append(line)
     return incompatible, compatible
 
 
 def _flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every key as `section.key`, or `section.block.key` where the schema has a block there."""
+    known = JobConfig()
     for section, values in tree.items():
         for name, value in values.items():
-            yield f"{section}.{name}", value
+            if is_dataclass(getattr(getattr(known, section, None), name, None)) and isinstance(value, Mapping):
+                yield from ((f"{section}.{name}.{key}", v) for key, v in value.items())
+            else:
+                yield f"{section}.{name}", value

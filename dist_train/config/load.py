@@ -6,7 +6,7 @@ All mistakes are collected and reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dist_train.config.compatibility import migrated, unknown_keys, with_renamed_keys
 from dist_train.config.rules import problems_of
 from dist_train.config.schema import JobConfig
 from dist_train.errors import UserError
@@ -26,8 +27,35 @@ def load_config(arguments: Sequence[str]) -> JobConfig:
     """Configuration from `file.yaml ... key=value ...`; raises UserError that lists every mistake."""
     problems: list[str] = []
     tree = _writable(OmegaConf.structured(JobConfig))
+    return _resolved(_settings(arguments, tree, problems), tree, problems)
+
+
+def read_config(path: Path) -> JobConfig:
+    """The resolved configuration of a run folder, of this version or an older one. Raises UserError."""
+    problems: list[str] = []
+    content = _read_yaml(path, problems)
+    if problems:
+        raise UserError(_listing(problems))
+    return config_from_tree(content, str(path))
+
+
+def config_from_tree(content: Mapping[str, Any], source: str) -> JobConfig:
+    """A resolved configuration that was saved as nested mappings, by this version or an older one. Raises UserError."""
+    problems: list[str] = []
+    tree = _writable(OmegaConf.structured(JobConfig))
+    content = migrated(content)
+    unknown = unknown_keys(content)
+    if unknown:
+        raise UserError(
+            f"{source}: this version of dist_train does not know the key{'s' * (len(unknown) > 1)} "
+            f"{', '.join(unknown)}: use the version that wrote it"
+        )
+    return _resolved(_leaves(source, "", content, tree), tree, problems)
+
+
+def _resolved(settings: Iterable[Setting], tree: DictConfig, problems: list[str]) -> JobConfig:
     sources: dict[str, str] = {}
-    for source, key, value in _settings(arguments, tree, problems):
+    for source, key, value in settings:
         try:
             # Mappings merge, as sections do: `train.class_weights.high=2` leaves the other classes as they are.
             merges = isinstance(value, dict) and isinstance(OmegaConf.select(tree, key), DictConfig)
@@ -41,11 +69,6 @@ def load_config(arguments: Sequence[str]) -> JobConfig:
     if problems or config is None:
         raise UserError(_listing(problems))
     return config
-
-
-def read_config(path: Path) -> JobConfig:
-    """The resolved configuration of a run folder."""
-    return load_config([str(path)])
 
 
 def config_to_yaml(config: JobConfig) -> str:
@@ -67,7 +90,7 @@ def _settings(arguments: Sequence[str], tree: DictConfig, problems: list[str]) -
     files = [a for a in arguments if a.endswith((".yaml", ".yml")) and "=" not in a]
     for name in files:
         content = _read_yaml(Path(name), problems)
-        yield from _leaves(name, "", content, tree)
+        yield from _leaves(name, "", with_renamed_keys(content), tree)
     for argument in arguments:
         if argument in files:
             continue
@@ -80,7 +103,7 @@ def _settings(arguments: Sequence[str], tree: DictConfig, problems: list[str]) -
         except (OmegaConfBaseException, yaml.YAMLError):
             problems.append(f"{argument!r}: the value is not valid YAML")
             continue
-        yield from _leaves("command line", "", parsed, tree)
+        yield from _leaves("command line", "", with_renamed_keys(cast(dict[str, Any], parsed)), tree)
 
 
 def _read_yaml(path: Path, problems: list[str]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dist_train import __version__
+from dist_train.config.compatibility import FORMATS
 from dist_train.config.schema import JobConfig
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.slurm import Attempt
@@ -19,6 +20,7 @@ from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.commit import commit
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import Parts, encode_parts, pack_json, weights_sha256
+from dist_train.run.checkpoint.trained_model import trained_model_parts
 from dist_train.run.session import Session, scored_weights
 from dist_train.run.tracking.console_tracker import describe_scores
 from dist_train.system.console import log
@@ -32,6 +34,7 @@ def checkpoint_parts(
     """Everything that a run needs to go on, by name; `books` is the state of the trackers."""
     attempt = Attempt.from_environment(environ)
     state = {
+        "format": FORMATS["checkpoint"],
         "progress": session.progress.state_dict(),
         **books,
         "config": asdict(config),
@@ -62,15 +65,14 @@ def export_best(
     weights = dict(session.scored.state_dict())
     peak = max(collectives.all_gather_object(lambda: peak_memory_bytes(world.device)))
     summary = _summary(config, session, world, weights) | {"peak_memory_bytes": peak} | scores
-    model = {
-        "model.pth": weights,
-        "task.json": session.task.description(),
-        "training.json": {
-            "step": best or session.progress.step,
-            "data_sha256": session.task.fingerprint,
-            "weights_sha256": summary["weights_sha256"],
-        },
-    }
+    model = trained_model_parts(
+        config,
+        session.task.description(),
+        session.task.class_names,
+        weights,
+        step=best or session.progress.step,
+        data_sha256=session.task.fingerprint,
+    )
 
     def write() -> None:
         commit(folder.model, encode_parts(model), folder.confirm)

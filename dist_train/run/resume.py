@@ -18,7 +18,8 @@ from dist_train.run.checkpoint.checkpoints import Checkpoints, Found
 from dist_train.run.checkpoint.commit import CorruptCheckpoint, is_whole, remove, remove_stale
 from dist_train.run.checkpoint.lock import RunLock, this_process
 from dist_train.run.checkpoint.run_folder import RunFolder
-from dist_train.run.checkpoint.state import pack_json_line, read_parts
+from dist_train.run.checkpoint.state import pack_json_line
+from dist_train.run.checkpoint.trained_model import DESCRIPTION, read_trained_model
 from dist_train.run.tracking.console_tracker import describe_scores
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
@@ -207,7 +208,7 @@ def remove_exported(folder: RunFolder, checkpoints: Checkpoints) -> None:
     """Remove the trained model and its summary, unless no sound checkpoint holds the same weights."""
     if folder.model.is_dir():
         try:
-            checkpoints.read(read_parts(folder.model)["training.json"]["step"])
+            checkpoints.read(read_trained_model(folder.model)[DESCRIPTION]["step"])
         except (UserError, CorruptCheckpoint, KeyError) as error:
             log.warning(
                 "%s stays as it is until training is over: its weights are nowhere else (%s)", folder.model, error

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_train.config.load import config_from_tree
 from dist_train.config.schema import JobConfig
 from dist_train.determinism.sliced_modules import require_world_size
 from dist_train.distributed.collectives import Collectives
@@ -19,6 +20,7 @@ from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.commit import CorruptCheckpoint
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import Parts, read_parts, weights_sha256
+from dist_train.run.checkpoint.trained_model import DESCRIPTION, config_of_model, describe_model, read_trained_model
 from dist_train.run.session import Session, build_loop
 from dist_train.system.machine import describe_machine
 from dist_train.tasks.registry import description_in, load_task
@@ -79,7 +81,7 @@ class Evidence:
         model = model_damage = None
         if summary:
             try:
-                model = read_parts(folder.model)
+                model = read_trained_model(folder.model)
             except CorruptCheckpoint as damage:
                 model_damage = str(damage)
         changes = _read_lines(folder.changes) if folder.changes.is_file() else []
@@ -245,6 +247,10 @@ class _Replay:
             report.differ(best, f"the trained model's {name} is not what the replay has")
         if not self._same_task(self.evidence.model):
             report.differ(best, "the trained model's task (fitted preprocessing) is not what the replay has")
+        described = describe_model(self.session.config, self.session.task.class_names)
+        expected = config_from_tree(described["config"], "config.yaml")
+        if config_of_model(self.evidence.model, DESCRIPTION) != expected:
+            report.differ(best, f"the trained model's {DESCRIPTION} is not of the run's configuration")
         if report.weights_sha256 != summary["weights_sha256"]:
             report.differ(best, "model/model.pth does not have the weights_sha256 of summary.json")
         self.session.scored.load_state_dict(self.best_weights)

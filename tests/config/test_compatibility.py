@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from dist_train.config import compatibility
 from dist_train.config.compatibility import differences
 from dist_train.config.load import load_config
 from dist_train.config.schema import JobConfig
+from dist_train.errors import UserError
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "v1"
 
 BASE = asdict(JobConfig())
 
@@ -55,12 +62,54 @@ def test_a_line_says_what_was_and_what_is() -> None:
     )
 
 
-def test_a_key_that_came_or_went_is_a_difference() -> None:
-    """As after an upgrade: an older checkpoint lacks a key."""
-    without = {name: dict(values) for name, values in BASE.items()}
-    del without["optim"]["eps"]
-    assert differences(without, BASE)[0] == ["optim.eps: was None, is 1e-08"]
-    assert differences(BASE, without)[0] == ["optim.eps: was 1e-08, is None"]
+def _without(key: str) -> dict[str, Any]:
+    section, name = key.split(".")
+    return {s: {n: v for n, v in values.items() if (s, n) != (section, name)} for s, values in BASE.items()}
+
+
+def test_a_key_that_an_old_checkpoint_lacks_had_its_first_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an upgrade: `optim.eps` came with a later version, and its first default was 1e-6."""
+    monkeypatch.setitem(compatibility.ADDED, "optim.eps", 1e-6)
+    old = _without("optim.eps")
+    assert differences(old, BASE) == (["optim.eps: was 1e-06, is 1e-08"], [])
+    now = asdict(load_config(["optim.eps=1e-6"]))
+    assert differences(old, now) == ([], [])
+
+
+def test_a_renamed_key_is_compared_under_its_new_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compatibility.RENAMED, "optim.epsilon", "optim.eps")
+    monkeypatch.setitem(compatibility.RENAMED, "adam.betas", "optim.betas")
+    old = _without("optim.eps")
+    old["optim"]["epsilon"] = 1e-8
+    old["adam"] = {"betas": old["optim"].pop("betas")}
+    assert differences(old, BASE) == ([], [])
+    old["optim"]["epsilon"] = 1e-5
+    assert differences(old, BASE) == (["optim.eps: was 1e-05, is 1e-08"], [])
+
+
+def test_a_key_of_a_newer_version_is_a_difference() -> None:
+    newer = {name: dict(values) for name, values in BASE.items()}
+    newer["optim"]["nesterov"] = True
+    assert differences(newer, BASE) == (["optim.nesterov: was True, and this version has no such key"], [])
+
+
+def test_every_key_that_the_first_format_lacks_has_the_default_of_its_introduction() -> None:
+    """tests/golden/v1 holds a configuration of the first format with all of its keys."""
+    first = yaml.safe_load((GOLDEN / "runs" / "fast" / "config.yaml").read_text())
+    keys = {f"{section}.{name}" for section, values in first.items() for name in values}
+    keys = {compatibility.RENAMED.get(key, key) for key in keys} | set(compatibility.ADDED)
+    assert {f"{section}.{name}" for section, values in BASE.items() for name in values} <= keys
+
+
+@pytest.mark.parametrize("version", [0, compatibility.FORMATS["checkpoint"] + 1, "two", None])
+def test_a_format_that_is_not_known_is_refused_by_number(version: Any) -> None:
+    compatibility.require_format("checkpoint", compatibility.FORMATS["checkpoint"], "here")
+    supported = compatibility.FORMATS["checkpoint"]
+    expected = (
+        f"here: is a checkpoint of format {version}; this version of dist_train reads the formats 1 to {supported}"
+    )
+    with pytest.raises(UserError, match=expected):
+        compatibility.require_format("checkpoint", version, "here")
 
 
 def test_every_key_is_compared() -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_train.config.compatibility import ADDED, RENAMED
 from dist_train.config.load import config_to_yaml, load_config, read_config
 from dist_train.config.schema import JobConfig, ModelConfig
 from dist_train.errors import UserError
@@ -199,3 +200,23 @@ def test_every_shipped_configuration_loads() -> None:
 
 def test_the_names_of_models_are_those_of_the_registry() -> None:
     assert set(get_args(get_type_hints(ModelConfig)["name"])) == set(MODELS)
+
+
+def test_an_old_run_keeps_the_defaults_of_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ADDED, "optim.eps", 1e-6)
+    monkeypatch.setitem(RENAMED, "optim.rate", "optim.lr")
+    path = tmp_path / "config.yaml"
+    path.write_text("optim: {rate: 0.5}\n")
+    assert (read_config(path).optim.eps, read_config(path).optim.lr) == (1e-6, 0.5)
+    mine = load_config([str(path)])  # as a configuration of a new run
+    assert (mine.optim.eps, mine.optim.lr) == (1e-8, 0.5)
+    assert load_config(["optim.rate=0.25"]).optim.lr == 0.25
+
+
+def test_keys_of_a_newer_version_are_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("optim: {lr: 0.5, nesterov: true}\nfuture: {a: 1, b: 2}\n")
+    expected = r"config\.yaml: this version of dist_train does not know the keys future\.a, future\.b, optim\.nesterov"
+    with pytest.raises(UserError, match=expected) as refused:
+        read_config(path)
+    assert "\n" not in str(refused.value)

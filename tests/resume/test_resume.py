@@ -321,7 +321,7 @@ def test_the_shipped_weights_are_those_of_the_summary(runs: Path) -> None:
     state = torch.load(runs / "whole" / "model" / "model.pth", weights_only=True)
     assert weights_sha256(state) == outcome(runs / "whole")["weights_sha256"]
     assert set(read_verified(runs / "whole" / "model")) == {
-        "model.pth", "task.json", "training.json",
+        "model.pth", "task.json", "model.json",
     }  # fmt: skip
 
 

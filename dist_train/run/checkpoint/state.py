@@ -12,10 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_train.config.compatibility import require_format
 from dist_train.run.checkpoint.commit import CorruptCheckpoint, read_verified
 
 Parts = dict[str, Any]
 """File name -> content: `*.pth` a flat mapping of tensors, `*.json` any JSON value."""
+
+
+_FORMAT_PARTS = {"state.json": "checkpoint", "model.json": "trained model"}
+"""The part that holds the format number, by name -> the kind of artefact."""
 
 
 def encode_parts(parts: Parts) -> dict[str, bytes]:
@@ -24,10 +29,20 @@ def encode_parts(parts: Parts) -> dict[str, bytes]:
 
 
 def read_parts(folder: Path) -> Parts:
-    """The parts of a committed folder; Damaged when it does not verify or a part is not what its name says."""
+    """The parts of a committed folder.
+
+    Raises:
+        CorruptCheckpoint: the folder does not verify, or a part is not what its name says.
+        UserError: its format is not one that this version reads.
+    """
+    files = read_verified(folder)
+    for name, kind in _FORMAT_PARTS.items():
+        if name in files:  # before the others: another version may write them in another way
+            content = unpack_json(files[name], str(folder / name))
+            require_format(kind, content.get("format", 1) if isinstance(content, dict) else None, str(folder))
     return {
         name: (unpack_tensors if name.endswith(".pth") else unpack_json)(data, str(folder / name))
-        for name, data in read_verified(folder).items()
+        for name, data in files.items()
     }
 
 
