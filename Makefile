@@ -3,18 +3,31 @@ PYTHON ?= python3
 VENV ?= .venv
 NPROC ?= 2
 WORKERS ?= 2
+# A version of torch other than the pinned one
+TORCH ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+COVERAGE_TESTS := $(addprefix tests/,accel config contracts data determinism distributed models property run system tasks \
+	training watchdog)
 
-.PHONY: train test soak check docs pictures bench clean
+.PHONY: train test test-torch211 coverage soak check docs pictures bench clean
 
 # Train the default job on two ranks; more arguments: make train ARGS="train.epochs=5 run.name=short"
 train: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) launch/train.py configs/credit_risk.yaml $(ARGS)
 
-# Everything that proves the promises, in minutes
+# Everything that proves the promises, in minutes; at its end it says what was skipped and how to have it run
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
+
+# The suite on the oldest torch that is supported, in an environment of its own. For Linux there is only its CUDA build:
+# some 3 GB with its libraries, which need no GPU. Another version: make test-torch211 TORCH=2.12.0
+test-torch211:
+	$(MAKE) test VENV=.venv-torch211 TORCH=$(or $(TORCH),2.11.0)
+
+# The lines of the package that the tests without a launcher run, and the floor below which CI fails (pyproject.toml)
+coverage: $(INSTALLED)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --cov --cov-report=term:skip-covered $(COVERAGE_TESTS) $(ARGS)
 
 # The long versions: random kills by the dozen
 soak: $(INSTALLED)
@@ -27,14 +40,15 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Regenerate the table of configuration keys in the README
+# Write the pages that are made from the code: the table of configuration keys, the diagrams
 docs: $(INSTALLED)
-	$(BIN)/python -m dist_train.config.reference README.md
+	$(BIN)/python -m tools.config_reference docs/configuration.md
+	$(BIN)/python -m tools.architecture_diagrams docs/architecture.md
 
-# The pictures of the README, from a real run
+# The pictures of the documentation, from a real run
 pictures: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	$(BIN)/python docs/pictures.py
+	$(BIN)/python -m tools.pictures
 
 # Everything that is measured, beside the tutorial loop, Lightning and Accelerate; a part of it: make bench ARGS="--only cpu"
 bench: $(INSTALLED)
@@ -42,10 +56,11 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-torch211 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("dist_train needs Python >= 3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' constraints.txt >$(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
 	touch $@

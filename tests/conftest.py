@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +23,36 @@ class Scheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         return next((part for part in SHARING if nodeid.startswith(part)), nodeid)
+
+
+# What a reason to skip has in it, and how to have the test run.
+HOW_TO_RUN = (
+    ("GPU", "run `make test` on a machine with a CUDA device"),
+    ("is not installed", "run `make bench` once, which installs it"),
+    ("wandb", "install wandb"),
+    ("needs ", "run `bash .ci/run` as root on Linux, which installs it"),
+)
+
+
+def skipped_tests(reasons: Sequence[str]) -> list[str]:
+    """One line for each reason: how many tests were skipped for it, and how to have them run."""
+    lines = []
+    for reason, count in sorted(Counter(reasons).items()):
+        how = next((text for part, text in HOW_TO_RUN if part in reason), "")
+        lines.append(f"{count} skipped: {reason}{f': {how}' if how else ''}")
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say at the end what was skipped, and how to have it run."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    lines = skipped_tests([str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped])
+    if "not slow" in config.option.markexpr:
+        lines.append("left out: tests marked slow: run `make soak`")
+    if lines:
+        terminalreporter.section("not run here")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Any:
