@@ -43,5 +43,8 @@ def main(program: str, argv: Sequence[str]) -> None:
     from dist_train.run.job import train
 
     launcher = Launcher() if "TORCHELASTIC_RUN_ID" in os.environ else None
-    world = world_from_environment(os.environ, device=config.runtime.device, backend=config.runtime.backend)
+    runtime = config.runtime
+    world = world_from_environment(
+        os.environ, device=runtime.device, backend=runtime.backend, timeout_seconds=runtime.timeout_seconds
+    )
     train(config, world, os.environ, launcher=launcher, dry_run=arguments.dry_run)

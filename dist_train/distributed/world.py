@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -20,6 +20,7 @@ from torch.distributed import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dist_train.errors import TrainingFault, UserError
+from dist_train.system.console import log
 from dist_train.system.torchrun import TORCHRUN_VARIABLES, missing_from_torchrun
 
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
@@ -29,7 +30,10 @@ TIMEOUT_GRACE_SECONDS = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """One process's place among all. `rendezvous` is a torch.distributed init method; empty in a world of one."""
+    """One process's place among all. `rendezvous` is a torch.distributed init method; empty in a world of one.
+
+    `store` is the one that all ranks share, where they have met already.
+    """
 
     rank: int = 0
     size: int = 1
@@ -38,10 +42,21 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str = "gloo"
     rendezvous: str = ""
+    store: Store | None = field(default=None, compare=False, repr=False)
 
 
-def world_from_environment(environ: Mapping[str, str], *, device: str = "auto", backend: str = "auto") -> World:
-    """Read the launcher's variables; UserError names what is missing or contradicts itself."""
+def world_from_environment(
+    environ: Mapping[str, str], *, device: str = "auto", backend: str = "auto", timeout_seconds: float = 300.0
+) -> World:
+    """Read the launcher's variables, and find out whether each rank has a GPU of its own.
+
+    Several ranks on GPUs meet for that, within `timeout_seconds`: a launcher may show each of them one device, the same
+    one or another.
+
+    Raises:
+        UserError: a variable is missing or contradicts another, or there is no such device or backend.
+        TrainingFault: the ranks could not meet.
+    """
     if "RANK" not in environ and "SLURM_STEP_NUM_TASKS" in environ:
         place = _from_slurm(environ)
     elif any(name in environ for name in TORCHRUN_VARIABLES):
@@ -50,11 +65,67 @@ def world_from_environment(environ: Mapping[str, str], *, device: str = "auto", 
         place = World()
     if not 0 <= place.rank < place.size:
         raise UserError(f"rank {place.rank} does not exist in a world of {place.size}: check RANK and WORLD_SIZE")
-    chosen, name = _device(place, device, backend)
-    return World(
-        rank=place.rank, size=place.size, local_rank=place.local_rank, local_size=place.local_size,
-        device=chosen, backend=name, rendezvous=place.rendezvous,
-    )  # fmt: skip
+    chosen = _device(place, device, backend)
+    if chosen.type == "cpu" or backend == "gloo":
+        return replace(place, device=chosen)
+    store = _meet(place, timeout_seconds) if place.size > 1 else None
+    shared = _shared_device(store, place, _device_uuid(chosen), timeout_seconds) if store else []
+    if not shared:
+        return replace(place, device=chosen, backend="nccl", store=store)
+    ranks = " and ".join(str(rank) for rank in shared)
+    if backend == "nccl":
+        raise UserError(
+            f"runtime.backend=nccl needs a GPU for each rank, but ranks {ranks} have the same one; "
+            "start as many ranks as there are GPUs, or use runtime.backend=auto or gloo"
+        )
+    if place.rank == 0:
+        log.warning(
+            "ranks %s have the same GPU: they communicate by gloo, over the host, and no step becomes a CUDA graph; "
+            "as many ranks as GPUs are faster", ranks,
+        )  # fmt: skip
+    return replace(place, device=chosen, store=store)
+
+
+def _meet(world: World, timeout_seconds: float) -> Store:
+    """The store that all ranks share, once rank 0 has opened it."""
+    timeout = timedelta(seconds=timeout_seconds)
+    with _meeting(world, timeout_seconds):
+        met: tuple[Store, int, int] = next(rendezvous(world.rendezvous, world.rank, world.size, timeout=timeout))
+    return met[0]
+
+
+@contextmanager
+def _meeting(world: World, timeout_seconds: float) -> Iterator[None]:
+    try:
+        yield
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingFault(
+            f"rank {world.rank} of {world.size} could not meet the others within {timeout_seconds:g} s: {reason}"
+        ) from None
+
+
+def _shared_device(store: Store, place: World, uuid: str, timeout_seconds: float) -> list[int]:
+    """Two ranks that have the same device, the same two on all ranks; empty where each has one of its own.
+
+    Every rank with a GPU takes part, also one that sees more devices than there are ranks, so that all decide alike.
+    """
+    devices = PrefixStore("device", store)
+    devices.set(str(place.rank), uuid)
+    keys = [str(rank) for rank in range(place.size)]
+    with _meeting(place, timeout_seconds):
+        uuids = devices.multi_get(keys)
+    rank_of: dict[bytes, int] = {}
+    for rank, found in enumerate(uuids):
+        other = rank_of.setdefault(found, rank)
+        if other != rank:
+            return [other, rank]
+    return []
+
+
+def _device_uuid(device: torch.device) -> str:
+    """What tells a GPU, or a part of one, from all others, whatever number this process sees it under."""
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def device_here(trained_on: str) -> str:
@@ -76,22 +147,18 @@ def process_group(world: World, timeout_seconds: float) -> Iterator[Store]:
     if world.backend == "nccl":
         _record_flight()
     timeout = timedelta(seconds=timeout_seconds)
-    try:
-        store, _, _ = next(rendezvous(world.rendezvous, world.rank, world.size, timeout=timeout))
+    store = world.store or _meet(world, timeout_seconds)
+    store.set_timeout(timeout)
+    with _meeting(world, timeout_seconds):
         dist.init_process_group(
             torch_backend(world),
             store=PrefixStore("process_group", store),
             rank=world.rank,
             world_size=world.size,
-            # The watch ends a collective that hangs; torch's own timeout is for the case that the watch cannot.
+            # The watchdog ends a collective that hangs; torch's own timeout is for the case that the watchdog cannot.
             timeout=timeout + timedelta(seconds=TIMEOUT_GRACE_SECONDS),
             device_id=world.device if world.backend == "nccl" else None,
         )
-    except dist.DistError as error:
-        reason = str(error).splitlines()[0]
-        raise TrainingFault(
-            f"rank {world.rank} of {world.size} could not meet the others within {timeout_seconds:g} s: {reason}"
-        ) from None
     try:
         yield store
     finally:
@@ -159,15 +226,15 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
         raise UserError(f"{name}={environ[name]!r} in the environment is not a whole number") from None
 
 
-def _device(place: World, device: str, backend: str) -> tuple[torch.device, str]:
+def _device(place: World, device: str, backend: str) -> torch.device:
     gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     if device == "cuda" and not gpus:
         raise UserError("runtime.device=cuda, but torch sees no GPU; use runtime.device=auto or cpu")
     if not gpus:
         if backend == "nccl":
             raise UserError("runtime.backend=nccl, but torch sees no GPU; use runtime.backend=auto or gloo")
-        return torch.device("cpu"), "gloo"
-    if backend == "nccl" and place.local_size > gpus:
+        return torch.device("cpu")
+    # Of one visible GPU each rank may see another one, as under srun --gpus-per-task=1.
+    if backend == "nccl" and 1 < gpus < place.local_size:
         raise UserError(f"runtime.backend=nccl needs a GPU for each of the {place.local_size} ranks here, not {gpus}")
-    own_gpu = place.local_size <= gpus
-    return torch.device("cuda", place.local_rank % gpus), ("nccl" if own_gpu and backend != "gloo" else "gloo")
+    return torch.device("cuda", place.local_rank % gpus)

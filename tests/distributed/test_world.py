@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore, PrefixStore
 
+from dist_train.distributed import world
 from dist_train.distributed.world import World, torch_backend, world_from_environment
 from dist_train.errors import UserError
 from dist_train.system.torchrun import TORCHRUN_VARIABLES
+from tests.patience import PATIENCE_SECONDS
+from tests.ranks import in_processes
 
 TORCHRUN = {
     "RANK": "5",
@@ -43,9 +50,9 @@ def test_a_plain_process_is_a_world_of_one() -> None:
 
 
 def test_torchrun() -> None:
-    world = read(TORCHRUN)
-    assert (world.rank, world.size, world.local_rank, world.local_size) == (5, 8, 1, 4)
-    assert (world.rendezvous, world.backend, world.device.type) == ("env://", "gloo", "cpu")
+    found = read(TORCHRUN)
+    assert (found.rank, found.size, found.local_rank, found.local_size) == (5, 8, 1, 4)
+    assert (found.rendezvous, found.backend, found.device.type) == ("env://", "gloo", "cpu")
 
 
 def test_torchrun_under_srun_wins() -> None:
@@ -54,10 +61,10 @@ def test_torchrun_under_srun_wins() -> None:
 
 
 def test_srun() -> None:
-    world = read(SRUN)
-    assert (world.rank, world.size, world.local_rank, world.local_size) == (3, 6, 1, 2)
-    assert world.rendezvous == "tcp://gpu03:23456"
-    assert read(SRUN | {"MASTER_ADDR": "left over"}) == world
+    found = read(SRUN)
+    assert (found.rank, found.size, found.local_rank, found.local_size) == (3, 6, 1, 2)
+    assert found.rendezvous == "tcp://gpu03:23456"
+    assert read(SRUN | {"MASTER_ADDR": "left over"}) == found
 
 
 @pytest.mark.parametrize(
@@ -115,30 +122,94 @@ def test_a_rank_outside_of_its_world(rank: str, size: str) -> None:
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def pretend(count: int) -> None:
+    """Pretend that each rank of TORCHRUN sees `count` GPUs; of one GPU, one of its own where `own`, as under
+    `srun --gpus-per-task=1`."""
+
+    def pretend(count: int, *, own: bool = False) -> None:
+        def uuid_of(rank: int) -> str:
+            local = rank % 4
+            return f"node{rank // 4}-gpu{local if own else local % count}"
+
+        def meet(place: World, _timeout: float) -> HashStore:
+            store = HashStore()
+            for rank in range(place.size):
+                if rank != place.rank:
+                    PrefixStore("device", store).set(str(rank), uuid_of(rank))
+            return store
+
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(world, "_device_uuid", lambda _device: uuid_of(int(TORCHRUN["RANK"])))
+        monkeypatch.setattr(world, "_meet", meet)
 
     return pretend
 
 
 @pytest.mark.parametrize(
-    ("count", "device", "backend", "expected"),
+    ("count", "own", "device", "backend", "expected"),
     [
-        (4, "auto", "auto", ("cuda:1", "nccl")),
-        (4, "cuda", "nccl", ("cuda:1", "nccl")),
-        (4, "auto", "gloo", ("cuda:1", "gloo")),
-        (4, "cpu", "auto", ("cpu", "gloo")),
-        (3, "auto", "auto", ("cuda:1", "gloo")),  # ranks share GPUs, which nccl refuses
-        (1, "auto", "auto", ("cuda:0", "gloo")),
-        (0, "auto", "auto", ("cpu", "gloo")),
-        (0, "cpu", "gloo", ("cpu", "gloo")),
+        (4, False, "auto", "auto", ("cuda:1", "nccl")),
+        (4, False, "cuda", "nccl", ("cuda:1", "nccl")),
+        (4, False, "auto", "gloo", ("cuda:1", "gloo")),
+        (4, False, "cpu", "auto", ("cpu", "gloo")),
+        (3, False, "auto", "auto", ("cuda:1", "gloo")),  # ranks share GPUs, which nccl refuses
+        (1, False, "auto", "auto", ("cuda:0", "gloo")),
+        (1, True, "auto", "auto", ("cuda:0", "nccl")),  # srun --gpus-per-task=1
+        (1, True, "cuda", "nccl", ("cuda:0", "nccl")),
+        (1, True, "auto", "gloo", ("cuda:0", "gloo")),
+        (0, False, "auto", "auto", ("cpu", "gloo")),
+        (0, False, "cpu", "gloo", ("cpu", "gloo")),
     ],
 )
-def test_device_and_backend(gpus: Any, count: int, device: str, backend: str, expected: tuple[str, str]) -> None:
-    gpus(count)
-    world = read(TORCHRUN, device=device, backend=backend)
-    assert (str(world.device), world.backend) == expected
+def test_device_and_backend(
+    gpus: Any, count: int, own: bool, device: str, backend: str, expected: tuple[str, str]
+) -> None:
+    gpus(count, own=own)
+    found = read(TORCHRUN, device=device, backend=backend)
+    assert (str(found.device), found.backend) == expected
+    assert (found.store is not None) == (count > 0 and device != "cpu" and backend != "gloo")
+
+
+def test_one_gpu_for_several_ranks_is_refused_for_nccl_and_names_two(gpus: Any) -> None:
+    gpus(1)
+    with pytest.raises(UserError, match="nccl needs a GPU for each rank, but ranks 0 and 1 have the same one"):
+        read(TORCHRUN, device="auto", backend="nccl")
+
+
+@pytest.mark.parametrize(("rank", "own", "backend", "warned"), [
+    (0, False, "auto", True), (5, False, "auto", False), (0, True, "auto", False), (0, False, "gloo", False),
+])  # fmt: skip
+def test_rank_0_warns_where_gpus_end_on_gloo(
+    gpus: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, rank: int, own: bool, backend: str,
+    warned: bool,
+) -> None:  # fmt: skip
+    gpus(1, own=own)
+    monkeypatch.setitem(TORCHRUN, "RANK", str(rank))
+    monkeypatch.setattr(logging.getLogger("dist_train"), "propagate", True)
+    read(TORCHRUN, device="auto", backend=backend)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == warned
+    assert all(message.startswith("ranks 0 and 1 have the same GPU: they communicate by gloo") for message in messages)
+
+
+def _backend(number: int, rendezvous: str, uuids: list[str]) -> tuple[str, bool]:
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    world._device_uuid = lambda _device: uuids[number]
+    world._from_slurm = lambda _environ: World(
+        rank=number, size=len(uuids), local_rank=number, local_size=len(uuids), rendezvous=rendezvous
+    )
+    found = world_from_environment(SRUN)
+    with world.process_group(replace(found, device=torch.device("cpu"), backend="gloo"), PATIENCE_SECONDS) as store:
+        torch.distributed.barrier()
+        return found.backend, store is found.store
+
+
+@pytest.mark.parametrize(("uuids", "backend"), [(["a", "b", "c"], "nccl"), (["a", "b", "a"], "gloo")])
+def test_ranks_that_see_one_gpu_each_tell_them_apart(tmp_path: Path, uuids: list[str], backend: str) -> None:
+    """Over the store by which they open their process group afterwards."""
+    found = in_processes(3, _backend, f"file://{tmp_path}/store", uuids)
+    assert found == [(backend, True)] * 3
 
 
 @pytest.mark.parametrize(
