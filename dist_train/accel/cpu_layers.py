@@ -149,7 +149,9 @@ class Activation:
     def affine_relu_dropout(self, block: Block) -> None:
         """From a block's sums to what the next Linear reads."""
         dropout, pre_activations = self._layer.dropout, block.pre_activations[self._index].array
-        start = int(dropout.random.counter_for(dropout.purpose, pre_activations.shape[1])) if dropout else 0
+        start = 0
+        if dropout:
+            start = int(dropout.context.counter_for(dropout.purpose, pre_activations.shape[1], block.place))
         cpu_kernels.affine_relu_dropout(
             pre_activations, self._scale, self._shift, start, self._threshold, block.activations[self._index].array
         )

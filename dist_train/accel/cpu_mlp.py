@@ -7,7 +7,7 @@ place, some hundred rows at a time: torch's matrix products, and between two of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -15,23 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.accel.cpu_layers import Block, Gradients, Layer, Workspace
+from dist_train.determinism.batch_context import ModelContext
 from dist_train.determinism.batch_norm import GatheredBatchNorm1d
 from dist_train.determinism.dropout import KeyedDropout
 from dist_train.determinism.sliced_modules import SlicedSequential
-from dist_train.determinism.slices import Slices
+from dist_train.determinism.slices import split_slices
 
 
-def fuse_sequences(model: nn.Module, slices: Slices) -> nn.Module:
+def fuse_sequences(model: nn.Module, context: ModelContext) -> nn.Module:
     """Fuse each Sequential in a model that is (Linear, BatchNorm?, ReLU, dropout?) repeated, then Linear; in place.
 
-    Its BatchNorm must be gathered and its dropout keyed by then. `slices` must be told where gradients go before the
-    first pass in training, and of each batch. Other modules stay as they are, and state_dict keys do not change.
+    Its BatchNorm must be gathered and its dropout keyed by then. `context.gradients` must be there by the first pass in
+    training, and each pass needs a bound batch. Other modules stay as they are, and state_dict keys do not change.
     """
     for module in model.modules():
         layers = _layers_of(module) if type(module) in (nn.Sequential, SlicedSequential) else None
         if layers:
+            plain_forward = type(module).forward
             module.__class__ = FusedSequential
-            cast(FusedSequential, module).set_up(layers, slices)
+            cast(FusedSequential, module).set_up(layers, context, plain_forward)
     return model
 
 
@@ -42,22 +44,30 @@ class FusedSequential(nn.Sequential):
     other numbers agree to rounding. What a slice goes through depends on that slice alone, as the exact mode needs it.
     """
 
-    def set_up(self, layers: Sequence[Layer], slices: Slices) -> None:
-        """What it consists of, and who knows which rows come next."""
+    def set_up(
+        self, layers: Sequence[Layer], context: ModelContext, plain_forward: Callable[[Any, Tensor], Tensor]
+    ) -> None:
+        """Take over a sequence of `layers`; `plain_forward` computes inputs that this one is not made for."""
         self.layers = layers
         self.runs = _runs(layers)
-        self.slices = slices
+        self.context = context
+        self.plain_forward = plain_forward
         # Kept, since walking through the modules takes longer than a kernel.
         self.trained = tuple(p for p in self.parameters() if p.requires_grad)
         self._spare: list[Workspace] = []  # at most one; setting an attribute of a module takes as long as a kernel
 
     def forward(self, input: Tensor) -> Tensor:
         """Outputs of the rows."""
-        if not (self.training and torch.is_grad_enabled()):
-            return cast(Tensor, super().forward(input))
+        if not (self.training and torch.is_grad_enabled() and self._takes(input)):
+            return self.plain_forward(self, input)
         # Autograd comes to each of these, empty-handed; one is enough for it to see that there are gradients at all.
-        parameters = self.trained if self.slices.visit_all_parameters else self.trained[:1]
+        parameters = self.trained if self.context.visit_all_parameters else self.trained[:1]
         return cast(Tensor, _Fused.apply(input, self, *parameters))
+
+    def _takes(self, input: Tensor) -> bool:
+        """Whether rows are of the shape and type that the compiled passes are made for."""
+        known = input.ndim == 2 and input.dtype == self.layers[0].linear.weight.dtype
+        return known and not torch.is_autocast_enabled("cpu")
 
     def work_for(self, parts: Sequence[Tensor]) -> Workspace:
         """Memory for slices of such lengths: that of the step before, unless the lengths differ or it is in use."""
@@ -70,7 +80,7 @@ class FusedSequential(nn.Sequential):
             or workspace.dtype != dtype
             or workspace.first_weight != first
         ):
-            workspace = Workspace(lengths, self.layers, parts[0], self.slices.gradients or [])
+            workspace = Workspace(lengths, self.layers, parts[0], self.context.gradients or [])
         return workspace
 
     def give_back(self, workspace: Workspace) -> None:
@@ -86,13 +96,12 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sequence: FusedSequential, *_parameters: nn.Parameter) -> Tensor:
-        slices = sequence.slices
-        parts = slices.split(x)
+        lengths = sequence.context.batch.slices
+        parts = split_slices(x, lengths)
         workspace = sequence.work_for(parts)
         workspace.fill(parts)
         for first, last in sequence.runs:
             for block in workspace.blocks:
-                slices.go_to(block.place)
                 for index in range(first, last + 1):
                     if index:
                         workspace.between[index - 1].affine_relu_dropout(block)
@@ -101,15 +110,15 @@ class _Fused(torch.autograd.Function):
                     workspace.between[last].batch_norm_stats(block)
             if last < len(workspace.between):
                 workspace.between[last].prepare()
-        ctx.sequence, ctx.workspace = sequence, workspace
+        ctx.sequence, ctx.workspace, ctx.lengths = sequence, workspace, lengths
         return torch.cat([block.pre_activations[-1].tensor for block in workspace.blocks])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sequence, workspace, wants_input = ctx.sequence, ctx.workspace, ctx.needs_input_grad[0]
-        layers, slices, between = sequence.layers, sequence.slices, workspace.between
+        layers, between = sequence.layers, workspace.between
         found = workspace.gradients
-        for block, of_outputs in zip(workspace.blocks, workspace.pieces(slices.split(grad)), strict=True):
+        for block, of_outputs in zip(workspace.blocks, workspace.pieces(split_slices(grad, ctx.lengths)), strict=True):
             block.activations[-1].tensor.copy_(of_outputs)
         of_inputs: list[Tensor] = []
         for first, last in reversed(sequence.runs):

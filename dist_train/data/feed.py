@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_train.data.sampler import MicroBatchIndices, PositionSampler
+from dist_train.determinism.batch_context import BatchContext
 from dist_train.determinism.position import Position
 
 
@@ -31,17 +32,14 @@ class Gatherer(Protocol):
 class Batch:
     """This rank's rows of one forward-backward pass, gathered when they are looked at.
 
-    `index` are the places of the rows in the split, (n,), on the host or on the device. `slices` are the lengths of the
-    slices that they consist of; `first_row` and `epoch` say where in the training order they stand; `global_rows`
-    counts all ranks' rows.
+    `index` are the places of the rows in the split, (n,) int64; a batch as the sampler made it has them on the host.
+    `context` says where in the training order they stand; `global_rows` counts all ranks' rows.
     """
 
     def __init__(self, source: Source, share: MicroBatchIndices, index: Tensor) -> None:
         self._source = source
         self.index = index
-        self.slices = share.slices
-        self.epoch = share.epoch
-        self.first_row = share.first_row
+        self.context = BatchContext(share.epoch, share.first_row, share.slices)
         self.global_rows = share.global_rows
 
     @cached_property
@@ -63,11 +61,12 @@ class Batch:
         """The rows' numbers in the table, (n,)."""
         return self._source.row_numbers[self.index.to(self._source.row_numbers.device)]
 
-    def by_index(self, index: Tensor) -> Batch:
-        """A batch of the same lengths, whose rows are those that `index` holds when they are gathered."""
+    def by_index(self, index: Tensor, context: BatchContext) -> Batch:
+        """A batch of as many rows: those that `index` holds when they are gathered, at another place in the order."""
         twin = copy(self)
         twin.__dict__.pop("_gathered", None)
         twin.index = index
+        twin.context = context
         return twin
 
 

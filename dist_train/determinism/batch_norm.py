@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dist_train.determinism.slices import Slices
+from dist_train.determinism.batch_context import ModelContext
+from dist_train.determinism.slices import split_slices
 from dist_train.distributed.collectives import Collectives
 
 
@@ -70,21 +71,21 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
     """
 
     collectives: Collectives
-    slices: Slices
+    context: ModelContext | None
 
     @classmethod
     def from_plain(
-        cls, plain: nn.BatchNorm1d, collectives: Collectives, slices: Slices | None = None
+        cls, plain: nn.BatchNorm1d, collectives: Collectives, context: ModelContext | None = None
     ) -> GatheredBatchNorm1d:
         """The synchronised twin of a plain layer; it takes over the layer's own parameters and buffers.
 
-        Without `slices` the rows of a rank are one slice.
+        Without `context` the rows of a rank are one slice, and autograd gets the gradients.
         """
         twin = cls(plain.num_features, plain.eps, plain.momentum, plain.affine, plain.track_running_stats)
         twin._parameters = plain._parameters
         twin._buffers = plain._buffers
         twin.collectives = collectives
-        twin.slices = slices or Slices()
+        twin.context = context
         return twin.train(plain.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -132,7 +133,8 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: GatheredBatchNorm1d) -> Tensor:
-        wide = [part.double() for part in norm.slices.split(x)]
+        lengths = norm.context.batch.slices if norm.context else ()
+        wide = [part.double() for part in split_slices(x, lengths)]
         own = torch.stack([_statistics(part) for part in wide])
         counts, mean, var = gather_stats(norm.collectives.all_gather(own).flatten(0, 1))
         count = norm.require_rows(counts[0].item())
@@ -140,7 +142,8 @@ class _Normalise(torch.autograd.Function):
         inverse_std = torch.rsqrt(var + norm.eps)
         shift = -mean * inverse_std
         normals = [torch.addcmul(shift, part, inverse_std).to(x.dtype) for part in wide]
-        ctx.collectives, ctx.slices, ctx.normals = norm.collectives, norm.slices, normals
+        ctx.collectives, ctx.lengths, ctx.normals = norm.collectives, lengths, normals
+        ctx.gradients = norm.context.gradients if norm.context else None
         ctx.weight, ctx.bias, ctx.inverse_std, ctx.count = weight, bias, inverse_std, count
         outputs = normals
         if weight is not None and bias is not None:
@@ -149,7 +152,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = list(zip(ctx.slices.split(grad), ctx.normals, strict=True))
+        pairs = list(zip(split_slices(grad, ctx.lengths), ctx.normals, strict=True))
         own = torch.stack([torch.stack([g.sum(0), (g * normal).sum(0)]) for g, normal in pairs])
         sums = ctx.collectives.ordered_sum(own)
         scale = ctx.inverse_std if ctx.weight is None else ctx.inverse_std * ctx.weight
@@ -158,12 +161,13 @@ class _Normalise(torch.autograd.Function):
         grad_input = torch.cat([torch.addcmul(shift, g, scale).addcmul_(n, product_scale) for g, n in pairs])
         grad_weight = grad_bias = None
         if ctx.weight is not None:
-            if ctx.slices.gradients is None:
+            if ctx.gradients is None:
                 grad_bias, grad_weight = own.sum(0)
             else:
-                for of_slice, sums_of_slice in zip(ctx.slices.gradients, own, strict=True):
-                    of_slice[ctx.bias] += sums_of_slice[0]
-                    of_slice[ctx.weight] += sums_of_slice[1]
+                for of_slice, sums_of_slice in zip(ctx.gradients, own, strict=True):
+                    for parameter, gradient in zip((ctx.bias, ctx.weight), sums_of_slice, strict=True):
+                        if parameter in of_slice:  # a frozen one is not
+                            of_slice[parameter] += gradient
         return grad_input, grad_weight, grad_bias, None
 
 

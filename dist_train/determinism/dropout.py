@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dist_train.determinism.keyed_random import RowRandom
+from dist_train.determinism.batch_context import ModelContext
 
 _LEVELS = 1 << 16
 NOTHING_DROPPED = -_LEVELS // 2
@@ -17,25 +17,25 @@ class KeyedDropout(nn.Module):
     The probability is kept to 1/65536, and the kept values are scaled by exactly its complement. Shapes: (rows, ...).
     """
 
-    def __init__(self, p: float, purpose: str, random: RowRandom) -> None:
+    def __init__(self, p: float, purpose: str, context: ModelContext) -> None:
         super().__init__()
         num_dropped = min(round(p * _LEVELS), _LEVELS - 1)
         self.threshold = num_dropped + NOTHING_DROPPED
         self.scale = _LEVELS / (_LEVELS - num_dropped)
         self.purpose = purpose
-        self.random = random
+        self.context = context
 
     def forward(self, x: Tensor) -> Tensor:
         """The input, masked and scaled in training; itself in evaluation."""
         if not self.training or self.scale == 1:
             return x
-        bits = self.random.bits16(self.purpose, len(x), x.shape[1:].numel(), x.device)
+        bits = self.context.bits16(self.purpose, len(x), x.shape[1:].numel(), x)
         return x * (bits >= self.threshold).to(x.dtype).mul_(self.scale).view_as(x)
 
 
-def convert_dropout(model: nn.Module, random: RowRandom) -> nn.Module:
-    """Replace every nn.Dropout by a keyed one that draws from `random`, in place; state_dict keys do not change."""
+def convert_dropout(model: nn.Module, context: ModelContext) -> nn.Module:
+    """Replace every nn.Dropout by a keyed one, in place; state_dict keys do not change."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Dropout:
-            model.set_submodule(name, KeyedDropout(module.p, f"dropout {name}", random).train(module.training))
+            model.set_submodule(name, KeyedDropout(module.p, f"dropout {name}", context).train(module.training))
     return model

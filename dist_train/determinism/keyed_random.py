@@ -6,7 +6,7 @@ Nothing has to be stored in a checkpoint or replayed on resume, and any rank can
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -71,61 +71,44 @@ def uniform_keys(num_rows: int, *key: Key, first_row: int = 0) -> Tensor:
 
 
 class RowRandom:
-    """Random bits for the rows of a batch, keyed by seed, purpose, epoch and the row's place in the epoch.
+    """Random bits for rows, keyed by seed, purpose, epoch and the row's place in the epoch.
 
-    `begin` says which rows are on the table; modules that share this object then draw their bits. A row gets the
-    same bits on whichever rank it is computed, and however the batch is cut.
+    A row gets the same bits on whichever rank it is computed, and however the batch is cut.
     """
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._epoch = 0
-        self._first_row = 0
-        self._counters: dict[torch.device, Tensor] = {}
-        self._asked_for: dict[tuple[str, int], None] = {}
-        self._held: dict[tuple[str, int], Tensor] | None = None
+        self._sequences: dict[torch.device, Tensor] = {}
 
-    def begin(self, epoch: int, first_row: int) -> None:
-        """The rows that follow start at place `first_row` of the epoch's order."""
-        self._epoch = epoch
-        self._first_row = first_row
+    def counter(self, purpose: str, width: int, epoch: int, row: int) -> int:
+        """First SplitMix64 counter of the bits of row `row` of an epoch, `width` int16 numbers a row."""
+        return _signed(derive(purpose, self._seed, epoch) + row * _words(width) * INCREMENT)
 
-    def bind_counters(self, keys: Sequence[tuple[str, int]], starts: Tensor) -> None:
-        """From now on the bits of each of `keys`, (purpose, width), follow from a number in `starts`, (keys,) int64.
+    def distance(self, width: int, rows: int) -> int:
+        """What to add to a counter to come to the row that is `rows` further."""
+        return _signed(rows * _words(width) * INCREMENT)
 
-        Whoever fills `starts` with what `counter_for` says then decides for which rows the bits are, also when kernels
-        that were recorded before are run again.
-        """
-        self._held = dict(zip(keys, starts.unbind(), strict=True))
-
-    def unbind_counters(self) -> None:
-        """Bits follow from `begin` again."""
-        self._held = None
-
-    def used_streams(self) -> list[tuple[str, int]]:
-        """Purpose and width of all bits that were asked for so far."""
-        return list(self._asked_for)
-
-    def counter_for(self, purpose: str, width: int) -> int | Tensor:
-        """What the bits of the rows on the table follow from: the counter of their first 64, of SplitMix64."""
-        key = (purpose, width)
-        self._asked_for[key] = None
-        if self._held is not None:
-            return self._held[key]
-        words = -(-width // 4)
-        return _signed(derive(purpose, self._seed, self._epoch) + self._first_row * words * INCREMENT)
-
-    def bits16(self, purpose: str, num_rows: int, width: int, device: torch.device) -> Tensor:
-        """Uniform int16 numbers of shape (num_rows, width)."""
-        words = -(-width // 4)
-        counters = self._first_counters(num_rows * words, device) + self.counter_for(purpose, width)
+    def bits16(self, counter: int | Tensor, num_rows: int, width: int, device: torch.device) -> Tensor:
+        """Uniform int16 numbers of `num_rows` rows from `counter` on, (num_rows, width)."""
+        words = _words(width)
+        counters = self._sequence(num_rows * words, device) + counter
         return mix(counters).view(torch.int16).view(num_rows, 4 * words)[:, :width]
 
-    def _first_counters(self, count: int, device: torch.device) -> Tensor:
-        """The first counters of a sequence that is kept, and made anew when a longer one is asked for."""
-        if device not in self._counters or len(self._counters[device]) < count:
-            self._counters[device] = _counters(count).to(device)
-        return self._counters[device][:count]
+    @property
+    def sequences(self) -> list[Tensor]:
+        """Memory that `bits16` reads. Whoever records its kernels has to keep a reference: a longer one replaces it."""
+        return list(self._sequences.values())
+
+    def _sequence(self, count: int, device: torch.device) -> Tensor:
+        """The first counters of a sequence; it is kept, and made anew when a longer one is asked for."""
+        if device not in self._sequences or len(self._sequences[device]) < count:
+            self._sequences[device] = _counters(count).to(device)
+        return self._sequences[device][:count]
+
+
+def _words(width: int) -> int:
+    """64-bit words of a row of `width` 16-bit numbers."""
+    return -(-width // 4)
 
 
 def _counters(count: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""The exact mode: arithmetic on V fixed slices of the batch, the same bits wherever the slices are computed.
+"""Modules of the exact mode: each slice of the batch is computed on its own, the same bits wherever that happens.
 
-Every kernel sees one slice, in memory of its own, so it sees the same shapes on every world size. What crosses slices
+A kernel sees one slice, in memory of its own, so it sees the same shapes on every world size. What crosses slices
 (BatchNorm statistics, gradients) is gathered and added up in one fixed order.
 """
 
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_train.determinism.batch_context import ModelContext
 from dist_train.determinism.batch_norm import GatheredBatchNorm1d
 from dist_train.determinism.dropout import KeyedDropout
-from dist_train.determinism.slices import Slices
+from dist_train.determinism.slices import split_slices
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 
-# What each of them makes of a row depends on that row alone. Exactly these types: a subclass may do anything.
+# torch's own modules whose output for a row depends on that row alone. Exactly these types: a subclass may do anything.
 _ROW_WISE = {
     nn.Linear, nn.LayerNorm, KeyedDropout, nn.Identity,
     nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.Sigmoid, nn.Tanh, nn.Softplus,
@@ -30,27 +31,31 @@ class UnknownModuleError(UserError):
     """A module of which it is not known that it can be computed slice by slice."""
 
 
-def convert_virtual_ranks(model: nn.Module, slices: Slices, collectives: Collectives) -> nn.Module:
+def convert_virtual_ranks(model: nn.Module, context: ModelContext, collectives: Collectives) -> nn.Module:
     """Make a model compute slice by slice, in place; state_dict keys do not change.
 
-    Gradients go to `slices.gradients`, which must be there by the first backward pass (`Slices.keep_gradients`).
+    Gradients go to `context.gradients`, which must be there by the first backward pass.
 
-    Knows Linear, BatchNorm1d, Embedding, LayerNorm, KeyedDropout (see `convert_dropout`), common activations, and
-    modules made of them. UnknownModuleError names any other module, and any module with parameters or buffers of its
-    own: they would be computed in an order that depends on the world size.
+    Known are Linear, BatchNorm1d, Embedding, LayerNorm, KeyedDropout (see `convert_dropout`), common activations, and
+    containers of them. Any other module can declare `row_wise = True`: its output for a row depends on that row alone.
+    It is then computed slice by slice as a whole, with all the parameters inside it. A container that declares nothing
+    may move and combine rows elementwise between its modules; `own_operations.check_own_operations` refuses others.
 
-    What a container's `forward` does between its modules must treat each row by itself, as concatenating columns does
-    and subtracting `x.mean(0)` does not: it sees all rows of a rank at once, and nobody can convert it.
-    `check_row_wise` finds what shows on a few rows.
+    Raises:
+        UnknownModuleError: a module that neither is known nor declares itself, or that has parameters or buffers of its
+            own: they would be computed in an order that depends on the world size.
     """
-    return _convert(model, "the model", slices, collectives)
+    return _convert(model, "the model", context, collectives)
 
 
 @torch.no_grad()
 def check_row_wise(model: nn.Module, inputs: Sequence[Tensor], name: str) -> None:
-    """UnknownModuleError when the outputs of a converted model for some rows, in evaluation, are not those of each row.
+    """Compare the outputs of a converted model for some rows, in evaluation, with those for each row alone.
 
     `inputs` are its arguments, each (rows, ...); `name` is what the message calls it.
+
+    Raises:
+        UnknownModuleError: they differ by more than rounding.
     """
     was_training = model.training
     model.eval()
@@ -69,14 +74,14 @@ def check_row_wise(model: nn.Module, inputs: Sequence[Tensor], name: str) -> Non
 class SlicedSequential(nn.Sequential):
     """nn.Sequential that takes each slice through a run of row-wise modules at once, while it is in the cache."""
 
-    slices: Slices
+    context: ModelContext
 
     def forward(self, input: Tensor) -> Tensor:
         """What the modules make of the rows, one after the other."""
-        for row_wise, run in groupby(self, _is_row_wise):
+        for row_wise, run in groupby(self, is_row_wise):
             modules = list(run)
             if row_wise:
-                input = run_sliced(modules, input, self.slices)
+                input = _run_sliced(modules, self.context, input)
             else:
                 for module in modules:
                     input = module(input)
@@ -84,32 +89,45 @@ class SlicedSequential(nn.Sequential):
 
 
 class Sliced(nn.Module):
-    """A row-wise module that stands alone."""
+    """A row-wise module that stands alone; with all that is inside it, computed slice by slice."""
 
-    def __init__(self, plain: nn.Module, slices: Slices) -> None:
+    def __init__(self, plain: nn.Module, context: ModelContext) -> None:
         super().__init__()
-        # Its parameters and buffers are this module's own, so that their names stay what they were.
+        # Its parameters, buffers and modules are this module's own, so that their names stay what they were.
         self._parameters = plain._parameters
         self._buffers = plain._buffers
+        self._modules = plain._modules
+        self._non_persistent_buffers_set = plain._non_persistent_buffers_set
         self._plain = [plain]
-        self.slices = slices
+        self.context = context
 
-    def forward(self, input: Tensor) -> Tensor:
+    def train(self, mode: bool = True) -> Sliced:
+        """Set the mode of the plain module as well."""
+        self._plain[0].train(mode)
+        return super().train(mode)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
         """What the plain module makes of the rows."""
-        return run_sliced(self._plain, input, self.slices)
+        return _run_sliced(self._plain, self.context, *inputs)
 
 
-def run_sliced(modules: Sequence[nn.Module], rows: Tensor, slices: Slices) -> Tensor:
+def _run_sliced(modules: Sequence[nn.Module], context: ModelContext, *inputs: Tensor) -> Tensor:
     """A run of row-wise modules, slice by slice in training, on all rows at once in evaluation.
 
     Evaluation cuts its passes by row number: they are the same for every world size as they are.
     """
     if not torch.is_grad_enabled():
-        for module in modules:
-            rows = module(rows)
-        return rows
+        return _run(modules, inputs)
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    output: Tensor = _Sliced.apply(rows, modules, slices, *parameters)
+    output: Tensor = _Sliced.apply(modules, context, len(inputs), *inputs, *parameters)
+    return output
+
+
+def _run(modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Tensor:
+    first, *others = modules
+    output: Tensor = first(*inputs)
+    for module in others:
+        output = module(output)
     return output
 
 
@@ -118,34 +136,47 @@ class _Sliced(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, modules: Sequence[nn.Module], slices: Slices, *parameters: nn.Parameter
+        ctx: Any, modules: Sequence[nn.Module], context: ModelContext, num_inputs: int, *tensors: Tensor
     ) -> Tensor:
-        ctx.parameters, ctx.slices, ctx.graphs = parameters, slices, []
+        inputs, parameters = tensors[:num_inputs], tensors[num_inputs:]
+        wanted = ctx.needs_input_grad[3 : 3 + num_inputs]
+        batch, graphs, place = context.batch, [], 0
+        slices = zip(*(split_slices(x.detach(), batch.slices) for x in inputs), strict=True)
         with torch.enable_grad():
-            for part in slices.each(rows.detach()):
-                part = output = part.requires_grad_(ctx.needs_input_grad[0])
-                for module in modules:
-                    output = module(output)
-                ctx.graphs.append((part, output))
-        return torch.cat([output.detach() for _, output in ctx.graphs])
+            for own in slices:
+                leaves = [x.requires_grad_() if wants else x for x, wants in zip(own, wanted, strict=True)]
+                length = len(leaves[0])
+                with context.bound(batch.part(place, length)):
+                    graphs.append((leaves, _run(modules, leaves)))
+                place += length
+        ctx.parameters, ctx.lengths, ctx.graphs, ctx.wanted = parameters, batch.slices, graphs, wanted
+        ctx.gradients = context.gradients
+        return torch.cat([output.detach() for _, output in graphs])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wants_input = ctx.needs_input_grad[0]
-        pieces = []
-        for index, own in enumerate(ctx.slices.split(grad)):
-            part, output = ctx.graphs[index]
+        num_inputs, num_parameters = len(ctx.wanted), len(ctx.parameters)
+        pieces: list[list[Tensor]] = [[] for _ in ctx.wanted]
+        for index, own in enumerate(split_slices(grad, ctx.lengths)):
+            leaves, output = ctx.graphs[index]
             ctx.graphs[index] = None  # its memory is free as soon as its gradients are there
-            wanted = [*ctx.parameters, part] if wants_input else ctx.parameters
-            found = torch.autograd.grad(output, wanted, own)
+            inputs = [x for x, wants in zip(leaves, ctx.wanted, strict=True) if wants]
+            # A module need not use all of its parameters in each mode; the gradient of such a one is None.
+            found = torch.autograd.grad(output, [*ctx.parameters, *inputs], own, allow_unused=True)
             for parameter, gradient in zip(ctx.parameters, found, strict=False):
-                ctx.slices.gradients[index][parameter] += gradient
-            if wants_input:
-                pieces.append(found[-1])
-        return torch.cat(pieces) if wants_input else None, None, None, *(None for _ in ctx.parameters)
+                if gradient is not None:
+                    ctx.gradients[index][parameter] += gradient
+            of_inputs = iter(found[num_parameters:])
+            for number in range(num_inputs):
+                if ctx.wanted[number]:
+                    gradient = next(of_inputs)
+                    pieces[number].append(torch.zeros_like(leaves[number]) if gradient is None else gradient)
+        gradients = [torch.cat(parts) if parts else None for parts in pieces]
+        return None, None, None, *gradients, *(None for _ in ctx.parameters)
 
 
-def _is_row_wise(module: nn.Module) -> bool:
+def is_row_wise(module: nn.Module) -> bool:
+    """Whether a module's output for a row depends on that row alone: it is known to, or declares `row_wise = True`."""
     kind = type(module)
     if kind is nn.Softmax:
         return module.dim in (1, -1)
@@ -154,14 +185,14 @@ def _is_row_wise(module: nn.Module) -> bool:
     if kind is nn.Embedding:
         # max_norm writes to the weights in the forward pass; the other two count rows, or have sparse gradients.
         return module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
-    return kind in _ROW_WISE
+    return kind in _ROW_WISE or getattr(module, "row_wise", False) is True
 
 
-def _convert(module: nn.Module, name: str, slices: Slices, collectives: Collectives) -> nn.Module:
+def _convert(module: nn.Module, name: str, context: ModelContext, collectives: Collectives) -> nn.Module:
     if type(module) is nn.BatchNorm1d:
-        return GatheredBatchNorm1d.from_plain(module, collectives, slices)
-    if _is_row_wise(module):
-        return Sliced(module, slices)
+        return GatheredBatchNorm1d.from_plain(module, collectives, context)
+    if is_row_wise(module):
+        return _convert_row_wise(module, name, context)
     children = list(module.named_children())
     own = [f"its own parameter {n}" for n, _ in module.named_parameters(recurse=False)]
     own += [f"its own buffer {n}" for n, _ in module.named_buffers(recurse=False)]
@@ -169,21 +200,40 @@ def _convert(module: nn.Module, name: str, slices: Slices, collectives: Collecti
         what = own[0] if own and children else "it"
         raise UnknownModuleError(
             f"train.virtual_ranks: {name} is a {type(module).__name__}, and {what} cannot be computed slice by slice: "
-            "leave train.virtual_ranks null, or teach determinism/sliced_modules.py"
+            "leave train.virtual_ranks null, or let the module declare row_wise = True if it treats each row by itself"
         )
     in_sequence = type(module) is nn.Sequential
     for child_name, child in children:
-        if not (in_sequence and _is_row_wise(child)):
+        if not (in_sequence and is_row_wise(child)):
             path = f"{name}.{child_name}" if name != "the model" else child_name
-            setattr(module, child_name, _convert(child, path, slices, collectives))
+            setattr(module, child_name, _convert(child, path, context, collectives))
     if in_sequence:
         module.__class__ = SlicedSequential
-        module.slices = slices  # type: ignore[assignment]
+        module.context = context  # type: ignore[assignment]
     return module
 
 
+def _convert_row_wise(module: nn.Module, name: str, context: ModelContext) -> nn.Module:
+    crossing = [n for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if crossing:
+        raise UnknownModuleError(
+            f"train.virtual_ranks: {name} declares row_wise = True, but its BatchNorm {crossing[0]} mixes rows"
+        )
+    # Without parameters there is no gradient to keep apart; that it copies or combines numbers elementwise, so that
+    # rows side by side change no bit, is for `check_own_operations` to find out.
+    return module if _only_moves_rows(module) else Sliced(module, context)
+
+
+def _only_moves_rows(module: nn.Module) -> bool:
+    return type(module) not in _ROW_WISE and not list(module.parameters()) and not list(module.children())
+
+
 def require_world_size(virtual_ranks: int, world_size: int) -> None:
-    """UserError when the virtual ranks cannot be shared out evenly; it lists the world sizes that work."""
+    """Check that the virtual ranks can be shared out evenly.
+
+    Raises:
+        UserError: they cannot; it lists the world sizes that work.
+    """
     if virtual_ranks % world_size:
         sizes = [str(n) for n in range(1, virtual_ranks + 1) if virtual_ranks % n == 0]
         raise UserError(

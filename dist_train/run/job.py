@@ -26,6 +26,7 @@ from dist_train.run.tracking.trackers import Trackers
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
 from dist_train.system.machine import pin_arithmetic
+from dist_train.tasks.base import Task
 from dist_train.tasks.registry import load_task
 from dist_train.training.loop import Ending
 from dist_train.training.plan import Plan
@@ -101,7 +102,7 @@ class Job:
         config, world, collectives, heartbeat = self.config, self.world, self.collectives, self.collectives.heartbeat
         folder, checkpoints = self.folder, self.checkpoints
         task = load_task(config, collectives)
-        session = Session(config, task, collectives)  # what it refuses is refused before anything is written
+        session = self._session(task)  # what it refuses is refused before anything is written
         if dry_run:
             _announce(session.plan(world))
             with heartbeat.phase("trial"):
@@ -113,7 +114,7 @@ class Job:
             found = open_run(folder, config, checkpoints, self._stack, self.variables, collectives)
         matching = matching_task(found, config, task, collectives)
         if matching is not task:
-            session = Session(config, matching, collectives)
+            session = self._session(matching)
         if found:
             session.restore(found.parts)
         step, trains_on = session.progress.step, session.trains_on
@@ -166,6 +167,12 @@ class Job:
         if line:
             log.info("%s", line)
         return line is not None
+
+    def _session(self, task: Task) -> Session:
+        session = Session(self.config, task, self.collectives)
+        # Before the process group goes, also when an exception is on its way: NCCL waits for graphs that refer to it.
+        self._stack.callback(session.close)
+        return session
 
     def leave_marker(self, attempt: Attempt | None) -> None:
         """Write `requeue`: the run was stopped on request, and can go on.

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.config.schema import JobConfig
 from dist_train.data.feed import Feed
 from dist_train.data.sampler import PositionSampler
-from dist_train.determinism.batch_norm import sync_batch_norm, zero_grad_of_biases_before_batchnorm
-from dist_train.determinism.dropout import convert_dropout
-from dist_train.determinism.keyed_random import RowRandom
-from dist_train.determinism.sliced_modules import check_row_wise, convert_virtual_ranks
-from dist_train.determinism.slices import Slices
+from dist_train.determinism.guard import GeneratorGuard
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
+from dist_train.execution.base import GuardedStep, bind
+from dist_train.execution.choose import choose_execution
+from dist_train.execution.optimizer import AdamW, average_of, undecayed_parameters
 from dist_train.run.checkpoint.state import Parts
 from dist_train.tasks.base import Task
 from dist_train.training.evaluation import evaluate
-from dist_train.training.graph import CudaRecorder, GraphStep
 from dist_train.training.loop import Intervals, Loop
 from dist_train.training.meter import Meter
-from dist_train.training.optimizer import AdamW, average_of
 from dist_train.training.plan import Plan
 from dist_train.training.precision import autocast_dtype_of
 from dist_train.training.progress import Progress
-from dist_train.training.protocols import Batch, Save, Stateful, Track
-from dist_train.training.reduction import DDPReducer, GradientReducer, SliceReducer
+from dist_train.training.protocols import Save, Stateful, Track
 from dist_train.training.schedule import learning_rate
 from dist_train.training.step import EagerStep, Step
 
@@ -51,19 +44,21 @@ class Session:
         train = config.train
         self.config = config
         self.task = task
-        self.random = random = RowRandom(config.run.seed)
-        plain = task.model()
+        train_rows = task.splits["train"]
+        self.execution = choose_execution(train, collectives, seed=config.run.seed, rows_on_device=train_rows.on_device)
+        plain, sample = task.model(), train_rows.slice(0, 4)
+        undecayed = undecayed_parameters(plain)
         self.average = average_of(plain, train.ema_decay) if train.ema_decay else None
-        slices = Slices(random)
-        self.model = self._synchronised(convert_dropout(plain, random), slices, collectives)
+        self.model = self.execution.prepare(plain, sample, config.model.name)
         self.optimizer = AdamW(
             self.model,
             weight_decay=config.optim.weight_decay,
             betas=(config.optim.betas[0], config.optim.betas[1]),
             eps=config.optim.eps,
+            undecayed=undecayed,
         )
         sampler = PositionSampler(
-            len(task.splits["train"]),
+            len(train_rows),
             rank=collectives.rank,
             world_size=collectives.size,
             seed=config.run.seed,
@@ -72,27 +67,22 @@ class Session:
             num_slices=train.virtual_ranks,
             shuffle_block_rows=config.data.shuffle_block_rows,
         )
-        self.feed = Feed(task.splits["train"], sampler)
+        self.feed = Feed(train_rows, sampler)
         self.total_steps = min(train.epochs * self.feed.steps_per_epoch, train.max_steps or 2**63)
         self.meter = Meter()
         self.progress = Progress()
-        trained, reduction = self._reduced(slices, collectives)
-
-        def begin(batch: Batch) -> None:
-            slices.begin(batch.slices, batch.epoch, batch.first_row)
-
+        trained, reducer = self.execution.reduce(self.model, self.optimizer.parameters, sample)
         eager = EagerStep(
-            trained,
+            bind(trained, self.execution.context),
             task.objective(),
             self.optimizer,
             self.learning_rate,
-            begin,
-            reduction,
+            reducer,
             collectives,
             max_grad_norm=config.optim.max_grad_norm,
             autocast_dtype=autocast_dtype_of(train.precision),
         )
-        self.step: Step = GraphStep(eager, random, CudaRecorder()) if self._recordable(collectives) else eager
+        self.step: Step = GuardedStep(self.execution.step(eager), lambda: GeneratorGuard(collectives.device))
         self._tensors: dict[str, Stateful] = {
             "model.pth": self.model,
             "optimizer.pth": self.optimizer,
@@ -169,52 +159,9 @@ class Session:
             learning_rate=self.learning_rate,
         )
 
-    def _recordable(self, collectives: Collectives) -> bool:
-        """Whether a step can be one CUDA graph: all of it runs on the GPU, and the host is asked for nothing."""
-        train = self.config.train
-        resident = self.task.splits["train"].on_device
-        return resident and collectives.runs_on_device and train.virtual_ranks is None and train.accumulation_steps == 1
-
-    def _synchronised(self, plain: nn.Module, slices: Slices, collectives: Collectives) -> nn.Module:
-        """The model, computing over the rows of all ranks: exactly where virtual ranks are set."""
-        virtual_ranks = self.config.train.virtual_ranks
-        if virtual_ranks is None:
-            model = sync_batch_norm(plain, collectives)
-        else:
-            model = convert_virtual_ranks(plain, slices, collectives)
-            check_row_wise(model, self.task.splits["train"].slice(0, 4), self.config.model.name)
-        # A machine for GPUs may lack numba; the network computes the same without it, more slowly.
-        if collectives.device.type == "cpu" and self.config.train.precision != "bf16" and find_spec("numba"):
-            from dist_train.accel.cpu_mlp import fuse_sequences  # imports numba, which takes a while
-
-            fuse_sequences(model, slices)
-        return zero_grad_of_biases_before_batchnorm(model)
-
-    def _reduced(self, slices: Slices, collectives: Collectives) -> tuple[nn.Module, GradientReducer]:
-        """The model to call in training, and what sums its gradients over ranks."""
-        virtual_ranks, parameters = self.config.train.virtual_ranks, self.optimizer.parameters
-        if collectives.size == 1 or virtual_ranks:
-            num_slices = (virtual_ranks or 1) // collectives.size
-            return self.model, SliceReducer(slices, num_slices, parameters, collectives)
-        # Buffers need no broadcast: synchronised BatchNorm leaves the same statistics on every rank.
-        # The argument's name changed between torch 2.11 and 2.13.
-        known = inspect.signature(DistributedDataParallel).parameters
-        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        replicated = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **{buffers: False})  # type: ignore[arg-type]
-        self._settle_buckets(replicated)
-        return replicated, DDPReducer(replicated, slices, parameters, collectives)
-
-    def _settle_buckets(self, replicated: nn.Module) -> None:
-        """Have the gradients laid out as they will stay, before the first step.
-
-        DistributedDataParallel lays its buckets out anew after its first backward pass, and gradients are in them after
-        the second. Where a gradient lies in a bucket decides in which order more than two ranks are summed: without
-        this a resumed run's first step would be summed in another order than that of a run that was never interrupted.
-        """
-        replicated.eval()  # neither statistics nor dropout
-        for _ in range(2):
-            replicated(*self.task.splits["train"].slice(0, 1)).sum().backward()
-        replicated.train()
+    def close(self) -> None:
+        """Give back what the device holds for the step; before the process group goes."""
+        self.execution.close()
 
 
 def build_loop(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from dist_train.determinism.batch_context import BatchContext
 from dist_train.determinism.position import Position
 
 
 class Batch(Protocol):
-    """This rank's rows of one forward-backward pass. Only the objective looks inside `inputs` and `targets`.
+    """This rank's rows of one forward-backward pass. Only the model and the loss look inside `inputs` and `targets`.
 
     They are read by `index`, the places of the rows in memory; `by_index` gives a twin that reads by another tensor.
     """
@@ -25,14 +27,10 @@ class Batch(Protocol):
     @property
     def rows(self) -> Tensor: ...
     @property
-    def slices(self) -> tuple[int, ...]: ...
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def first_row(self) -> int: ...
+    def context(self) -> BatchContext: ...
     @property
     def global_rows(self) -> int: ...
-    def by_index(self, index: Tensor) -> Batch: ...
+    def by_index(self, index: Tensor, context: BatchContext) -> Batch: ...
 
 
 class Feed(Protocol):
@@ -43,6 +41,37 @@ class Feed(Protocol):
     @property
     def steps_per_epoch(self) -> int: ...
     def steps(self, position: Position) -> Iterator[tuple[list[Any], Position]]: ...
+
+
+class GradientReducer(Protocol):
+    """Gradients and a few numbers, summed over ranks; the gradients are divided by `grad_scale`."""
+
+    grad_scale: int
+
+    def begin(self, sums: Tensor) -> None:
+        """Forget the gradients of the step before.
+
+        `sums`, (slices, numbers), is to be added up as well; it must be complete before the last backward pass.
+        """
+
+    def backward_of(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Surrounds the forward and backward pass of a batch, the `last` one of the step or not."""
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass itself, of the sum over slices of `loss`, (slices,).
+
+        The sum, since torch imports sympy (0.5 s) where a gradient is handed in.
+        """
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """All backward passes are done: `sums` over all slices, and the flat gradients; the caller may change both."""
+
+
+class Optimizer(Protocol):
+    """Updates the parameters by flat gradients."""
+
+    def step(self, gradients: Tensor, lr: float | Tensor, finite: Tensor | bool) -> None:
+        """Update by gradients, (size,); where `finite` is false, nothing changes."""
 
 
 class Rows(Protocol):

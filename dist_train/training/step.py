@@ -8,13 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dist_train.determinism.batch_context import BatchContext
 from dist_train.distributed.collectives import Collectives
 from dist_train.training.loss import Objective
-from dist_train.training.optimizer import AdamW
-from dist_train.training.protocols import Batch
-from dist_train.training.reduction import GradientReducer
+from dist_train.training.protocols import Batch, GradientReducer, Optimizer
 
 Number = Tensor | float
 """A number in a tensor of its own, (), on a GPU; a plain one on the CPU."""
@@ -41,31 +40,36 @@ class Step(Protocol):
     def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> StepResult: ...
 
 
+class Forward(Protocol):
+    """A model that is told with its inputs where the batch stands."""
+
+    def __call__(self, inputs: tuple[Tensor, ...], context: BatchContext) -> Tensor: ...
+
+
 class EagerStep:
     """The plain step.
 
-    `begin` tells the modules of `model` which batch comes next; `reduction` sums the gradients over ranks.
+    `forward` gives the logits of a batch's inputs at a place in the training order; `reducer` sums the gradients over
+    ranks.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        forward: Forward,
         objective: Objective,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         learning_rate: Callable[[int], float],
-        begin: Callable[[Batch], None],
-        reduction: GradientReducer,
+        reducer: GradientReducer,
         collectives: Collectives,
         *,
         max_grad_norm: float | None,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
-        self.model = model
+        self.forward = forward
         self.objective = objective
         self.optimizer = optimizer
         self.learning_rate = learning_rate
-        self.begin = begin
-        self.reduction = reduction
+        self.reducer = reducer
         self.collectives = collectives
         self.max_grad_norm = max_grad_norm
         self.autocast_dtype = autocast_dtype
@@ -85,22 +89,22 @@ class EagerStep:
     ) -> tuple[Tensor, Number, Tensor | bool]:
         """The step itself: totals, gradient norm, and whether both were finite. Nothing in it waits for a GPU."""
         # Of each slice: loss, weight, and the vote to stop.
-        sums = torch.zeros((len(batches[0].slices), 3), dtype=torch.float64, device=self.collectives.device)
+        sums = torch.zeros((len(batches[0].context.slices), 3), dtype=torch.float64, device=self.collectives.device)
         losses, weights, votes = sums.unbind(1)
         votes += vote
-        self.reduction.begin(sums)
+        self.reducer.begin(sums)
         for index, batch in enumerate(batches):
-            self.begin(batch)
-            with self.reduction.backward_of(last=index == len(batches) - 1):
+            with self.reducer.backward_of(last=index == len(batches) - 1):
                 with self._precision():
-                    loss, weight = self.objective(self.model, batch)
+                    logits = self.forward(batch.inputs, batch.context)
+                    loss, weight = self.objective(logits, batch.targets, batch.context.slices)
                 losses += loss.detach()
                 weights += weight
-                self.reduction.backward(loss)
-        totals, gradients = self.reduction.finish()
+                self.reducer.backward(loss)
+        totals, gradients = self.reducer.finish()
         sum_of_losses, sum_of_weights, _ = self._numbers(totals)
         # The sum over rows becomes the mean over weights.
-        factor: Number = self.reduction.grad_scale / sum_of_weights
+        factor: Number = self.reducer.grad_scale / sum_of_weights
         norm: Number = self._numbers(torch.linalg.vector_norm(gradients))[0] * factor
         if self.max_grad_norm is not None:
             factor = factor * at_most_one(self.max_grad_norm / (norm + 1e-6))

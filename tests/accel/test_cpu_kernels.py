@@ -71,20 +71,18 @@ def test_normalise_and_follow(dtype: Any) -> None:
 @pytest.mark.parametrize("threshold", [NOTHING_DROPPED, None, 32767])
 def test_activate_draws_the_bits_of_the_rows(dtype: Any, features: int, threshold: int | None) -> None:
     random = RowRandom(4)
-    random.begin(3, 5_000_000_000)
-    bits = random.bits16("dropout", ROWS, features, torch.device("cpu")).numpy()
+    first = random.counter("dropout", features, 3, 5_000_000_000)
+    bits = random.bits16(first, ROWS, features, torch.device("cpu")).numpy()
     threshold = int(bits[3, 0]) if threshold is None else threshold  # so that one number is just kept
     rows, scale, shift = some(ROWS, features, dtype=dtype), some(features, dtype=dtype), some(features, dtype=dtype)
     out = np.full_like(rows, np.nan)
-    cpu_kernels.affine_relu_dropout(rows, scale, shift, random.counter_for("dropout", features), threshold, out)
+    cpu_kernels.affine_relu_dropout(rows, scale, shift, first, threshold, out)
     expected = np.where(bits >= threshold, np.maximum(rows * scale + shift, 0), 0)
     np.testing.assert_array_equal(out, expected.astype(dtype))
     # A row is the same whichever rows are beside it: with vector instructions or without.
-    random.begin(3, 5_000_000_000 + 11)
+    eleventh = random.counter("dropout", features, 3, 5_000_000_000 + 11)
     alone = np.zeros((1, features), dtype)
-    cpu_kernels.affine_relu_dropout(
-        rows[11:12].copy(), scale, shift, random.counter_for("dropout", features), threshold, alone
-    )
+    cpu_kernels.affine_relu_dropout(rows[11:12].copy(), scale, shift, eleventh, threshold, alone)
     np.testing.assert_array_equal(alone[0], out[11])
 
 

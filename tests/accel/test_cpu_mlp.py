@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from dist_train.accel.cpu_layers import BLOCK_ROWS
 from dist_train.accel.cpu_mlp import FusedSequential, fuse_sequences
+from dist_train.determinism.batch_context import ModelContext
 from dist_train.determinism.batch_norm import sync_batch_norm
 from dist_train.determinism.dropout import convert_dropout
-from dist_train.determinism.flat_parameters import FlatParameters
-from dist_train.determinism.keyed_random import RowRandom, seeded
+from dist_train.determinism.keyed_random import seeded
 from dist_train.determinism.sliced_modules import convert_virtual_ranks
-from dist_train.determinism.slices import Slices
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.models.embeddings import Embedded
 from dist_train.models.financial_classifier import FinancialClassifier
+from tests.determinism.contexts import context_at, keep_gradients
 
 
 def deep() -> nn.Module:
@@ -63,21 +63,19 @@ LENGTHS = [(5, 0, 1, 6), (2,), (2 * BLOCK_ROWS + 3,), (BLOCK_ROWS + 1, 3, BLOCK_
 def build(make: Callable[[], nn.Module], lengths: tuple[int, ...], *, cpu_mlp: bool, sliced: bool) -> nn.Module:
     with seeded("fused"):
         model = make().double()
-    random = RowRandom(3)
-    slices = Slices(random)
-    model = convert_dropout(model, random)
+    context = context_at(2, 1000, lengths, seed=3)
+    model = convert_dropout(model, context)
     alone = Collectives(World())
-    model = convert_virtual_ranks(model, slices, alone) if sliced else sync_batch_norm(model, alone)
+    model = convert_virtual_ranks(model, context, alone) if sliced else sync_batch_norm(model, alone)
     if cpu_mlp:
-        fuse_sequences(model, slices)
+        fuse_sequences(model, context)
         assert any(type(module) is FusedSequential for module in model.modules())
     if sliced or cpu_mlp:
-        slices.keep_gradients(FlatParameters(p for p in model.parameters() if p.requires_grad), len(lengths))
-    if cpu_mlp and not sliced and slices.gradients:
-        for parameter, gradient in slices.gradients[0].items():
+        keep_gradients(context, model, len(lengths))
+    if cpu_mlp and not sliced and context.gradients:
+        for parameter, gradient in context.gradients[0].items():
             parameter.grad = gradient
-    slices.begin(lengths, 2, 1000)
-    model.slices = slices  # type: ignore[assignment]
+    model.shared = context  # type: ignore[assignment]
     return model
 
 
@@ -103,7 +101,7 @@ def trained(model: nn.Module, lengths: tuple[int, ...], *, sliced: bool) -> dict
     seen["input gradient"] = inputs[0].grad
     for name, parameter in model.named_parameters():
         if sliced and parameter.requires_grad:
-            of_slices = torch.stack([of_slice[parameter] for of_slice in model.slices.gradients])  # type: ignore[union-attr]
+            of_slices = torch.stack([of_slice[parameter] for of_slice in model.shared.gradients])  # type: ignore[union-attr]
             # A bias that BatchNorm takes away again has no gradient; over all slices that is what the modules find too.
             cancelled = name in ("layers.0.bias", "classifier.layers.0.bias", "3.bias", "9.bias")
             seen[name] = of_slices.sum(0) if cancelled else of_slices
@@ -150,7 +148,7 @@ def test_a_pass_that_is_not_followed_by_its_backward_pass_disturbs_no_other() ->
 def test_a_model_of_other_modules_stays_as_it_is() -> None:
     for last in (nn.ReLU(), nn.Tanh()):
         model = nn.Sequential(nn.Linear(3, 3), last)
-        fuse_sequences(model, Slices())
+        fuse_sequences(model, ModelContext())
         assert type(model) is nn.Sequential
 
 
@@ -163,3 +161,42 @@ def test_float32_agrees_to_rounding() -> None:
     outputs = [m.float()(x.float()) for m in (model, plain)]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
     assert outputs[0].dtype == torch.float32
+
+
+class Members(nn.Module):
+    """A feed-forward part that is applied to each of several members of a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.part(x.unsqueeze(1).expand(-1, 5, -1)).mean(1)
+        return out
+
+
+class ResidualBlock(nn.Module):
+    """A dropout that follows a fused sequence, outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 7))
+        self.dropout = nn.Dropout(0.4)
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(x + self.dropout(self.part(x)))
+        return out
+
+
+@pytest.mark.parametrize("sliced", [False, True], ids=["autograd", "sliced"])
+@pytest.mark.parametrize("make", [Members, ResidualBlock])
+def test_inputs_of_other_shapes_and_modules_after_it_are_what_they_were(
+    make: Callable[[], nn.Module], sliced: bool
+) -> None:
+    """More rows than a block has: a fused sequence must leave no trace of where it stood."""
+    lengths = (BLOCK_ROWS + 5, 3) if sliced else (2 * BLOCK_ROWS + 8,)
+    ours = trained(build(make, lengths, cpu_mlp=True, sliced=sliced), lengths, sliced=sliced)
+    theirs = trained(build(make, lengths, cpu_mlp=False, sliced=sliced), lengths, sliced=sliced)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-10, atol=1e-11, msg=name)

@@ -16,12 +16,12 @@ from dist_train.determinism.keyed_random import seeded
 from dist_train.determinism.position import Position
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
+from dist_train.execution.optimizer import AdamW, average_of
 from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.run.checkpoint.state import pack_json, pack_tensors, unpack_json, unpack_tensors
 from dist_train.run.session import Session
 from dist_train.run.tracking.jsonl_tracker import JsonlTracker
 from dist_train.training.meter import Meter
-from dist_train.training.optimizer import AdamW, average_of
 from dist_train.training.progress import Progress
 from dist_train.training.protocols import Stateful
 from tests.dist.sessions import BUILTIN, build
@@ -52,7 +52,7 @@ class TheOptimizer:
     def __init__(self) -> None:
         with seeded("a model"):
             self.model: nn.Module = nn.Linear(3, 2)
-        self.stateful = AdamW(self.model, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
+        self.stateful = AdamW(self.model, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8, undecayed={"bias"})
 
     def act(self) -> None:
         parameters = self.stateful.parameters

@@ -9,6 +9,7 @@ import torch
 
 from dist_train.data.feed import Feed, ResidentRows, resident
 from dist_train.data.sampler import MicroBatchIndices, PositionSampler
+from dist_train.determinism.batch_context import BatchContext
 from dist_train.determinism.position import Position
 
 CPU = torch.device("cpu")
@@ -33,8 +34,8 @@ def test_a_batch_is_direct_indexing(index: list[int]) -> None:
     assert torch.equal(batch.inputs[1], SLOTS[table_rows])
     assert torch.equal(batch.targets, TARGETS[table_rows])
     assert batch.rows.tolist() == table_rows
-    assert batch.slices == (len(index),)
-    assert (batch.epoch, batch.first_row, batch.global_rows) == (2, 7, 9)
+    assert batch.context == BatchContext(2, 7, (len(index),))
+    assert batch.global_rows == 9
     assert batch.inputs[0].shape == (len(index), 3)
 
 

@@ -9,18 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_train.determinism.batch_context import BatchContext, ModelContext
 from dist_train.determinism.dropout import KeyedDropout, convert_dropout
-from dist_train.determinism.keyed_random import RowRandom
 from dist_train.models.financial_classifier import FinancialClassifier
-
-CPU = torch.device("cpu")
+from tests.determinism.contexts import context_at
 
 
 def mask(p: float, rows: int, width: int, *, seed: int = 0, epoch: int = 0, first: int = 0, layer: str = "a") -> Tensor:
     """What the layer makes of ones: 0 where dropped, the scale where kept."""
-    random = RowRandom(seed)
-    random.begin(epoch, first)
-    kept: Tensor = KeyedDropout(p, layer, random)(torch.ones(rows, width, dtype=torch.float64))
+    context = context_at(epoch, first, seed=seed)
+    kept: Tensor = KeyedDropout(p, layer, context)(torch.ones(rows, width, dtype=torch.float64))
     return kept
 
 
@@ -38,7 +36,7 @@ def test_rate_and_expectation(p: float) -> None:
 
 def test_extreme_rates() -> None:
     x = torch.randn(4, 3)
-    assert KeyedDropout(0.0, "a", RowRandom(0))(x) is x
+    assert KeyedDropout(0.0, "a", ModelContext())(x) is x
     almost = mask(0.9999999, 100, 100)
     assert almost.isfinite().all()
     assert almost.eq(0).double().mean() > 0.99
@@ -69,32 +67,32 @@ def test_a_step_in_an_epoch_beyond_32_bits_of_rows() -> None:
 
 def test_evaluation_is_the_identity() -> None:
     x = torch.randn(5, 6)
-    assert KeyedDropout(0.5, "a", RowRandom(0)).eval()(x) is x
+    assert KeyedDropout(0.5, "a", ModelContext()).eval()(x) is x
 
 
 def test_backward_uses_the_mask_of_forward() -> None:
-    random = RowRandom(0)
-    random.begin(0, 5)
-    layer = KeyedDropout(0.5, "a", random)
+    context = ModelContext()
+    layer = KeyedDropout(0.5, "a", context)
     x = torch.ones(50, 7, requires_grad=True)
-    out = layer(x)
-    random.begin(4, 0)  # the next pass has begun before this one's backward
-    out.sum().backward()
+    with context.bound(BatchContext(0, 5)):
+        out = layer(x)
+    with context.bound(BatchContext(4, 0)):  # the next pass has begun before this one's backward
+        out.sum().backward()
     assert torch.equal(x.grad, out.detach())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_type_is_kept(dtype: torch.dtype) -> None:
-    out = KeyedDropout(0.3, "a", RowRandom(0))(torch.ones(9, 2, 3, dtype=dtype))
+    out = KeyedDropout(0.3, "a", context_at())(torch.ones(9, 2, 3, dtype=dtype))
     assert (out.dtype, out.shape) == (dtype, (9, 2, 3))
 
 
 def test_conversion_finds_every_dropout_and_names_them_apart() -> None:
-    random = RowRandom(0)
-    model = convert_dropout(FinancialClassifier(4, 8, 2), random)
+    context = ModelContext()
+    model = convert_dropout(FinancialClassifier(4, 8, 2), context)
     layers = [m for m in model.modules() if isinstance(m, KeyedDropout)]
     assert [m.purpose for m in layers] == ["dropout layers.3", "dropout layers.6"]
-    assert all(m.random is random for m in layers)
+    assert all(m.context is context for m in layers)
     assert not any(isinstance(m, nn.Dropout) for m in model.modules())
 
 
@@ -104,9 +102,7 @@ def chi_square_bound(cells: int) -> float:
 
 
 def test_bits_are_uniform_and_neighbours_are_independent() -> None:
-    random = RowRandom(3)
-    random.begin(2, 777)
-    bits = random.bits16("dropout", 2000, 390, CPU).numpy().astype(np.int64) + 32768
+    bits = context_at(2, 777, seed=3).bits16("dropout", 2000, 390, torch.empty(0)).numpy().astype(np.int64) + 32768
     for shift in (0, 8, 12):  # low, middle and high bits: any linear pattern shows in one of them
         counts = np.bincount(((bits >> shift) & 15).ravel(), minlength=16)
         expected = bits.size / 16

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_train.determinism.batch_context import ModelContext
 from dist_train.determinism.dropout import convert_dropout
-from dist_train.determinism.flat_parameters import FlatParameters
-from dist_train.determinism.keyed_random import RowRandom, seeded
+from dist_train.determinism.keyed_random import seeded
+from dist_train.determinism.own_operations import check_own_operations
 from dist_train.determinism.sliced_modules import (
     UnknownModuleError,
     check_row_wise,
     convert_virtual_ranks,
     require_world_size,
 )
-from dist_train.determinism.slices import Slices
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
@@ -26,6 +26,7 @@ from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.models.registry import MODELS
 from tests.cli.in_process import command
 from tests.commands import REPOSITORY
+from tests.determinism.contexts import context_at, keep_gradients
 
 LENGTHS = (5, 0, 1, 6)
 
@@ -48,23 +49,20 @@ def inputs_of(model: nn.Module) -> tuple[Tensor, ...]:
     return (torch.randn(sum(LENGTHS), 7, generator=generator, dtype=torch.float64),)
 
 
-def converted(model: nn.Module) -> tuple[nn.Module, Slices]:
-    random = RowRandom(0)
-    slices = Slices(random)
-    model = convert_dropout(model, random)
-    model = convert_virtual_ranks(model, slices, Collectives(World()))
-    parameters = list(model.parameters())
-    if parameters:
-        slices.keep_gradients(FlatParameters(parameters), len(LENGTHS))
-    slices.begin(LENGTHS, 0, 0)
-    return model, slices
+def converted(model: nn.Module) -> tuple[nn.Module, ModelContext]:
+    context = context_at(slices=LENGTHS)
+    model = convert_dropout(model, context)
+    model = convert_virtual_ranks(model, context, Collectives(World()))
+    if list(model.parameters()):
+        keep_gradients(context, model, len(LENGTHS))
+    return model, context
 
 
 @pytest.mark.parametrize("make", [many_modules, lambda: FinancialClassifier(7, 8, 3, (0.0, 0.0)), embedded])
 def test_outputs_gradients_and_buffers_are_the_plain_models(make) -> None:  # type: ignore[no-untyped-def]
     with seeded("slices"):
         plain = make().double()
-    exact, slices = converted(make().double())
+    exact, context = converted(make().double())
     assert list(exact.state_dict()) == list(plain.state_dict())
     exact.load_state_dict(plain.state_dict())
     inputs = inputs_of(plain)
@@ -76,8 +74,8 @@ def test_outputs_gradients_and_buffers_are_the_plain_models(make) -> None:  # ty
     (expected * weights).sum().backward()
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(own[0].grad, theirs[0].grad, rtol=1e-11, atol=1e-12)
-    assert slices.gradients is not None
-    sums = {name: sum(of_slice[p] for of_slice in slices.gradients) for name, p in exact.named_parameters()}
+    assert context.gradients is not None
+    sums = {name: sum(of_slice[p] for of_slice in context.gradients) for name, p in exact.named_parameters()}
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(sums[name], parameter.grad, rtol=1e-11, atol=1e-12, msg=name)
     torch.testing.assert_close(dict(exact.named_buffers()), dict(plain.named_buffers()), rtol=1e-12, atol=1e-12)
@@ -85,17 +83,17 @@ def test_outputs_gradients_and_buffers_are_the_plain_models(make) -> None:  # ty
 
 
 def test_a_second_pass_adds_to_the_gradients_of_its_slices() -> None:
-    model, slices = converted(FinancialClassifier(7, 8, 3, (0.0, 0.0)).double())
+    model, context = converted(FinancialClassifier(7, 8, 3, (0.0, 0.0)).double())
     inputs = inputs_of(model)
     model(*inputs).sum().backward()
-    assert slices.gradients is not None
-    once = [{p: g.clone() for p, g in of_slice.items()} for of_slice in slices.gradients]
+    assert context.gradients is not None
+    once = [{p: g.clone() for p, g in of_slice.items()} for of_slice in context.gradients]
     model(*inputs).sum().backward()
-    for of_slice, before in zip(slices.gradients, once, strict=True):
+    for of_slice, before in zip(context.gradients, once, strict=True):
         for parameter, gradient in of_slice.items():
             assert torch.equal(gradient, before[parameter] * 2)
             assert parameter.grad is None
-    assert not any(gradient.any() for gradient in slices.gradients[1].values())  # the empty slice
+    assert not any(gradient.any() for gradient in context.gradients[1].values())  # the empty slice
 
 
 class OwnParameter(nn.Module):
@@ -200,3 +198,83 @@ def test_a_world_size_that_does_not_divide_is_refused_with_those_that_do() -> No
         require_world_size(24, 5)
     with pytest.raises(UserError, match=r"it works on 1$"):
         require_world_size(1, 2)
+
+
+class OwnProduct(nn.Module):
+    """A container whose forward computes a product of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = self.inner(x).view(len(x), 2, 3)
+        return (pairs @ pairs.transpose(1, 2)).flatten(1)
+
+
+class DeclaredProduct(OwnProduct):
+    """The same, declared to treat each row by itself."""
+
+    row_wise = True
+
+
+class Residual(nn.Module):
+    """A container that combines rows elementwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.cat([x + self.inner(x), x], 1)[:, 2:]
+        return out
+
+
+ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_what_a_container_computes_itself_is_refused_unless_it_rounds_alike_in_any_company() -> None:
+    with pytest.raises(UnknownModuleError, match="the forward of a model itself computes bmm"):
+        check_own_operations(converted(OwnProduct())[0], [ROWS], "a model")
+    for allowed in (Residual(), DeclaredProduct(), nn.Sequential(DeclaredProduct(), nn.Linear(4, 3))):
+        check_own_operations(converted(allowed)[0], [ROWS], "a model")
+    check_own_operations(converted(FinancialClassifier(6, 8, 3))[0], [ROWS], "a model")
+
+
+def test_a_declared_module_is_computed_slice_by_slice_as_a_whole() -> None:
+    with seeded("slices"):
+        plain = DeclaredProduct().double()
+    exact, context = converted(DeclaredProduct().double())
+    assert list(exact.state_dict()) == list(plain.state_dict())
+    exact.load_state_dict(plain.state_dict())
+    x = torch.randn(sum(LENGTHS), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    output, expected = exact(x), plain(x)
+    (output**2).sum().backward()
+    (expected**2).sum().backward()
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    assert context.gradients is not None
+    for name, parameter in exact.named_parameters():
+        summed = sum(of_slice[parameter] for of_slice in context.gradients)
+        torch.testing.assert_close(summed, plain.get_parameter(name).grad, rtol=1e-11, atol=1e-12, msg=name)
+
+
+class DeclaredWithBatchNorm(nn.Module):
+    row_wise = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+
+def test_a_declared_module_with_a_batch_norm_is_refused() -> None:
+    with pytest.raises(UnknownModuleError, match="its BatchNorm norm mixes rows"):
+        converted(DeclaredWithBatchNorm())
+
+
+def test_a_frozen_batch_norm_has_no_gradient() -> None:
+    model = FinancialClassifier(7, 8, 3, (0.0, 0.0)).double()
+    model.layers[1].requires_grad_(False)
+    exact, context = converted(model)
+    exact(*inputs_of(model)).sum().backward()
+    assert context.gradients is not None
+    assert len(context.gradients[0]) == 6

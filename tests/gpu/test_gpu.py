@@ -14,12 +14,13 @@ from dist_train.data.mapped import MappedRows
 from dist_train.data.sampler import MicroBatchIndices
 from dist_train.determinism.batch_norm import sync_batch_norm
 from dist_train.determinism.dropout import KeyedDropout
-from dist_train.determinism.keyed_random import RowRandom, seeded
+from dist_train.determinism.keyed_random import seeded
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World, process_group
 from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.training.evaluation import evaluate
 from tests.commands import REPOSITORY, train
+from tests.determinism.contexts import context_at
 from tests.dist.sessions import BUILTIN, build
 
 pytestmark = [
@@ -78,11 +79,9 @@ def test_bfloat16_trains() -> None:
 def test_dropout_bits_are_the_same_on_both_devices(width: int) -> None:
     masks = []
     for device in ("cpu", "cuda"):
-        random = RowRandom(3)
-        random.begin(4, 5_000_000_000)
-        bits = random.bits16("layer", 257, width, torch.device(device))
-        random.begin(4, 12345)
-        layer = KeyedDropout(0.3, "layer", random)
+        like = torch.empty(0, device=device)
+        bits = context_at(4, 5_000_000_000, seed=3).bits16("layer", 257, width, like)
+        layer = KeyedDropout(0.3, "layer", context_at(4, 12345, seed=3))
         masks.append((bits.cpu(), layer(torch.ones(257, width, device=device)).cpu()))
     assert torch.equal(masks[0][0], masks[1][0])
     assert torch.equal(masks[0][1], masks[1][1])

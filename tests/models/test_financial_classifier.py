@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.schema import ModelConfig
+from dist_train.determinism.batch_context import ModelContext
 from dist_train.determinism.batch_norm import sync_batch_norm, zero_grad_of_biases_before_batchnorm
 from dist_train.determinism.dropout import convert_dropout
-from dist_train.determinism.keyed_random import RowRandom
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
@@ -48,7 +48,7 @@ def test_weights_load_strict_into_plain_torch_and_give_the_same_logits() -> None
 def test_training_leaves_the_names_of_the_weights_alone() -> None:
     model = build_model(ModelConfig(hidden_dim=8), input_dim=5, embedded_sizes=[], num_classes=3, seed=0)
     trained = convert_dropout(
-        zero_grad_of_biases_before_batchnorm(sync_batch_norm(model, Collectives(World()))), RowRandom(0)
+        zero_grad_of_biases_before_batchnorm(sync_batch_norm(model, Collectives(World()))), ModelContext()
     )
     assert list(trained.state_dict()) == list(Plain(5, 8, 3).state_dict())
 

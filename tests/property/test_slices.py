@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dist_train.data.sampler import MicroBatchIndices, PositionSampler
 from dist_train.determinism.position import Position
-from dist_train.determinism.slices import Slices
+from dist_train.determinism.slices import split_slices
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 
@@ -28,9 +28,7 @@ class Gathered(Collectives):
 
 def partial_sums(share: MicroBatchIndices, values: torch.Tensor) -> torch.Tensor:
     """What a rank brings of a share: the sum over each of its slices."""
-    slices = Slices()
-    slices.begin(share.slices, share.epoch, share.first_row)
-    return torch.stack([part.sum(0) for part in slices.split(values[share.rows])])
+    return torch.stack([part.sum(0) for part in split_slices(values[share.rows], share.slices)])
 
 
 @settings(deadline=None, max_examples=120)

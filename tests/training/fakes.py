@@ -1,4 +1,4 @@
-"""Stand-ins for the rooms that training is handed."""
+"""Stand-ins for what training is handed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_train.determinism.batch_context import BatchContext
 from dist_train.determinism.position import Position, split_evenly
 from dist_train.training.step import StepResult
 
@@ -29,21 +30,21 @@ class FakeBatch:
         """Places of the rows: a fake has its rows in hand."""
         return torch.arange(len(self.targets))
 
-    def by_index(self, index: Tensor) -> FakeBatch:
+    @property
+    def context(self) -> BatchContext:
+        """One slice, as in the fast mode."""
+        return BatchContext(self.epoch, self.first_row, (len(self.targets),))
+
+    def by_index(self, index: Tensor, context: BatchContext) -> FakeBatch:
         """The rows at these places, each time they are looked at."""
         return FakeBatch(
             tuple(x[index] for x in self.inputs),
             self.targets[index],
             self.rows[index],
-            self.epoch,
-            self.first_row,
+            context.epoch,
+            context.first_row,
             self.global_rows,
         )
-
-    @property
-    def slices(self) -> tuple[int, ...]:
-        """One slice, as in the fast mode."""
-        return (len(self.targets),)
 
 
 def fake_batch(x: Tensor, y: Tensor, *, rank: int = 0, size: int = 1) -> FakeBatch:

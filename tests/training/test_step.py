@@ -14,20 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_train.determinism.batch_context import ModelContext
 from dist_train.determinism.batch_norm import sync_batch_norm, zero_grad_of_biases_before_batchnorm
 from dist_train.determinism.keyed_random import seeded
 from dist_train.determinism.position import Position, split_evenly
-from dist_train.determinism.slices import Slices
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import TrainingFault
+from dist_train.execution.base import bind
+from dist_train.execution.optimizer import AdamW, average_of, undecayed_parameters
+from dist_train.execution.reducers import DDPReducer, SliceReducer
 from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.training.loop import Intervals, Loop
 from dist_train.training.loss import CrossEntropy, LossSum, balanced_weights
 from dist_train.training.meter import Meter
-from dist_train.training.optimizer import AdamW, average_of
 from dist_train.training.progress import Progress
-from dist_train.training.reduction import DDPReducer, GradientReducer, SliceReducer
+from dist_train.training.protocols import GradientReducer
 from dist_train.training.step import EagerStep, StepResult
 from tests.ranks import on_ranks
 from tests.training.fakes import FakeBatch, FakeFeed, fake_batch
@@ -60,19 +62,20 @@ def build_step(
     model: nn.Module, collectives: Collectives | None = None, max_grad_norm: float | None = 0.5, **objective: Any
 ) -> EagerStep:
     collectives = collectives or Collectives(World())
-    optimizer = AdamW(model, weight_decay=0.1, **ADAMW)
+    optimizer = AdamW(model, weight_decay=0.1, undecayed=undecayed_parameters(model), **ADAMW)
+    context = ModelContext()
     crit = CrossEntropy(**objective)
-    reduction: GradientReducer
+    reducer: GradientReducer
     if collectives.size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         model.eval()
         for _ in range(2):
             model(data(0, 1)[0].to(next(model.parameters()).dtype)).sum().backward()
         model.train()
-        reduction = DDPReducer(model, Slices(), optimizer.parameters, collectives)
+        reducer = DDPReducer(model, context, optimizer.parameters, collectives)
     else:
-        reduction = SliceReducer(Slices(), 1, optimizer.parameters, collectives)
-    return EagerStep(model, crit, optimizer, rate, lambda _: None, reduction, collectives, max_grad_norm=max_grad_norm)
+        reducer = SliceReducer(context, 1, optimizer.parameters, collectives)
+    return EagerStep(bind(model, context), crit, optimizer, rate, reducer, collectives, max_grad_norm=max_grad_norm)
 
 
 def state(model: nn.Module) -> dict[str, npt.NDArray[Any]]:
@@ -164,7 +167,7 @@ def test_objective_is_cross_entropy_also_over_parts(weights: Tensor | None, smoo
     model, objective = without_batch_norm(), CrossEntropy(weights, smoothing)
     expected = F.cross_entropy(model(x), y, weights, label_smoothing=smoothing)
     for pieces in (1, 2, 40):  # 40 pieces: some without rows
-        parts = [objective(model, fake_batch(x[a:b], y[a:b])) for a, b in split_evenly(0, 31, pieces)]
+        parts = [objective(model(x[a:b]), y[a:b], (b - a,)) for a, b in split_evenly(0, 31, pieces)]
         total = torch.cat([p.loss for p in parts]).sum() / torch.cat([p.weight for p in parts]).sum()
         torch.testing.assert_close(total, expected, rtol=1e-13, atol=0)
 
@@ -207,8 +210,8 @@ def test_nothing_is_updated_where_only_the_gradient_is_not_finite() -> None:
     step = build_step(model)
     whole = step.objective
 
-    def objective(model: nn.Module, batch: Any) -> LossSum:
-        loss, weight = whole(model, batch)
+    def objective(logits: Tensor, targets: Tensor, slices: tuple[int, ...]) -> LossSum:
+        loss, weight = whole(logits, targets, slices)
         first = next(model.parameters())
         return LossSum(loss + (first * 0).sqrt().sum(), weight)  # zero, with a slope of infinity times zero
 
@@ -294,7 +297,7 @@ def test_a_learning_rate_that_overflows_stops_all(world_size: int) -> None:
 def test_biases_and_normalisation_are_not_decayed() -> None:
     model = classifier()
     model.layers[7].weight.requires_grad_(False)
-    optimizer = AdamW(model, weight_decay=0.1, **ADAMW)
+    optimizer = AdamW(model, weight_decay=0.1, undecayed=undecayed_parameters(model), **ADAMW)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.step(optimizer.parameters.zeros(), 0.5, torch.tensor(True))
     for name, p in model.named_parameters():

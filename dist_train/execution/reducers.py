@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.determinism.flat_parameters import FlatParameters
-from dist_train.determinism.slices import Slices
+from dist_train.determinism.batch_context import ModelContext
 from dist_train.distributed.collectives import Collectives
-
-
-class GradientReducer(Protocol):
-    """Gradients and a few numbers, summed over ranks; the gradients are divided by `grad_scale`."""
-
-    grad_scale: int
-
-    def begin(self, sums: Tensor) -> None:
-        """Forget the gradients of the step before.
-
-        `sums`, (slices, numbers), is to be added up as well; it must be complete before the last backward pass.
-        """
-
-    def backward_of(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Surrounds the forward and backward pass of a batch, the `last` one of the step or not."""
-
-    def backward(self, loss: Tensor) -> None:
-        """The backward pass itself, of the sum over slices of `loss`, (slices,).
-
-        Of the sum: for a gradient that is handed in torch imports sympy, half a second of the first step.
-        """
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """All backward passes are done: `sums` over all slices, and the flat gradients; the caller may change both."""
+from dist_train.execution.flat_parameters import FlatParameters
 
 
 class DDPReducer:
@@ -49,7 +25,11 @@ class DDPReducer:
     """
 
     def __init__(
-        self, model: DistributedDataParallel, slices: Slices, parameters: FlatParameters, collectives: Collectives
+        self,
+        model: DistributedDataParallel,
+        context: ModelContext,
+        parameters: FlatParameters,
+        collectives: Collectives,
     ) -> None:
         self._model = model
         self._collectives = collectives
@@ -57,7 +37,7 @@ class DDPReducer:
         self._views = parameters.views(self._flat)
         of_bucket = {p: p.grad for p in parameters.parameters if p.grad is not None}
         self._gradients = list(of_bucket.values())
-        slices.gradients, slices.visit_all_parameters = [of_bucket], True
+        context.gradients, context.visit_all_parameters = [of_bucket], True
         self._sums = torch.empty(0)
         self._together = collectives.transport_for(self._flat, torch.empty(3, dtype=torch.float64)) is not None
         self.grad_scale = 1 if self._together else collectives.size
@@ -86,7 +66,7 @@ class DDPReducer:
             self._collectives.all_reduce(self._sums)
         return self._sums[0], self._flat
 
-    def _add(self, bucket: GradBucket) -> Future[Tensor]:
+    def _add(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Add up a bucket over the ranks, and what else there is with the last one."""
         done: Future[Tensor] = Future()
         done.set_result(self._collectives.all_reduce(bucket.buffer(), *([self._sums] if bucket.is_last() else [])))
@@ -102,9 +82,12 @@ class SliceReducer:
 
     grad_scale = 1
 
-    def __init__(self, slices: Slices, num_slices: int, parameters: FlatParameters, collectives: Collectives) -> None:
+    def __init__(
+        self, context: ModelContext, num_slices: int, parameters: FlatParameters, collectives: Collectives
+    ) -> None:
         self._collectives = collectives
-        self._flat = slices.keep_gradients(parameters, num_slices)
+        self._flat = parameters.zeros(num_slices)
+        context.gradients = [{p: parameters.view(own, p) for p in parameters.parameters} for own in self._flat]
         self._sums = torch.empty(0)
         if num_slices == 1:
             for parameter in parameters.parameters:

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dist_train.determinism.flat_parameters import FlatParameters
+from dist_train.execution.flat_parameters import FlatParameters
 
 
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019, "Decoupled weight decay regularization") on all parameters of a model at once.
 
-    The kernel is that of torch.optim.AdamW(fused=True), called on two tensors: the weight matrices, and the vectors
-    (biases, normalisation), which are not decayed. torch's optimizer around it takes longer than the kernel does on a
+    The kernel is that of torch.optim.AdamW(fused=True), called on two tensors: the parameters that are decayed, and
+    those named in `undecayed`. torch's optimizer around it takes longer than the kernel does on a
     small network.
     """
 
-    def __init__(self, model: nn.Module, *, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        undecayed: Collection[str],
+    ) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for p in named.values() if p.ndim >= 2]
-        vectors = [p for p in named.values() if p.ndim < 2]
-        self.parameters = FlatParameters([*matrices, *vectors])
+        decayed = [p for name, p in named.items() if name not in undecayed]
+        others = [p for name, p in named.items() if name in undecayed]
+        self.parameters = FlatParameters([*decayed, *others])
         self._names = {p: name for name, p in named.items()}
-        border = self.parameters.offset_of(vectors[0]) if vectors else self.parameters.size
+        border = self.parameters.offset_of(others[0]) if others else self.parameters.size
         self._moments = self.parameters.zeros(2)
         self._parts = [
             (part, decay, self.parameters.values[part], *self._moments[:, part])
@@ -68,6 +76,17 @@ class AdamW:
             first.copy_(state[f"{name}/exp_avg"])
             second.copy_(state[f"{name}/exp_avg_sq"])
             self._steps.copy_(state[f"{name}/step"])
+
+
+def undecayed_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters without weight decay: vectors (biases, normalisation), and what modules declare.
+
+    A module declares its own parameters by their names in an attribute `no_weight_decay`.
+    """
+    names = {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
+    for prefix, module in model.named_modules():
+        names |= {f"{prefix}.{name}".lstrip(".") for name in getattr(module, "no_weight_decay", ())}
+    return names
 
 
 def average_of(model: nn.Module, decay: float) -> AveragedModel:

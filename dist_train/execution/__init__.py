@@ -1,0 +1,1 @@
+"""How a step is computed: one object per mode, chosen in `choose.py`."""

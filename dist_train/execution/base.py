@@ -1,0 +1,76 @@
+"""The contract of an execution, and what all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from dist_train.determinism.batch_context import BatchContext, ModelContext
+from dist_train.determinism.guard import GeneratorGuard
+from dist_train.execution.flat_parameters import FlatParameters
+from dist_train.training.protocols import Batch, GradientReducer
+from dist_train.training.step import EagerStep, Forward, Step, StepResult
+
+Inputs = tuple[Tensor, ...]
+"""Arguments of a model, each (rows, ...)."""
+
+
+class Execution(Protocol):
+    """How a step is computed on the ranks of a job.
+
+    It is called in this order: `prepare`, `reduce`, `step`; `close` before the process group goes.
+    """
+
+    name: str
+    """For the plan."""
+
+    @property
+    def context(self) -> ModelContext:
+        """What the modules of the prepared model share."""
+
+    def prepare(self, model: nn.Module, sample: Inputs, name: str) -> nn.Module:
+        """Make a plain model compute over the rows of all ranks: dropout, BatchNorm, slices; state_dict keys stay.
+
+        `sample` are inputs of a few rows; `name` is what messages call the model.
+
+        Raises:
+            UserError: the model has a module that this execution cannot compute.
+        """
+
+    def reduce(self, model: nn.Module, parameters: FlatParameters, sample: Inputs) -> tuple[nn.Module, GradientReducer]:
+        """The module to call in training, and what sums its gradients over ranks."""
+
+    def step(self, eager: EagerStep) -> Step:
+        """The step, or a faster one with the same signature."""
+
+    def close(self) -> None:
+        """Give back what the device holds for the step."""
+
+
+def bind(model: nn.Module, shared: ModelContext) -> Forward:
+    """A model that is told with its inputs where the batch stands."""
+
+    def forward(inputs: Inputs, context: BatchContext) -> Tensor:
+        with shared.bound(context):
+            logits: Tensor = model(*inputs)
+        return logits
+
+    return forward
+
+
+class GuardedStep:
+    """A step after which no global random generator may have moved."""
+
+    def __init__(self, step: Step, guard: Callable[[], GeneratorGuard]) -> None:
+        self.inner = step
+        self._make_guard = guard
+        self._guard: GeneratorGuard | None = None
+
+    def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> StepResult:
+        """Take the step, then check."""
+        self._guard = self._guard or self._make_guard()
+        result = self.inner(batches, step, wants_stop=wants_stop)
+        self._guard.check(step + 1)
+        return result

@@ -1,0 +1,27 @@
+"""Which execution computes the steps of a job."""
+
+from __future__ import annotations
+
+from dist_train.config.schema import TrainConfig
+from dist_train.determinism.batch_context import ModelContext
+from dist_train.distributed.collectives import Collectives
+from dist_train.execution.base import Execution
+from dist_train.execution.ddp import DDPExecution
+from dist_train.execution.exact import ExactExecution
+from dist_train.execution.recorded import CudaRecorder, RecordedExecution
+from dist_train.execution.single import SingleExecution
+
+
+def choose_execution(train: TrainConfig, collectives: Collectives, *, seed: int, rows_on_device: bool) -> Execution:
+    """The execution of a configuration in a world; `seed` keys its random numbers.
+
+    `train.virtual_ranks` asks for the exact mode. Without it one rank is single, and several are ddp. A step is
+    recorded where all of it runs on the GPU (`rows_on_device`: its rows too) and the host is asked for nothing.
+    """
+    context = ModelContext(seed)
+    if train.virtual_ranks is not None:
+        return ExactExecution(collectives, context, train.virtual_ranks)
+    fast = DDPExecution(collectives, context) if collectives.size > 1 else SingleExecution(collectives, context)
+    if collectives.runs_on_device and rows_on_device and train.accumulation_steps == 1:
+        return RecordedExecution(fast, CudaRecorder())
+    return fast

@@ -1,0 +1,48 @@
+"""The fast mode in a world of one."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dist_train.accel import accelerate
+from dist_train.determinism.batch_context import ModelContext
+from dist_train.determinism.batch_norm import sync_batch_norm, zero_grad_of_biases_before_batchnorm
+from dist_train.determinism.dropout import convert_dropout
+from dist_train.distributed.collectives import Collectives
+from dist_train.execution.base import Inputs
+from dist_train.execution.flat_parameters import FlatParameters
+from dist_train.execution.reducers import SliceReducer
+from dist_train.training.protocols import GradientReducer
+from dist_train.training.step import EagerStep, Step
+
+
+class SingleExecution:
+    """One process: a batch is one slice, and nothing is summed over ranks."""
+
+    name = "single"
+
+    def __init__(self, collectives: Collectives, context: ModelContext) -> None:
+        self.collectives = collectives
+        self.context = context
+
+    def prepare(self, model: nn.Module, sample: Inputs, name: str) -> nn.Module:  # noqa: ARG002
+        """Keyed dropout, BatchNorm that rounds as it does on several ranks, and what is faster on this device."""
+        model = sync_batch_norm(convert_dropout(model, self.context), self.collectives)
+        model = accelerate(model, self.context, self.collectives.device)
+        return zero_grad_of_biases_before_batchnorm(model)
+
+    def reduce(
+        self,
+        model: nn.Module,
+        parameters: FlatParameters,
+        sample: Inputs,  # noqa: ARG002
+    ) -> tuple[nn.Module, GradientReducer]:
+        """The model itself; the gradients of its one slice are there after the backward pass."""
+        return model, SliceReducer(self.context, 1, parameters, self.collectives)
+
+    def step(self, eager: EagerStep) -> Step:
+        """The eager step."""
+        return eager
+
+    def close(self) -> None:
+        """Nothing is held."""

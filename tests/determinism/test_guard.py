@@ -1,0 +1,81 @@
+"""A step that draws from a global generator is refused, in every mode."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_train.config.load import load_config
+from dist_train.determinism.guard import GeneratorGuard
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
+from dist_train.errors import UserError
+from dist_train.run.session import Session
+from dist_train.tasks.registry import load_task
+from tests.dist.sessions import BUILTIN
+
+CPU = torch.device("cpu")
+MODES = [(), ("train.virtual_ranks=2",), ("train.precision=bf16",)]
+
+
+@pytest.mark.parametrize(
+    ("draw", "named"),
+    [
+        (lambda: torch.rand(1), "torch's global CPU generator"),
+        (lambda: F.dropout(torch.ones(3), 0.5), "torch's global CPU generator"),
+        (lambda: nn.init.normal_(torch.empty(3)), "torch's global CPU generator"),
+        (lambda: random.random(), "Python's random"),
+        (lambda: np.random.permutation(3), "numpy's global generator"),
+    ],
+)
+def test_a_draw_is_named_with_its_step(draw: Callable[[], object], named: str) -> None:
+    guard = GeneratorGuard(CPU)
+    guard.check(1)
+    draw()
+    with pytest.raises(UserError, match="step 2 has drawn from") as refused:
+        guard.check(2)
+    assert named in str(refused.value)
+    guard.check(3)
+
+
+def test_torch_is_watched_in_every_step_and_a_private_generator_is_no_draw() -> None:
+    guard = GeneratorGuard(CPU)
+    for step in range(1, 60):
+        torch.rand(2, generator=torch.Generator().manual_seed(step))
+        np.random.default_rng(step).random()
+        guard.check(step)
+    torch.rand(1)
+    with pytest.raises(UserError, match="step 60"):
+        guard.check(60)
+
+
+class Unkeyed(nn.Module):
+    """Dropout as a function: nobody can make it keyed."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        logits: Tensor = F.dropout(self.inner(*inputs), 0.1, self.training)
+        return logits
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_with_unkeyed_dropout_is_refused_at_its_first_step(
+    mode: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collectives, config = Collectives(World()), load_config([*BUILTIN, "model.hidden_dim=8", *mode])
+    task = load_task(config, collectives)
+    plain = task.model
+    monkeypatch.setattr(task, "model", lambda: Unkeyed(plain()))
+    session = Session(config, task, collectives)
+    batches, _ = next(session.feed.steps(session.progress.position))
+    with pytest.raises(UserError, match="step 1 has drawn from torch's global CPU generator"):
+        session.step(batches, 0, wants_stop=False)
