@@ -57,11 +57,8 @@ class Heartbeat:
         """`internal`: names of modules, without their packages, that a collective passes through on its way from the
         caller; the place of a collective is the nearest one outside of them."""
         self._internal = ("heartbeat", *internal)
-        self.handle = _memory()
-        """File descriptor of the memory, which another process of this host can open by way of /proc."""
-        weakref.finalize(self, os.close, self.handle)
-        os.ftruncate(self.handle, _STACKS_AT)
-        self._memory = mmap.mmap(self.handle, _STACKS_AT)
+        self._handle: int | None = None
+        self._memory: bytearray | mmap.mmap = bytearray(_STACKS_AT)
         self._names: dict[tuple[str, CodeType, int], bytes] = {}
         self._count = 0
         self._phase = b"starting"
@@ -70,9 +67,24 @@ class Heartbeat:
         self._backward: str | None = None
         self._note()
 
+    @property
+    def handle(self) -> int:
+        """File descriptor of the record, which another process of this host can open by way of /proc.
+
+        Until it is first asked for, by the thread that writes, the record is in memory of this process alone.
+        """
+        if self._handle is None:
+            self._handle = _memory()
+            weakref.finalize(self, os.close, self._handle)
+            os.ftruncate(self._handle, _STACKS_AT)
+            memory = mmap.mmap(self._handle, _STACKS_AT)
+            memory[:] = bytes(self._memory)
+            self._memory = memory
+        return self._handle
+
     def read(self) -> RankState:
         """This rank's own record, from any of its threads."""
-        state = read(self.handle)
+        state = _state(bytes(self._memory)) if self._handle is None else read(self._handle)
         if state.collective is None and self._backward is not None and _main_thread_is_in_autograd():
             return replace(state, collective=self._backward)
         return state
@@ -175,7 +187,10 @@ class _Waiting:
 
 def read(handle: int) -> RankState:
     """The record behind a file descriptor of `Heartbeat.handle`, or of another process's."""
-    data = os.pread(handle, _STACKS_AT + _MAX_STACK_BYTES, 0)
+    return _state(os.pread(handle, _STACKS_AT + _MAX_STACK_BYTES, 0))
+
+
+def _state(data: bytes) -> RankState:
     count, waits, since, step, phase = _STATE.unpack_from(data)
     entries = [_STATE.size + i % _ENTRIES * _ENTRY_BYTES for i in range(max(0, count - _ENTRIES), count)]
     history = tuple(_text(data[at : at + _ENTRY_BYTES]) for at in entries)

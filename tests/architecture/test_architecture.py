@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,3 +187,52 @@ def test_the_watchdog_is_a_package_of_its_own() -> None:
             top = module.split(".")[0]
             own = module.startswith("dist_train.watchdog")
             assert own or top == "torch" or top in sys.stdlib_module_names, f"{file.name} imports {module}"
+
+
+SOURCES = [f for folder in ("dist_train", "launch", "tests", "benchmarks") for f in (REPOSITORY / folder).rglob("*.py")]
+
+
+def private_modules_of_torch(source: str) -> set[str]:
+    """Modules that code imports from, of those that torch keeps to itself."""
+    private = re.compile(r"torch(\.\w+)*\.(_\w+|distributed_c10d)(\.|$)")
+    return {module for module in imported_modules(source) if private.match(module)}
+
+
+def test_nothing_that_torch_exports_is_imported_from_its_private_modules() -> None:
+    """torch.distributed exports HashStore, PrefixStore, Store and GradBucket. What torch exports nowhere is listed."""
+    assert private_modules_of_torch("from torch._C._distributed_c10d import HashStore")
+    assert private_modules_of_torch("from torch.distributed.distributed_c10d import Store")
+    assert not private_modules_of_torch("from torch.distributed import Store")
+    table = (REPOSITORY / "docs" / "torch-internals.md").read_text()
+    used = {module: str(f) for f in SOURCES for module in private_modules_of_torch(f.read_text())}
+    assert {module: file for module, file in used.items() if module not in table or "distributed" in module} == {}
+
+
+# Names that are not torch's alone, or are public and yet lean on what torch does not promise.
+INTERNALS = {"_parameters", "_buffers", "_BatchNorm", "register_comm_hook", "gradient_as_bucket_view", "__class__"}
+
+
+def internals_of_torch(source: str) -> set[str]:
+    """Private attributes of torch, and INTERNALS, that code uses."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            owner = ast.unparse(node.value)
+            private = re.match(r"_[^_]", node.attr) and owner.split(".")[0] == "torch"
+            if private or (node.attr in INTERNALS and owner != "self"):
+                found.add(node.attr)
+        elif isinstance(node, ast.keyword) and node.arg in INTERNALS:
+            found.add(node.arg)
+    return found
+
+
+def test_the_internals_of_torch_are_listed_with_the_tests_that_notice() -> None:
+    assert internals_of_torch("torch._foreach_zero_(x); a.__class__ = B; f(gradient_as_bucket_view=True)") == {
+        "_foreach_zero_", "__class__", "gradient_as_bucket_view",
+    }  # fmt: skip
+    table = (REPOSITORY / "docs" / "torch-internals.md").read_text()
+    product = [f for f in FILES if f.is_relative_to(REPOSITORY / "dist_train")]
+    used = {name: str(f) for f in product for name in internals_of_torch(f.read_text())}
+    assert {name: file for name, file in used.items() if name not in table} == {}
+    tests = "\n".join(f.read_text() for f in (REPOSITORY / "tests").rglob("test_*.py"))
+    assert [name for name in re.findall(r"`(test_\w+)`", table) if f"def {name}(" not in tests] == []

@@ -71,6 +71,43 @@ def test_in_a_backward_pass_only_autograd_itself_waits() -> None:
     assert heartbeat.read().collective is None
 
 
+def test_in_a_backward_pass_autograd_itself_waits() -> None:
+    """As DistributedDataParallel does in it; seen from another thread, as the watchdog sees it."""
+    heartbeat, seen, done = Heartbeat(), set(), threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.001):
+            seen.add(heartbeat.read().collective)
+
+    x = torch.ones(400, 400, requires_grad=True)
+    y = x
+    for _ in range(200):
+        y = y @ x
+    thread = threading.Thread(target=look)
+    with heartbeat.backward("gradients"):
+        thread.start()
+        y.sum().backward()  # type: ignore[no-untyped-call]
+        done.set()
+        thread.join()
+    assert "gradients" in seen
+
+
+def test_memory_is_made_for_another_process_only() -> None:
+    """A world of one that merely counts opens no file."""
+    lowest = os.open(os.devnull, os.O_RDONLY)  # the number that the next file gets
+    os.close(lowest)
+    heartbeat = Heartbeat()
+    with heartbeat.phase("training"), heartbeat.waiting("all_reduce"):
+        another = os.open(os.devnull, os.O_RDONLY)
+        os.close(another)
+        assert another == lowest
+        handle = heartbeat.handle
+        assert read(handle).phase == "training"
+        assert read(handle).collective == heartbeat.read().collective is not None
+        heartbeat.at_step(3)
+        assert (read(handle).step, read(handle).count) == (3, 1)
+
+
 CHILD = """
 import os, sys, time
 from dist_train.watchdog.heartbeat import Heartbeat
