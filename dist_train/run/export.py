@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -29,14 +30,14 @@ from dist_train.system.machine import describe_machine, peak_memory_bytes
 
 
 def checkpoint_parts(
-    config: JobConfig, session: Session, books: Mapping[str, Any], world: World, environ: Mapping[str, str]
+    config: JobConfig, session: Session, trackers: Mapping[str, Any], world: World, environ: Mapping[str, str]
 ) -> Parts:
-    """Everything that a run needs to go on, by name; `books` is the state of the trackers."""
+    """Everything that a run needs to go on, by name; `trackers` is their state."""
     attempt = Attempt.from_environment(environ)
     state = {
         "format": FORMATS["checkpoint"],
         "progress": session.progress.state_dict(),
-        **books,
+        **trackers,
         "config": asdict(config),
         "data_sha256": session.task.fingerprint,
         "world_size": world.size,
@@ -55,8 +56,8 @@ def export_best(
     folder: RunFolder,
     checkpoints: Checkpoints,
     world: World,
-) -> None:
-    """Ship the best weights: score them, commit `model/`, write the summary."""
+) -> dict[str, Any]:
+    """Score the best weights, commit `model/`, write the summary and return it."""
     best = session.progress.best_step
     if best is not None and best != session.progress.step:
         parts = collectives.on_rank_zero(lambda: checkpoints.read(best))
@@ -82,10 +83,30 @@ def export_best(
     for split, metrics in scores.items():
         if metrics:
             log.info("%s  %s  (weights of step %d)", split, describe_scores(metrics), best or session.progress.step)
+            _warn_of_base_rate(split, metrics)
     log.info("summary in %s", folder.summary)
+    return summary
+
+
+def _warn_of_base_rate(split: str, metrics: Mapping[str, Any]) -> None:
+    """Say so where the model is no better than a guess that is the same for every row.
+
+    The best of those guesses is the class frequencies of the rows; its log loss is their entropy, in nats.
+    """
+    rows = [scores["rows"] for scores in metrics.get("per_class", {}).values()]
+    if not rows:
+        return
+    base_rate = -sum(count / sum(rows) * math.log(count / sum(rows)) for count in rows if count)
+    if metrics["loss"] >= base_rate:
+        log.warning(
+            "%s loss %.4f is no better than the base rate: the class frequencies alone, the same for every row, have a "
+            "log loss of %.4f",
+            split, metrics["loss"], base_rate,
+        )  # fmt: skip
 
 
 def _summary(config: JobConfig, session: Session, world: World, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`samples_per_second` is `samples` / `train_seconds`: all steps, the first ones with their compilation included."""
     progress = session.progress
     samples = progress.samples(session.feed.num_rows)
     return {

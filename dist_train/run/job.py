@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
 
 from dist_train.accel.host_memory import use_host_memory
 from dist_train.config.run_path import path_of_run
@@ -22,7 +23,7 @@ from dist_train.run.dry_run import DryRunReport, profile_session
 from dist_train.run.export import checkpoint_parts, export_best
 from dist_train.run.resume import begin_writing, changes_since, finished_line, matching_task, open_run
 from dist_train.run.session import Session, build_loop
-from dist_train.run.tracking.trackers import Trackers
+from dist_train.run.tracking.trackers import NullTrackers, Trackers
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
 from dist_train.system.machine import pin_arithmetic
@@ -30,7 +31,6 @@ from dist_train.tasks.base import Task
 from dist_train.tasks.registry import load_task
 from dist_train.training.loop import Ending
 from dist_train.training.plan import Plan
-from dist_train.training.protocols import Record
 
 
 def train(
@@ -123,36 +123,42 @@ class Job:
             lambda: begin_writing(folder, config, checkpoints, step, trains_on=trains_on, changes=changes)
         )
         _announce(session.plan(world))
-        books: list[Trackers] = []  # one on rank 0, none elsewhere
-
-        def open_books() -> None:
-            state = found.parts["state.json"] if found else None
-            steps = {"total_steps": session.total_steps, "start_step": session.progress.step}
-            opened = Trackers(config, folder.metrics, **steps, state=state, environ=self.variables)
-            books.append(self._stack.enter_context(opened))
+        state = found.parts["state.json"] if found else None
+        trackers = collectives.run_on_all(
+            lambda: os_errors_as_faults(lambda: self._open_trackers(session, state), "metrics.jsonl")
+        )
 
         def save(step: int) -> None:
             def write() -> None:
-                folder.confirm()  # before the journal's own error, which would say less
-                parts = checkpoint_parts(config, session, books[0].state_dict(), world, self.variables)
+                folder.confirm()  # before the trackers' own error, which would say less
+                parts = checkpoint_parts(config, session, trackers.state_dict(), world, self.variables)
                 checkpoints.write(step, parts, session.progress.best_step)
 
             collectives.on_rank_zero(lambda: os_errors_as_faults(write, f"the checkpoint of step {step}"))
 
-        def track(record: Record) -> None:
-            if collectives.is_main:  # it never raises, so the other ranks need not hear of it
-                books[0].track(record)
-
-        collectives.on_rank_zero(lambda: os_errors_as_faults(open_books, "metrics.jsonl"))
-        loop = build_loop(config, session, collectives, save=save, track=track, wants_stop=self._stop.wanted)
+        loop = build_loop(config, session, collectives, save=save, track=trackers.track, wants_stop=self._stop.wanted)
         with heartbeat.phase("training"):
             ending = loop.run()
-        collectives.on_rank_zero(lambda: os_errors_as_faults(lambda: books[0].close(failed=False), "metrics.jsonl"))
+        collectives.run_on_all(lambda: os_errors_as_faults(trackers.end_training, "metrics.jsonl"))
         if ending is Ending.STOPPED:
             raise Stopped
         log.info("%s after %d steps", ending.value, session.progress.step)
-        with heartbeat.phase("shipping the model"):
-            export_best(config, session, collectives, folder, checkpoints, world)
+        with heartbeat.phase("exporting the model"):
+            trackers.track_summary(export_best(config, session, collectives, folder, checkpoints, world))
+
+    def _open_trackers(self, session: Session, state: Mapping[str, Any] | None) -> Trackers | NullTrackers:
+        if not self.collectives.is_main:
+            return NullTrackers()
+        trackers = Trackers(
+            self.config,
+            self.folder.metrics,
+            total_steps=session.total_steps,
+            start_step=session.progress.step,
+            best_loss=session.progress.best_loss,
+            state=state,
+            environ=self.variables,
+        )
+        return self._stack.enter_context(trackers)
 
     def _says_that_it_is_finished(self, session: Session) -> bool:
         line = self.collectives.on_rank_zero(

@@ -18,6 +18,9 @@ from dist_train.training.step import Step, StepResult
 
 T = TypeVar("T")
 
+WARMUP_STEPS = 2
+"""First steps of a process, which may compile code: the speed in a line of metrics leaves them out."""
+
 
 class Ending(Enum):
     """Why the loop returned."""
@@ -91,6 +94,8 @@ class Loop:
         self._clock = time.perf_counter()
         self._samples_at_line = self.progress.samples(self.feed.num_rows)
         self._seconds_at_line = self.progress.train_seconds
+        self._steps_taken = 0
+        """By this process."""
 
     def run(self) -> Ending:
         """Train to the end, or to an agreed stop; a checkpoint of the last step is written in either case."""
@@ -109,7 +114,10 @@ class Loop:
             progress.position = position
             self.after_update()
             progress.evaluation_due = self._evaluation_due()
+            self._steps_taken += 1
             stop = self._drain(0 if self._must_synchronize() else self.intervals.steps_ahead)
+            if self._steps_taken == WARMUP_STEPS:
+                self._restart_speed()
             if self._line_due():
                 self._log(outcome)
             if self._evaluate_and_checkpoint(stop=stop):
@@ -133,7 +141,8 @@ class Loop:
         return stop
 
     def _must_synchronize(self) -> bool:
-        return self._line_due() or self.progress.evaluation_due or self._save_due()
+        warmed_up = self._steps_taken == WARMUP_STEPS
+        return warmed_up or self._line_due() or self.progress.evaluation_due or self._save_due()
 
     def _line_due(self) -> bool:
         return self._finished() or self.progress.step % self.intervals.log_steps == 0
@@ -176,7 +185,7 @@ class Loop:
 
     def _log(self, outcome: StepResult) -> None:
         self._update_clock()
-        samples = self.progress.samples(self.feed.num_rows)
+        samples = self.progress.samples(self.feed.num_rows) - self._samples_at_line
         seconds = self.progress.train_seconds - self._seconds_at_line
         self.track(
             self._record("train")
@@ -184,10 +193,17 @@ class Loop:
                 "loss": self.meter.take_loss(),
                 "learning_rate": outcome.learning_rate,
                 "grad_norm": float(outcome.grad_norm),
-                "samples_per_second": (samples - self._samples_at_line) / max(seconds, 1e-9),
+                # Of the steps since the line before, the first ones of the process left out; None: there are no others.
+                "samples_per_second": samples / max(seconds, 1e-9) if self._steps_taken > WARMUP_STEPS else None,
             }
         )
-        self._samples_at_line, self._seconds_at_line = samples, self.progress.train_seconds
+        self._restart_speed()
+
+    def _restart_speed(self) -> None:
+        """Measure the speed from here on."""
+        self._update_clock()
+        self._samples_at_line = self.progress.samples(self.feed.num_rows)
+        self._seconds_at_line = self.progress.train_seconds
 
     def _record(self, split: str) -> Record:
         progress = self.progress

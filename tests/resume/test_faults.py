@@ -124,7 +124,7 @@ HEARD = {
     "encoding the data": 1,
     "evaluation": 2,
     "checkpointing": 2,
-    "shipping the model": 1,
+    "exporting the model": 1,
 }
 
 

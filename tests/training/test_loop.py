@@ -15,7 +15,7 @@ from dist_train.determinism.position import Position
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import Stopped, TrainingFault
-from dist_train.training.loop import Ending, Intervals, Loop
+from dist_train.training.loop import WARMUP_STEPS, Ending, Intervals, Loop
 from dist_train.training.meter import Meter
 from dist_train.training.progress import Progress
 from dist_train.training.step import StepResult
@@ -147,6 +147,23 @@ def test_the_time_of_an_interrupted_evaluation_is_not_training_time() -> None:
     assert rig.run(total_steps=8, evaluate_steps=4) is Ending.STOPPED
     assert rig.saved == [4]
     assert rig.progress.train_seconds < 0.5
+
+
+def test_the_speed_leaves_the_first_steps_of_a_process_out() -> None:
+    """They compile: 40 rows in a second of compilation would be shown as 40 rows a second, and hours left."""
+    rig = Rig()
+    take = rig.step
+
+    def compiling(batches: Sequence[Any], step: int, *, wants_stop: bool) -> StepResult:
+        time.sleep(0.2 if step < WARMUP_STEPS else 0)
+        return take(batches, step, wants_stop=wants_stop)
+
+    rig.step = compiling  # type: ignore[assignment]
+    rig.run(total_steps=3 + WARMUP_STEPS, log_steps=1)
+    rates = rig.logged("train", "samples_per_second")
+    assert rates[:WARMUP_STEPS] == [None] * WARMUP_STEPS
+    assert all(rate > 1000 for rate in rates[WARMUP_STEPS:])
+    assert rig.progress.train_seconds > 0.2 * WARMUP_STEPS, "the summary counts all of them"
 
 
 def test_a_stop_at_the_last_step_is_the_end() -> None:

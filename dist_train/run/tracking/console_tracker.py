@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import IO, Any, cast
@@ -13,12 +14,18 @@ from dist_train.system.console import log
 
 
 class ConsoleTracker:
-    """Shows each record; on a terminal training lines move a bar, and validation lines stay above it."""
+    """Shows each record; on a terminal training lines move a bar, and validation lines stay above it.
 
-    def __init__(self, console: Console, *, total_steps: int, num_epochs: int, start_step: int) -> None:
+    The best validation so far is marked; `best_loss` is that of the steps up to `start_step`.
+    """
+
+    def __init__(
+        self, console: Console, *, total_steps: int, num_epochs: int, start_step: int, best_loss: float = math.inf
+    ) -> None:
         self._console = console
         self._total_steps = total_steps
         self._num_epochs = num_epochs
+        self._best_loss = best_loss
         self._bar: Progress | None = None
         if console.is_terminal:
             console.file = cast(IO[str], _Forgiving(console.file))
@@ -51,7 +58,8 @@ class ConsoleTracker:
         rate = record["samples_per_second"]
         rows_left = record["samples"] / record["step"] * (self._total_steps - record["step"])
         left = _clock(rows_left / rate) if rate else "-:--"
-        detail = f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {rate:,.0f} rows/s"
+        speed = f"{rate:,.0f}" if rate else "-"
+        detail = f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {speed} rows/s"
         epoch = f"{record['epoch']}/{self._num_epochs}"
         if self._bar is None:
             log.info("epoch %s  step %d/%d  %s  left %s", epoch, record["step"], self._total_steps, detail, left)
@@ -60,7 +68,10 @@ class ConsoleTracker:
 
     def _evaluation_line(self, record: Mapping[str, Any]) -> str:
         epoch = f"epoch {record['epoch']}/{self._num_epochs}"
-        return f"{epoch}  step {record['step']}  {record['split']} {describe_scores(record)}"
+        best = record["split"] == "valid" and record["loss"] < self._best_loss
+        if best:
+            self._best_loss = record["loss"]
+        return f"{epoch}  step {record['step']}  {record['split']} {describe_scores(record)}{'  best so far' * best}"
 
     def _show(self, line: str) -> None:
         if self._bar is None:
@@ -71,8 +82,9 @@ class ConsoleTracker:
 
 def describe_scores(metrics: Mapping[str, Any]) -> str:
     """The metrics of a split that fit on a line."""
-    auroc = "-" if metrics["auroc"] is None else f"{metrics['auroc']:.4f}"
-    return f"loss {metrics['loss']:.4f}  auroc {auroc}  macro-F1 {metrics['macro_f1']:.4f}"
+    names = {"loss": "loss", "auroc": "auroc", "macro_f1": "macro-F1"}
+    shown = {label: metrics[name] for name, label in names.items() if name in metrics}
+    return "  ".join(f"{label} {'-' if value is None else f'{value:.4f}'}" for label, value in shown.items())
 
 
 class _Forgiving:

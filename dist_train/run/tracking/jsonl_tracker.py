@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line; the truth about a run."""
+"""metrics.jsonl: one JSON object a line."""
 
 from __future__ import annotations
 
@@ -16,37 +16,35 @@ from dist_train.system.files import with_path, write_atomically
 class JsonlTracker:
     """Appends records. Its state is its length, so that a resumed run cuts off lines of steps that it will redo.
 
-    A line that cannot be written is no reason to stop training. The lines since the last state are kept in memory;
-    after a failure all of them are written again, to the place where they belong, at the next line and at the next
-    state. Only a state has to be true: it cannot be taken while the disk does not have every line.
+    A line that cannot be written is lost, with one warning for all of them: training goes on. What the file holds of
+    it is overwritten by the next line, or cut off by the next state, so that every line is whole.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._handle: int | None = None
-        self._synced = 0
-        """Bytes that are on disk."""
-        self._tail = bytearray()
-        """The lines that follow them."""
-        self._written = 0
-        """Bytes of the tail that the file has taken. A network's file system can still refuse them at the sync."""
+        self._length = 0
+        """Bytes of the whole lines in the file."""
         self._warned = False
         self._open()
         self.last_step = _last_step(file)
-        """Highest step of any line that was there when the journal was opened; 0 when there was none."""
+        """Highest step of any line that was there when the file was opened; 0 when there was none."""
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append a line, now or as soon as it can be written."""
-        self._tail += json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        """Append a line."""
         try:
-            self._write()
+            self._append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         except OSError as error:
             if not self._warned:
-                log.warning("%s cannot be written (%s): lines are kept until it can", self._file, error.strerror)
+                log.warning("%s cannot be written (%s): lines of metrics are lost", self._file, error.strerror)
             self._warned = True
 
     def close(self) -> None:
-        """Close the file; OSError when the disk does not have every line. A second call does nothing."""
+        """Close the file. A second call does nothing.
+
+        Raises:
+            OSError: the disk does not have every line that was appended.
+        """
         if self._handle is None:
             return
         try:
@@ -56,9 +54,13 @@ class JsonlTracker:
             os.close(handle)
 
     def state_dict(self) -> dict[str, Any]:
-        """The length in bytes; OSError when the disk does not have every line."""
+        """The length in bytes.
+
+        Raises:
+            OSError: the disk does not have every line that was appended, or the file is another one by now.
+        """
         self._sync()
-        return {"bytes": self._synced}
+        return {"bytes": self._length}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Cut off what was written after the state was taken.
@@ -77,37 +79,28 @@ class JsonlTracker:
         if self._handle is not None:
             os.close(self._handle)
         self._handle = os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o666)
-        self._synced = os.fstat(self._handle).st_size
-        self._tail.clear()
-        self._written = 0
+        self._length = os.fstat(self._handle).st_size
 
-    def _write(self) -> None:
-        assert self._handle is not None, "the journal is closed"
-        with with_path(self._file):
-            try:
-                if os.fstat(self._handle).st_size < self._synced + self._written:
-                    raise OSError(errno.EIO, "somebody has cut the file short")
-                while self._written < len(self._tail):  # a disk that is nearly full takes a part first
-                    rest = bytes(self._tail[self._written :])
-                    self._written += os.pwrite(self._handle, rest, self._synced + self._written)
-            except OSError:
-                self._written = 0
-                raise
+    def _append(self, line: bytes) -> None:
+        handle, written = self._not_cut_short(), 0
+        while written < len(line):  # a disk that is nearly full takes a part first
+            written += os.pwrite(handle, line[written:], self._length + written)
+        self._length += len(line)
 
     def _sync(self) -> None:
-        self._write()
-        assert self._handle is not None
         with with_path(self._file):
-            try:
-                os.fsync(self._handle)
-            except OSError:
-                self._written = 0
-                raise
-            if not os.path.samestat(os.fstat(self._handle), self._file.stat()):
+            handle = self._not_cut_short()
+            os.ftruncate(handle, self._length)  # a line that was written in part
+            os.fsync(handle)
+            if not os.path.samestat(os.fstat(handle), self._file.stat()):
                 raise OSError(errno.ENOENT, "the file was replaced by another one")
-        self._synced += len(self._tail)
-        self._tail.clear()
-        self._written = 0
+
+    def _not_cut_short(self) -> int:
+        """The handle of the file, which another process must not have made shorter."""
+        assert self._handle is not None, "the file is closed"
+        if os.fstat(self._handle).st_size < self._length:
+            raise OSError(errno.EIO, "somebody has cut the file short")
+        return self._handle
 
 
 def _last_step(file: Path) -> int:

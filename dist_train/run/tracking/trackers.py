@@ -1,4 +1,4 @@
-"""What rank 0 writes about a run while it trains: metrics.jsonl, wandb, the screen."""
+"""What rank 0 writes about a run while it trains: metrics.jsonl, wandb, the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dist_train.system.console import terminal
 class Trackers:
     """All trackers of a run, on rank 0.
 
-    `state` is what `state_dict` gave at the checkpoint that the run goes on from.
+    `state` is the `state.json` of the checkpoint that the run goes on from, None: it begins.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class Trackers:
         *,
         total_steps: int,
         start_step: int,
+        best_loss: float,
         state: Mapping[str, Any] | None,
         environ: Mapping[str, str],
     ) -> None:
@@ -41,29 +42,62 @@ class Trackers:
             last_step=self.jsonl.last_step,
         )
         self.jsonl.load_state_dict(state["journal"] if state else {"bytes": 0})
-        self.screen = ConsoleTracker(
-            terminal(), total_steps=total_steps, num_epochs=config.train.epochs, start_step=start_step
+        self.console = ConsoleTracker(
+            terminal(),
+            total_steps=total_steps,
+            num_epochs=config.train.epochs,
+            start_step=start_step,
+            best_loss=best_loss,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the journal ends; OSError when the disk does not have all of it."""
+        """Where metrics.jsonl ends.
+
+        Raises:
+            OSError: the disk does not have every line that was appended to it.
+        """
         return {"journal": self.jsonl.state_dict()}
 
     def track(self, record: Mapping[str, Any]) -> None:
         """Write a line of metrics everywhere; what fails there does not end training."""
         self.jsonl.log(record)
         self.wandb.log(record)
-        self.screen.log(record)
+        self.console.log(record)
 
-    def close(self, *, failed: bool) -> None:
-        """End all of them; OSError when the disk does not have the whole journal. A second call does nothing."""
-        self.screen.close()
-        self.wandb.close(failed=failed)
+    def end_training(self) -> None:
+        """No line comes any more; the summary may.
+
+        Raises:
+            OSError: the disk does not have every line that was appended to metrics.jsonl.
+        """
+        self.console.close()
         self.jsonl.close()
+
+    def track_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write what the finished run has reached."""
+        self.wandb.log_summary(summary)
 
     def __enter__(self) -> Trackers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with suppress(OSError):  # only after a failure there is anything left to close, and that has its own message
-            self.close(failed=kind is not None)
+        with suppress(OSError):  # only after a failure there is anything left to end, and that has its own message
+            self.end_training()
+        self.wandb.close(failed=kind is not None)
+
+
+class NullTrackers:
+    """The same on the other ranks: nothing is written there."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty."""
+        return {}
+
+    def track(self, record: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def end_training(self) -> None:
+        """Do nothing."""
+
+    def track_summary(self, summary: Mapping[str, Any]) -> None:
+        """Do nothing."""

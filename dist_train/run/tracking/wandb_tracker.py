@@ -79,6 +79,22 @@ class WandbTracker:
         except Exception as error:
             self._give_up(error)
 
+    def log_summary(self, summary: Mapping[str, Any]) -> None:
+        """Show the metrics of the best weights for the run, in place of those of its last line.
+
+        `valid/<name>`, `test/<name>`, and what else of summary.json a table of runs is sorted by.
+        """
+        if self._run is None:
+            return
+        values = {name: summary[name] for name in ("best_step", "weights_sha256")}
+        for split in ("valid", "test"):
+            scores = summary[split] or {}
+            values |= {f"{split}/{name}": value for name, value in scores.items() if name not in _SKIPPED}
+        try:
+            self._run.summary.update(values)
+        except Exception as error:
+            self._give_up(error)
+
     def close(self, *, failed: bool = False) -> None:
         """Finish the run; a second call does nothing."""
         run, self._run = self._run, None

@@ -12,7 +12,7 @@ from rich.console import Console
 from dist_train.run.tracking.console_tracker import ConsoleTracker
 
 
-def _train(step: int, rate: float = 1000.0) -> dict[str, Any]:
+def _train(step: int, rate: float | None = 1000.0) -> dict[str, Any]:
     return {
         "step": step, "epoch": 2, "samples": step * 100, "split": "train", "loss": 0.51234, "learning_rate": 1e-3,
         "samples_per_second": rate,
@@ -54,22 +54,34 @@ def test_a_pipe_gets_plain_lines(caplog: pytest.LogCaptureFixture, monkeypatch: 
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
         "epoch 2/5  step 40/100  loss 0.5123  lr 1.00e-03  1,000 rows/s  left 0:06",
-        "epoch 2/5  step 40  valid loss 0.6000  auroc -  macro-F1 0.7000",
+        "epoch 2/5  step 40  valid loss 0.6000  auroc -  macro-F1 0.7000  best so far",
     ]
     assert out.getvalue() == ""
 
 
 @pytest.mark.parametrize(
-    ("rate", "left"), [(0.0, "left -:--"), (1.0, "left 1:40:00"), (100.0, "left 1:00"), (1e9, "left 0:00")]
+    ("rate", "left"), [(None, "- rows/s  left -:--"), (1.0, "left 1:40:00"), (100.0, "left 1:00"), (1e9, "left 0:00")]
 )
 def test_the_time_left(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, rate: float, left: str
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, rate: float | None, left: str
 ) -> None:
     monkeypatch.setattr(logging.getLogger("dist_train"), "propagate", True)
     caplog.set_level(logging.INFO, "dist_train")
     screen = _screen(StringIO(), terminal=False)
     screen.log(_train(40, rate))
     assert caplog.records[0].getMessage().endswith(left)
+
+
+def test_the_best_validation_so_far_is_marked(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dist_train"), "propagate", True)
+    caplog.set_level(logging.INFO, "dist_train")
+    console = Console(file=StringIO(), force_terminal=False, width=140)
+    screen = ConsoleTracker(console, total_steps=100, num_epochs=5, start_step=20, best_loss=0.7)
+    for loss in (0.75, 0.6, 0.6, 0.59):
+        screen.log(_valid() | {"loss": loss})
+    assert [record.getMessage().endswith("best so far") for record in caplog.records] == [False, True, False, True]
 
 
 class _Terminal(StringIO):

@@ -25,6 +25,8 @@ class FakeWandb:
         self.sent: list[tuple[int, dict[str, Any]]] = []
         self.finished: list[int] = []
         self.Settings = SimpleNamespace
+        self.summary = self
+        self.shown: dict[str, Any] = {}
 
     def _do(self, call: str) -> None:
         if call == self.fail:
@@ -38,6 +40,10 @@ class FakeWandb:
     def log(self, values: dict[str, Any], step: int) -> None:
         self._do("log")
         self.sent.append((step, values))
+
+    def update(self, values: dict[str, Any]) -> None:
+        self._do("summary")
+        self.shown |= values
 
     def finish(self, exit_code: int) -> None:
         self._do("finish")
@@ -117,7 +123,27 @@ def test_a_new_run_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [step for step, _ in fake.sent] == [10]
 
 
-@pytest.mark.parametrize("call", ["init", "log", "finish"])
+SUMMARY = {
+    "best_step": 20, "weights_sha256": "ab", "steps": 30, "valid": {"loss": 0.4, "auroc": None, "per_class": {}},
+    "test": {"loss": 0.5, "confusion_matrix": []},
+}  # fmt: skip
+
+
+def test_the_summary_is_of_the_best_weights_and_not_of_the_last_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = _fake(monkeypatch)
+    run = _run(tmp_path)
+    run.log(_record(1, "valid"))
+    run.log_summary(SUMMARY)
+    run.log_summary(SUMMARY | {"test": None})
+    run.close()
+    assert fake.shown == {
+        "best_step": 20, "weights_sha256": "ab", "valid/loss": 0.4, "valid/auroc": None, "test/loss": 0.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("call", ["init", "log", "summary", "finish"])
 def test_a_failure_is_one_warning_without_its_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: pytest.LogCaptureFixture, call: str
 ) -> None:
@@ -125,6 +151,7 @@ def test_a_failure_is_one_warning_without_its_text(
     run = _run(tmp_path)
     for step in (1, 2, 3):
         run.log(_record(step))
+    run.log_summary(SUMMARY)
     run.close()
     assert _warnings(heard) == ["wandb failed (RuntimeError): training goes on without it"]
 
@@ -175,7 +202,10 @@ _log = pathlib.Path(__file__).with_name("calls")
 def _note(text):
     with _log.open("a") as stream:
         stream.write(f"{os.environ['RANK']} {text}\\n")
+class Summary:
+    def update(self, values): _note(f"summary {sorted(values)[-1].split('/')[0]}")
 class Run:
+    summary = Summary()
     def log(self, values, step): _note(f"log {step} {sorted(values)[0].split('/')[0]}")
     def finish(self, exit_code): _note("finish")
 def init(**a):
@@ -202,6 +232,7 @@ def test_only_rank_0_and_one_run_over_a_kill(tmp_path: Path, monkeypatch: pytest
     assert sent == sorted(sent, key=lambda line: line[0])
     assert len(sent) == len(set(sent))
     assert [step for step, split in sent if split == "train"] == [3, 6, 9, 12, 15, 18, 21]
+    assert [call[1:] for call in calls[-2:]] == [["summary", "weights_sha256"], ["finish"]]
     assert [call[1] for call in calls].count("finish") == 1
 
 
