@@ -106,7 +106,7 @@ def _warn_of_base_rate(split: str, metrics: Mapping[str, Any]) -> None:
 
 
 def _summary(config: JobConfig, session: Session, world: World, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """`samples_per_second` is `samples` / `train_seconds`: all steps, the first ones with their compilation included."""
+    """`samples_per_second` is `samples` / `train_seconds`: all steps, and compilation in the first ones."""
     progress = session.progress
     samples = progress.samples(session.feed.num_rows)
     return {
