@@ -31,7 +31,7 @@ def main() -> None:
         "two_ranks": lambda: two_ranks.compare(report, rounds, seconds),
         "exact_mode": lambda: exact_mode.compare(report, rounds, seconds / 2),
         "timings": lambda: timings.measure(report, rounds),
-        "dry_run": lambda: timings.foretell(report),
+        "dry_run": lambda: timings.compare_dry_run(report),
         "scaling": lambda: scaling.compare(report, min(rounds, 3), seconds / 5),
         "gpu": lambda: _gpu(report, batches, rounds, seconds),
     }

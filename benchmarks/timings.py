@@ -77,7 +77,7 @@ def measure(report: Report, rounds: int) -> None:
     report.add("timings", found, shown)
 
 
-def foretell(report: Report) -> None:
+def compare_dry_run(report: Report) -> None:
     """The section `dry_run`: what it says of memory and speed, and what then happens."""
     shown = table(
         f"dry run, {workload.NUM_ROWS:,} training rows of {workload.NUM_FEATURES} columns", "ranks, global batch",

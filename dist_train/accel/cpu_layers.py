@@ -63,9 +63,9 @@ class Gradients:
 class Block:
     """Some rows of one slice, and what each layer has made of them.
 
-    `sums[i]` are the outputs of layer i's Linear, but for the last without its bias, `hidden[i]` what bias, BatchNorm,
-    ReLU and dropout (not yet scaled) make of them, and in the backward pass the gradient. `room[i]`, of the same shape,
-    is shared by all blocks.
+    `pre_activations[i]`: outputs of layer i's Linear, without its bias but for the last layer. `activations[i]`: these
+    after bias, BatchNorm, ReLU and dropout (not yet scaled); in the backward pass, their gradient. `scratch[i]` has the
+    same shape and is shared by all blocks.
     """
 
     def __init__(self, index: int, place: int, num_rows: int, scratch: Sequence[Tensor]) -> None:
@@ -160,7 +160,7 @@ class Activation:
         """Gradient through ReLU and dropout: reads `scratch`, writes `activations`.
 
         What came through ReLU and dropout is greater than 0, all else is 0, so it is the mask of both; it is needed no
-        more and makes room for the gradient.
+        more and makes space for the gradient.
         """
         index = self._index
         cpu_kernels.relu_dropout_backward(

@@ -94,8 +94,8 @@ class Exchange:
         # Of each place and rank: where its stamp is.
         self._stamps = stamps
         self._at = [[(place * size + r) * each for r in range(size)] for place in range(2)]
-        self._room = torch.frombuffer(memory, dtype=torch.uint8, offset=2 * size * _STAMP_BYTES)
-        self._room = self._room.view(2, size, CAPACITY)
+        self._buffers = torch.frombuffer(memory, dtype=torch.uint8, offset=2 * size * _STAMP_BYTES)
+        self._buffers = self._buffers.view(2, size, CAPACITY)
         self._views: dict[tuple[Any, ...], _Views] = {}
         self._spins = size <= len(os.sched_getaffinity(0))
 
@@ -133,7 +133,7 @@ class Exchange:
     def _views_for(self, place: int, tensors: Sequence[Tensor]) -> _Views:
         every, start = [], 0
         for tensor in tensors:
-            numbers = self._room[place, :, start : start + tensor.nbytes].view(tensor.dtype)
+            numbers = self._buffers[place, :, start : start + tensor.nbytes].view(tensor.dtype)
             every.append(numbers.unflatten(1, tensor.shape) if tensor.ndim else numbers.squeeze(1))
             start += _bytes_of(tensor)
         return _Views([of_all[self._rank] for of_all in every], every, sum(tensor.nbytes for tensor in tensors))

@@ -43,7 +43,7 @@ class MappedRows:
 
     @property
     def mapped_bytes(self) -> int:
-        """Pages of files that a pass over all rows brings into memory, as far as there is room."""
+        """Pages of files that a pass over all rows brings into memory, as far as memory is free."""
         tensors = (*self._inputs, self._targets, self.row_numbers)
         return sum(t.numel() * t.element_size() for t in tensors)
 

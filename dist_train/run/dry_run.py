@@ -1,4 +1,4 @@
-"""A run foretold by trying it: a few steps and an evaluation on a session that is thrown away. Writes nothing."""
+"""Measure a run before it is started: a few steps and an evaluation on a session that is discarded. Writes nothing."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The optimizer step, the loop around it, and evaluation. Its rooms are handed to it as arguments."""
+"""The optimizer step, the loop around it, and evaluation. Data, models and checkpoints come as arguments."""

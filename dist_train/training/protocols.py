@@ -1,4 +1,4 @@
-"""What training is handed: the shapes of the rooms that it does not import, so that each can have a fake in a test."""
+"""The protocols of what training gets as arguments and does not import; a test gives it fakes."""
 
 from __future__ import annotations
 

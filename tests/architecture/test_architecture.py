@@ -1,4 +1,4 @@
-"""The plan of the house, held by machine."""
+"""Layers, public names and rules of the code base, held by machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODULES = [
     for package in (dist_train, launch)
     for _, name, _ in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
 ]
-# What outside programs and later rooms import. A name may move only together with everybody who uses it.
+# What outside programs and later packages import. A name may move only together with everybody who uses it.
 PUBLIC = {
     "dist_train.errors": ["UserError", "TrainingFault"],
     "dist_train.config.schema": ["JobConfig"],
@@ -62,7 +62,7 @@ def python(program: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_storeys_and_rooms() -> None:
+def test_the_import_contracts_hold() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"],
         cwd=REPOSITORY,

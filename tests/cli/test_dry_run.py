@@ -1,4 +1,4 @@
-"""`--dry-run` foretells the memory that the run then takes. What it says of speed is compared by `make bench`."""
+"""`--dry-run` predicts the memory of the run. `make bench` compares its speed with the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.commands import REPOSITORY, run, train
 CREDIT_RISK = REPOSITORY / "configs" / "credit_risk.yaml"
 
 
-def foretold_bytes(*arguments: object, ranks: int = 1) -> float:
+def dry_run_bytes(*arguments: object, ranks: int = 1) -> float:
     """The peak that a dry run speaks of."""
     done = run("train", *arguments, "wandb.mode=disabled", "--dry-run", ranks=ranks)
     assert done.returncode == 0, done.stderr
@@ -23,19 +23,19 @@ def foretold_bytes(*arguments: object, ranks: int = 1) -> float:
     return float(found[1].replace(",", "")) * 2**20
 
 
-def test_two_ranks_take_the_memory_that_was_foretold(tmp_path: Path) -> None:
+def test_two_ranks_take_the_memory_of_the_dry_run(tmp_path: Path) -> None:
     arguments = (CREDIT_RISK, "train.max_steps=100", "runtime.device=cpu")
-    foretold = foretold_bytes(*arguments, f"run.dir={tmp_path / 'dry'}", ranks=2)
+    expected = dry_run_bytes(*arguments, f"run.dir={tmp_path / 'dry'}", ranks=2)
     assert list(tmp_path.iterdir()) == []
-    assert train(tmp_path / "run", *arguments, ranks=2)["peak_memory_bytes"] == pytest.approx(foretold, rel=0.25)
+    assert train(tmp_path / "run", *arguments, ranks=2)["peak_memory_bytes"] == pytest.approx(expected, rel=0.25)
 
 
-def test_large_batches_of_a_larger_table_take_the_memory_that_was_foretold(tmp_path: Path) -> None:
+def test_large_batches_of_a_larger_table_take_the_memory_of_the_dry_run(tmp_path: Path) -> None:
     """The activations of 65,536 rows are most of it, so a dry run that trains nothing is far off."""
     arguments = (
         *write_table(tmp_path / "table.parquet", 65536), "train.global_batch_size=65536", "train.epochs=5",
         "runtime.device=cpu",
     )  # fmt: skip
-    foretold = foretold_bytes(*arguments, f"run.dir={tmp_path / 'dry'}")
+    expected = dry_run_bytes(*arguments, f"run.dir={tmp_path / 'dry'}")
     assert not (tmp_path / "dry").exists()
-    assert train(tmp_path / "run", *arguments)["peak_memory_bytes"] == pytest.approx(foretold, rel=0.25)
+    assert train(tmp_path / "run", *arguments)["peak_memory_bytes"] == pytest.approx(expected, rel=0.25)

@@ -1,4 +1,4 @@
-"""What the loop does when: logging, evaluations, checkpoints, ends; with every room a fake."""
+"""What the loop does when: logging, evaluations, checkpoints, ends; with a fake for every argument."""
 
 from __future__ import annotations
 
