@@ -19,7 +19,7 @@ PACKAGE = "dist_train"
 LEFT_OUT = {"__main__", "errors"}  # imported by everything, or nothing but a table of verbs
 
 # Who holds whom in a run: (module of the owner, owner, attribute or method, what it holds, module of that). Where a
-# method is named, it makes the object and keeps it in a variable.
+# method is named, it or a helper of it makes the object and keeps it in a variable.
 HOLDS = (
     ("run.job", "Job", "folder", "RunFolder", "run.checkpoint.run_folder"),
     ("run.job", "Job", "checkpoints", "Checkpoints", "run.checkpoint.checkpoints"),
@@ -31,7 +31,8 @@ HOLDS = (
     ("run.tracking.trackers", "Trackers", "jsonl", "JsonlTracker", "run.tracking.jsonl_tracker"),
     ("run.tracking.trackers", "Trackers", "wandb", "WandbTracker", "run.tracking.wandb_tracker"),
     ("run.session", "Session", "task", "Task", "tasks.base"),
-    ("run.session", "Session", "optimizer", "AdamW", "training.optimizer"),
+    ("run.session", "Session", "execution", "Execution", "execution.base"),
+    ("run.session", "Session", "optimizer", "AdamW", "execution.optimizer"),
     ("run.session", "Session", "feed", "Feed", "data.feed"),
     ("run.session", "Session", "step", "Step", "training.step"),
     ("run.session", "Session", "progress", "Progress", "training.progress"),
@@ -40,11 +41,19 @@ HOLDS = (
     ("training.loop", "Loop", "progress", "Progress", "training.progress"),
     ("tasks.tabular", "TabularTask", "encoder", "Encoder", "data.encoder"),
     ("data.feed", "Feed", "sampler", "PositionSampler", "data.sampler"),
-    ("training.step", "EagerStep", "reduction", "GradientReducer", "training.reduction"),
-    ("training.step", "EagerStep", "optimizer", "AdamW", "training.optimizer"),
+    ("execution.base", "GuardedStep", "inner", "EagerStep", "training.step"),
+    ("training.step", "EagerStep", "reducer", "GradientReducer", "training.protocols"),
+    ("training.step", "EagerStep", "optimizer", "AdamW", "execution.optimizer"),
     ("distributed.collectives", "Collectives", "heartbeat", "Heartbeat", "watchdog.heartbeat"),
 )
-IMPLEMENTS = (("EagerStep", "Step"), ("TabularTask", "Task"))
+IMPLEMENTS = (
+    ("GuardedStep", "Step"),
+    ("TabularTask", "Task"),
+    ("SingleExecution", "Execution"),
+    ("DDPExecution", "Execution"),
+    ("ExactExecution", "Execution"),
+    ("RecordedExecution", "Execution"),
+)
 
 
 def packages() -> str:
@@ -81,10 +90,9 @@ def problems_of_objects() -> list[str]:
         if owner_class is None or _definition(held_module, held) is None:
             problems.append(f"{entry}: a class is not where HOLDS says")
         elif name.endswith("()"):
-            methods = [n for n in owner_class.body if isinstance(n, ast.FunctionDef) and n.name == name[:-2]]
-            used = {n.id for method in methods for n in ast.walk(method) if isinstance(n, ast.Name)}
-            if not used & {held, f"build_{held.lower()}"}:
-                problems.append(f"{entry}: the method does not make one")
+            called = {ast.unparse(n.func) for n in ast.walk(owner_class) if isinstance(n, ast.Call)}
+            if not called & {held, f"build_{held.lower()}"}:
+                problems.append(f"{entry}: nothing in the class makes one")
         elif not any(
             isinstance(n, ast.Attribute) and n.attr == name and isinstance(n.ctx, ast.Store)
             for n in ast.walk(owner_class)

@@ -25,7 +25,7 @@ def test_every_object_is_held_as_declared() -> None:
     ("entry", "problem"),
     [
         (("run.job", "Job", "folder", "Folder", "run.job"), "not where HOLDS says"),
-        (("run.job", "Job", "run()", "RunLock", "run.checkpoint.lock"), "does not make one"),
+        (("run.job", "Job", "run()", "RunLock", "run.checkpoint.lock"), "nothing in the class makes one"),
         (("run.job", "Job", "attic", "RunFolder", "run.checkpoint.run_folder"), "no such attribute"),
     ],
 )
