@@ -1,4 +1,4 @@
-"""Artefacts and configurations of other versions, and what a run may change when it goes on.
+"""Artefacts and configurations of other versions, and the keys that a run may change when it resumes.
 
 Checkpoints and trained models carry a format number; one that carries none is of format 1. A version reads every
 format up to its own. A configuration has no number: its keys are read through `RENAMED` and `ADDED`.
@@ -23,9 +23,8 @@ RENAMED: dict[str, str] = {}
 ADDED: dict[str, Any] = {"task.name": "tabular"}
 """Key that came after format 1 -> the default that it had when it came: what a run that lacks it was trained with."""
 
-# Keys that a run may change when it goes on: where things lie, what is shown, how long it goes on and which of its
-# weights are best. They leave alone the model, the data, their order and everything else that a step takes from the
-# configuration, except the learning rate of later steps: train.epochs and train.max_steps stretch the cosine, which is
+# Keys that a run may change when it resumes: paths, output, length, and which of its weights are best. They do not
+# affect the model, the data, their order or anything else that a step takes from the configuration, except the learning rate of later steps: train.epochs and train.max_steps stretch the cosine, which is
 # what somebody who asks for more epochs wants. evaluation.* can change which weights count as best, and with
 # train.early_stopping_patience where the run ends; runtime.* can change how sums are rounded.
 # data.path is among them because the content of the file is compared instead.

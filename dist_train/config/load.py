@@ -24,7 +24,11 @@ Setting = tuple[str, str, Any]  # (where it was written, dotted key, value)
 
 
 def load_config(arguments: Sequence[str]) -> JobConfig:
-    """Configuration from `file.yaml ... key=value ...`; raises UserError that lists every mistake."""
+    """Configuration from `file.yaml ... key=value ...`.
+
+    Raises:
+        UserError: There is a mistake; the message lists all of them.
+    """
     problems: list[str] = []
     tree = _writable(OmegaConf.structured(JobConfig))
     return _resolved(_settings(arguments, tree, problems), tree, problems)
@@ -110,7 +114,7 @@ def _read_yaml(path: Path, problems: list[str]) -> Any:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError:
-        problems.append(f"{path}: no such file")
+        problems.append(f"{path}: no such file; `dist-train sample DIR` writes examples into DIR")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

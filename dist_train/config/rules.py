@@ -1,4 +1,4 @@
-"""What the types of the schema cannot say: ranges and rules between fields. All problems are returned at once."""
+"""Rules of a configuration beyond the types of the schema: ranges, and rules between fields."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def dropout_pair(model: ModelConfig) -> tuple[float, float]:
 def given_class_weights(train: TrainConfig, class_names: Sequence[str]) -> list[float] | None:
     """A mapping in `train.class_weights` as a list in the order of the classes; None when there is no mapping.
 
-    UserError unless it names these classes and no others.
+    Raises:
+        UserError: The mapping leaves out a class or names another one.
     """
     if not isinstance(train.class_weights, dict):
         return None
@@ -35,7 +36,7 @@ def given_class_weights(train: TrainConfig, class_names: Sequence[str]) -> list[
 
 
 def problems_of(config: JobConfig) -> list[str]:
-    """Every broken rule of a configuration, in the order of the schema; empty when all is well."""
+    """Every broken rule of a configuration, in the order of the schema; empty when there is none."""
     return [f"{key}: {text}" for key, text in _broken(config)]
 
 

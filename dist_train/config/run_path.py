@@ -1,8 +1,8 @@
-"""Check a configuration and print its run folder, for job scripts. torch is not imported: an answer takes an instant.
+"""Check a configuration and print its run folder, for job scripts, without importing torch.
 
 python -m dist_train.config.run_path configs/credit_risk.yaml optim.lr=3e-4      # runs/credit_risk
 
-A mistake is told as `launch/train.py` tells it: exit code 2, nothing on stdout.
+A mistake is reported as `dist-train train` reports it: one line on stderr, exit code 2, nothing on stdout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dist_train.errors import EXIT_USER_ERROR, UserError
 
 
 def path_of_run(config: JobConfig) -> Path:
-    """Where the run of this configuration lives. What lies inside is `run/checkpoint/run_folder.py`'s to know."""
+    """The run folder of this configuration. `run/checkpoint/run_folder.py` knows its layout."""
     return Path(config.run.dir) / config.run.name
 
 

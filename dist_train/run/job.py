@@ -1,4 +1,4 @@
-"""A configuration and a world become a run. `Job.run` is the table of contents; each line of it is a room."""
+"""A configuration and a world become a run. `Job.run` is the order of events."""
 
 from __future__ import annotations
 
@@ -212,6 +212,6 @@ class Job:
         return self._stop.cause
 
 
-def _announce(foretold: Plan | DryRunReport) -> None:
-    for line in foretold.lines():
+def _announce(report: Plan | DryRunReport) -> None:
+    for line in report.lines():
         log.info("%s", line)

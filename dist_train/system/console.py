@@ -1,4 +1,4 @@
-"""What a person sees: log lines that carry the rank, and the end of the process. Everything goes to stderr."""
+"""Log lines on stderr, and the exit code of a command."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             time.sleep(QUIET_RANK_GRACE_SECONDS)
         print(f"error: {error}", file=sys.stderr, flush=True)
     except BrokenPipeError:
-        pass  # the reader of our output has gone, and knows that it has
+        pass  # the program that read stdout has ended: nobody is left to tell
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else EXIT_FAULT if stop.code else 0
     except KeyboardInterrupt:

@@ -90,19 +90,19 @@ def test_a_line_that_is_none_does_not_hide_the_last_step(tmp_path: Path, line: b
 
 
 class _Disk:
-    """Stands for the calls that a disk can refuse; `room` is what it takes before it is full."""
+    """Stands for the calls that a disk can refuse; `free_bytes` is what it takes before it is full."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.room: int | None = None
+        self.free_bytes: int | None = None
         self.syncs = True
         pwrite, fsync = os.pwrite, os.fsync
 
         def write(handle: int, data: bytes, offset: int) -> int:
-            if self.room == 0:
+            if self.free_bytes == 0:
                 raise OSError(28, "No space left on device")
-            written = pwrite(handle, data[: self.room], offset)
-            if self.room is not None:
-                self.room -= written
+            written = pwrite(handle, data[: self.free_bytes], offset)
+            if self.free_bytes is not None:
+                self.free_bytes -= written
             return written
 
         def sync(handle: int) -> None:
@@ -118,23 +118,23 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize("room", [0, 1, 7, 20])
+@pytest.mark.parametrize("free_bytes", [0, 1, 7, 20])
 def test_a_full_disk_costs_lines_and_leaves_whole_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, room: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, free_bytes: int
 ) -> None:
     monkeypatch.setattr(logging.getLogger("dist_train"), "propagate", True)
     file, disk = tmp_path / "metrics.jsonl", _Disk(monkeypatch)
     jsonl = _journal(file, 1, 2)
-    disk.room = room
+    disk.free_bytes = free_bytes
     for step in (3, 4):
         jsonl.log({"step": step, "split": "train"})
-    disk.room = None
+    disk.free_bytes = None
     assert jsonl.state_dict()["bytes"] == file.stat().st_size
     assert _lines(file) == [1, 2]
     jsonl.log({"step": 5})
-    disk.room = room
+    disk.free_bytes = free_bytes
     jsonl.log({"step": 6, "split": "train"})
-    disk.room = None
+    disk.free_bytes = None
     jsonl.log({"step": 7})
     jsonl.close()
     assert _lines(file) == [1, 2, 5, 7]
