@@ -24,10 +24,11 @@ ADDED: dict[str, Any] = {"task.name": "tabular"}
 """Key that came after format 1 -> the default that it had when it came: what a run that lacks it was trained with."""
 
 # Keys that a run may change when it resumes: paths, output, length, and which of its weights are best. They do not
-# affect the model, the data, their order or anything else that a step takes from the configuration, except the learning rate of later steps: train.epochs and train.max_steps stretch the cosine, which is
-# what somebody who asks for more epochs wants. evaluation.* can change which weights count as best, and with
-# train.early_stopping_patience where the run ends; runtime.* can change how sums are rounded.
-# data.path is among them because the content of the file is compared instead.
+# affect the model, the data, their order or anything else that a step takes from the configuration, with one exception:
+# train.epochs and train.max_steps stretch the cosine, and with it the learning rate of later steps, which is what
+# somebody who asks for more epochs wants. evaluation.* can change which weights count as best, and with
+# train.early_stopping_patience where the run ends; runtime.* can change how sums are rounded. data.path is among them
+# because the content of the file is compared instead.
 _COMPATIBLE = (
     "run.name", "run.dir", "run.resume", "run.force", "run.time_limit_minutes", "data.path", "train.epochs",
     "train.max_steps", "train.early_stopping_patience", "evaluation.", "checkpoint.", "runtime.", "log.", "wandb.",
