@@ -23,6 +23,9 @@ RENAMED: dict[str, str] = {}
 ADDED: dict[str, Any] = {"task.name": "tabular"}
 """Key that came after format 1 -> the default that it had when it came: what a run that lacks it was trained with."""
 
+REDEFINED_METRICS = {"brier": (2, 2, "of two classes it is now scikit-learn's brier_score_loss, half of what it was")}
+"""Metric -> (first format with its present definition, number of classes that it changed for, the change in words)."""
+
 # Keys that a run may change when it resumes: paths, output, length, and which of its weights are best. They do not
 # affect the model, the data, their order or anything else that a step takes from the configuration, with one exception:
 # train.epochs and train.max_steps stretch the cosine, and with it the learning rate of later steps, which is what
@@ -43,6 +46,15 @@ def require_format(kind: str, number: Any, source: str) -> None:
             f"{source}: is a {kind} of format {number}; this version of dist_train reads the formats 1 to {supported}: "
             "use the version that wrote it"
         )
+
+
+def redefined_metrics(number: int, num_classes: int) -> dict[str, str]:
+    """Metrics whose definition has changed since artefacts of this format number, with the change in words."""
+    return {
+        name: words
+        for name, (first, classes, words) in REDEFINED_METRICS.items()
+        if number < first and num_classes == classes
+    }
 
 
 def with_renamed_keys(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
-from dist_train.config.compatibility import differences
+from dist_train.config.compatibility import differences, redefined_metrics
 from dist_train.config.load import config_to_yaml
 from dist_train.config.schema import JobConfig
 from dist_train.distributed.collectives import Collectives
@@ -180,6 +180,8 @@ def changes_since(found: Found | None, config: JobConfig, task: Task, collective
     regrouped = _regrouped(config, state, collectives)
     if regrouped:
         changes.append(regrouped)
+    redefined = redefined_metrics(state.get("format", 1), len(task.class_names))
+    changes += [f"the metric {name}: {words}" for name, words in redefined.items()]
     return changes
 
 

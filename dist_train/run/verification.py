@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_train.config.compatibility import FORMATS, redefined_metrics
 from dist_train.config.load import config_from_tree
 from dist_train.config.schema import JobConfig
 from dist_train.determinism.sliced_modules import require_world_size
@@ -99,6 +100,13 @@ class Evidence:
             state: dict[str, Any] = self.checkpoints[max(self.checkpoints)]["state.json"]
             return state
         return self.summary
+
+    @property
+    def format(self) -> int:
+        """Format number of the newest checkpoint, else of the trained model."""
+        if self.checkpoints:
+            return int(self.checkpoints[max(self.checkpoints)]["state.json"].get("format", 1))
+        return int(self.model[DESCRIPTION]["format"]) if self.model else FORMATS["checkpoint"]
 
     def start(self, first: int, last: int) -> int:
         """Where a replay of the steps after `first` can begin: at a sound checkpoint, or at 0.
@@ -189,7 +197,7 @@ class _Replay:
             return
         self.pending.remove(line)
         self.report.lines += 1
-        name = _first_difference(line, json.loads(json.dumps(record)))
+        name = _first_difference(line, json.loads(json.dumps(record)), self._redefined(self.evidence.format))
         if name:
             what = f"{split} {name}: recorded {line.get(name)!r}, replayed {record.get(name)!r}"
             self.report.differ(step, what)
@@ -256,9 +264,19 @@ class _Replay:
         self.session.scored.load_state_dict(self.best_weights)
         for split in ("valid", "test"):
             score = self.session.score(split, self.collectives)
-            name = _first_difference(summary[split] or {}, json.loads(json.dumps(score)) or {})
+            redefined = self._redefined(self.evidence.model[DESCRIPTION]["format"])
+            name = _first_difference(summary[split] or {}, json.loads(json.dumps(score)) or {}, redefined)
             if name:
                 report.differ(best, f"the summary's {split} {name} is not what the replayed weights have")
+
+    def _redefined(self, number: int) -> dict[str, str]:
+        """Metrics that cannot be compared with those of artefacts of this format; the report says so, once."""
+        redefined = redefined_metrics(number, len(self.session.task.class_names))
+        for name, words in redefined.items():
+            note = f"{name} is not compared: its definition has changed since the run was trained; {words}"
+            if note not in self.report.notes:
+                self.report.notes.append(note)
+        return redefined
 
     def _same_task(self, parts: Parts) -> bool:
         """Whether the task in a checkpoint or in `model/` is that of the replay; its format may be an older one."""
@@ -298,9 +316,11 @@ def _compare_machine(report: Report, evidence: Evidence) -> None:
             report.notes.append(f"{name} is {now}, the run had {value}: equal bits are not promised")
 
 
-def _first_difference(recorded: Mapping[str, Any], replayed: Mapping[str, Any]) -> str | None:
+def _first_difference(
+    recorded: Mapping[str, Any], replayed: Mapping[str, Any], redefined: Mapping[str, str] | None = None
+) -> str | None:
     for name in [*replayed, *recorded]:
-        if name not in _OF_THE_CLOCK and recorded.get(name) != replayed.get(name):
+        if name not in _OF_THE_CLOCK and name not in (redefined or {}) and recorded.get(name) != replayed.get(name):
             return name
     return None
 

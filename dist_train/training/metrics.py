@@ -18,7 +18,8 @@ def classification_metrics(probabilities: Floats, targets: Integers, class_names
     """Metrics of `probabilities` (rows, classes) against class indices `targets` (rows,), as JSON types.
 
     A metric that is not defined on these rows is None: AUROC when a class does not occur or is the only one.
-    `loss` is the log loss in nats, `brier` the sum over classes of squared errors, `ece` the expected calibration
+    `loss` is the log loss in nats. `brier` (Brier 1950) is the mean over rows of the squared error of the second
+    class's probability where there are two classes, else of the sum over classes. `ece` is the expected calibration
     error of the top class. `confusion_matrix[i][j]` counts rows of class i predicted as j.
     """
     # Imported here: scikit-learn takes a second to load, and training must not wait for it before its first step.
@@ -73,4 +74,5 @@ def _macro_auroc(probabilities: Floats, targets: Integers, classes: Integers) ->
 def _brier(probabilities: Floats, targets: Integers) -> float:
     errors = probabilities.copy()
     errors[np.arange(len(targets)), targets] -= 1
-    return float((errors**2).sum(1).mean())
+    total = float((errors**2).sum(1).mean())
+    return total / 2 if probabilities.shape[1] == 2 else total

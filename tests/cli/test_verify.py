@@ -263,3 +263,42 @@ def test_a_run_that_was_changed_on_the_way_is_replayed_from_the_change_on(tmp_pa
 
 def test_the_same_command_again_changes_nothing(honest: Path) -> None:
     assert not (honest / "changes.jsonl").exists()
+
+
+def _as_of_format_1(run_dir: Path) -> None:
+    """A run of two classes as format 1 wrote it: its Brier score was the sum over both."""
+    for folder, part in [(f, "state.json") for f in (run_dir / "checkpoints").iterdir()] + [
+        (run_dir / "model", "model.json")
+    ]:
+        parts = read_parts(folder)
+        parts[part]["format"] = 1
+        commit(folder, encode_parts(parts))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | ({"brier": 2 * line["brier"]} if "brier" in line else {}) for line in lines]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for split in ("valid", "test"):
+        summary[split]["brier"] *= 2
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+
+
+def test_a_metric_that_was_redefined_is_said_in_words(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "clients.csv")
+    table.write_text(table.read_text().replace(",middle", ",low"))
+    arguments = tiny_job(table, tmp_path / "run", "train.virtual_ranks=2", "train.max_steps=12", "checkpoint.keep=9")
+    finish(arguments)
+    run_dir = tmp_path / "run"
+    seen = command("verify", run_dir)
+    assert (seen.code, json.loads(seen.out)["notes"]) == (0, []), seen.err
+    _as_of_format_1(run_dir)
+    seen = command("verify", run_dir)
+    assert seen.code == 0, seen.err
+    note = "brier is not compared: its definition has changed since the run was trained; of two classes it is now"
+    assert [line.startswith(note) for line in json.loads(seen.out)["notes"]] == [True]
+    assert note in seen.err
+
+    again = command("train", *[a for a in arguments if "max_steps" not in a], "train.max_steps=20")
+    assert again.code == 0, again.err
+    report = json.loads(command("verify", run_dir).out)
+    assert (report["difference"], report["first_step"]) == (None, 12)
+    assert "the metric brier: of two classes it is now" in report["notes"][0]

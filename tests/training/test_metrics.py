@@ -43,7 +43,7 @@ def test_equal_to_scikit_learn(classes: int, sharpness: float) -> None:
         "balanced_accuracy": sk.balanced_accuracy_score(y, predicted),
         "macro_f1": sk.f1_score(y, predicted, average="macro"),
         "auroc": auroc,
-        "brier": sk.brier_score_loss(y, p, scale_by_half=False, labels=np.arange(classes)),
+        "brier": sk.brier_score_loss(y, p, labels=np.arange(classes)),
     }
     for name, value in expected.items():
         assert ours[name] == pytest.approx(value, abs=1e-9), name
@@ -119,4 +119,12 @@ def test_one_row_and_one_class(classes: int) -> None:
 def test_rows_that_are_certain_and_wrong_have_a_finite_loss() -> None:
     ours = classification_metrics(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([1, 0]), names(2))
     assert np.isfinite(ours["loss"])
-    assert (ours["accuracy"], ours["brier"], ours["ece"], ours["auroc"]) == (0.0, 2.0, 1.0, 0.0)
+    assert (ours["accuracy"], ours["brier"], ours["ece"], ours["auroc"]) == (0.0, 1.0, 1.0, 0.0)
+
+
+def test_brier_of_two_classes_is_the_squared_error_of_the_second_one() -> None:
+    p = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]])
+    y = np.array([0, 0, 1])
+    brier = classification_metrics(p, y, names(2))["brier"]
+    assert brier == pytest.approx(sk.brier_score_loss(y, p[:, 1]), abs=1e-15)
+    assert brier == pytest.approx((0.01 + 0.36 + 0.04) / 3, abs=1e-15)
