@@ -108,7 +108,7 @@ class Job:
             with heartbeat.phase("trial"):
                 _announce(profile_session(session, collectives, self._stop.wanted))
             return
-        if self._says_that_it_is_finished(session):
+        if self._already_finished(session):
             return
         with heartbeat.phase("opening the run folder"):
             found = open_run(folder, config, checkpoints, self._stack, self.variables, collectives)
@@ -160,7 +160,7 @@ class Job:
         )
         return self._stack.enter_context(trackers)
 
-    def _says_that_it_is_finished(self, session: Session) -> bool:
+    def _already_finished(self, session: Session) -> bool:
         line = self.collectives.on_rank_zero(
             lambda: finished_line(
                 self.folder,

@@ -1,4 +1,4 @@
-"""Going on where a run stood: its folder, its lock, its newest sound checkpoint, and whether it may be gone on from."""
+"""Resume: open and lock the run folder, find the newest sound checkpoint, and check that this job may continue it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dist_train.training.progress import Progress
 _TURN_SECONDS = 1.0
 _LEAVING_SECONDS = 10.0  # from a collective that timed out to the end of the process
 
-# Harmless keys that nevertheless change learning rates, lines of metrics, or which weights are the best.
+# Compatible keys that nevertheless change learning rates, lines of metrics, or which weights are the best.
 _CHANGES_THE_RECORD = ("train.epochs", "train.max_steps", "train.early_stopping_patience", "evaluation.", "log.")
 
 
@@ -79,7 +79,12 @@ def open_run(
     environ: Mapping[str, str],
     collectives: Collectives,
 ) -> Found | None:
-    """Rank 0 creates and locks the run folder; the checkpoint to go on from, if any, on every rank."""
+    """Rank 0 creates and locks the run folder; the checkpoint to continue from, if any, on every rank.
+
+    Raises:
+        UserError: another job holds the folder, or the checkpoint is of another configuration or cannot be used.
+        Stopped: the ranks have agreed to stop while rank 0 waited for the lock.
+    """
     own_patience_seconds = config.runtime.timeout_seconds + _LEAVING_SECONDS
     lock = RunLock(folder.lock, this_process(environ), own_patience_seconds=own_patience_seconds)
     collectives.on_rank_zero(folder.create)
@@ -129,9 +134,9 @@ def _open_folder(
 
 
 def _is_restart(checkpoints: Checkpoints, found: Found | None, lock: RunLock, environ: Mapping[str, str]) -> bool:
-    """Whether this is a restart of the very job that began the run: `never` means once, not again at each restart.
+    """Whether this is a restart of the job that began the run: `never` starts anew once, not at each restart.
 
-    Who held the folder last began what has no checkpoint yet.
+    A run without a checkpoint was begun by the last holder of its lock.
     """
     attempt = Attempt.from_environment(environ)
     if attempt is None or attempt.restart == 0:
@@ -144,12 +149,12 @@ def _is_restart(checkpoints: Checkpoints, found: Found | None, lock: RunLock, en
 def begin_writing(
     folder: RunFolder, config: JobConfig, checkpoints: Checkpoints, step: int, *, trains_on: bool, changes: list[str]
 ) -> None:
-    """Rank 0: the run goes on from `step`; until here a refusal has left the folder as it was.
+    """Rank 0 writes to the run folder for the first time; a refusal before this call has left the folder as it was.
 
-    `trains_on`: there are steps to come, so what was shipped of a shorter run is no longer what this run ships.
-    `changes` go into `changes.jsonl`: whoever replays the run must know of them.
+    `trains_on`: there are steps to come, so the trained model of a shorter run is removed. `changes` are appended to
+    `changes.jsonl`, which `verify` reads.
     """
-    unforced = replace(config, run=replace(config.run, force=False))  # who insisted once has not insisted for good
+    unforced = replace(config, run=replace(config.run, force=False))  # run.force holds for one start
 
     def write() -> None:
         checkpoints.drop_after(step)
@@ -169,7 +174,7 @@ def begin_writing(
 
 
 def changes_since(found: Found | None, config: JobConfig, task: Task, collectives: Collectives) -> list[str]:
-    """What makes the rest of a run another function than its beginning: a replay has to start after it."""
+    """Changes since the checkpoint that make a replay from before it differ: `verify` starts after them."""
     if not found:
         return []
     state = found.parts["state.json"]
@@ -186,7 +191,7 @@ def changes_since(found: Found | None, config: JobConfig, task: Task, collective
 
 
 def _regrouped(config: JobConfig, state: Mapping[str, Any], collectives: Collectives) -> str | None:
-    """How the ranks differ from those of a checkpoint, where the fast mode adds gradients up in another order on them.
+    """How the ranks differ from those of a checkpoint, where the fast mode then sums gradients in another order.
 
     Ranks of one host add up in another way than those of several (`Collectives.all_reduce`); of two there is one order.
     """
@@ -202,12 +207,12 @@ def _regrouped(config: JobConfig, state: Mapping[str, Any], collectives: Collect
 
 
 def _as_json(config: JobConfig) -> Any:
-    """A configuration as a checkpoint has it: the keys of a mapping are text."""
+    """A configuration as JSON gives it back: the keys of a mapping are text."""
     return json.loads(json.dumps(asdict(config)))
 
 
 def remove_exported(folder: RunFolder, checkpoints: Checkpoints) -> None:
-    """Remove the trained model and its summary, unless no sound checkpoint holds the same weights."""
+    """Remove the trained model and its summary, unless no sound checkpoint holds its weights."""
     if folder.model.is_dir():
         try:
             checkpoints.read(read_trained_model(folder.model)[DESCRIPTION]["step"])
@@ -239,7 +244,7 @@ def _log_changes(found: Found, config: JobConfig) -> None:
 
 
 def _check_best(found: Found, config: JobConfig, checkpoints: Checkpoints) -> None:
-    """Find out now, and not when training is over, whether the best weights so far can be shipped."""
+    """Check before training, not after it, that the best weights so far can be read."""
     progress = found.parts["state.json"]["progress"]
     best = progress["best_step"]
     if best is None or best == found.step:
@@ -248,8 +253,7 @@ def _check_best(found: Found, config: JobConfig, checkpoints: Checkpoints) -> No
         checkpoints.read(best)
         return
     except UserError as error:
-        # When a newer best one was skipped as damaged, this one may be gone for good reason: training finds the
-        # newer one again.
+        # A newer best checkpoint that was skipped as damaged had let this one be removed; training finds it again.
         if best in checkpoints.steps() and not config.run.force:
             raise UserError(
                 f"{error}. It holds the best weights so far: start anew with run.resume=never, "
@@ -282,7 +286,7 @@ def _refuse_other_data(found: Found, config: JobConfig, data_sha256: str) -> Non
 
 
 def _note_other_bits(state: Mapping[str, Any], config: JobConfig, collectives: Collectives) -> None:
-    """Say so where the run cannot end in the bits of one that was never interrupted."""
+    """Warn where the run cannot end in the bits of one that was never interrupted."""
     regrouped = _regrouped(config, state, collectives)
     if regrouped:
         log.warning("%s: results agree to rounding, not to the bit (train.virtual_ranks would make them)", regrouped)

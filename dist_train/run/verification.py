@@ -149,7 +149,7 @@ def verify(
     _compare_machine(report, evidence)
     replay = _Replay(evidence, session, report, collectives)
     replay.run(config)
-    replay.compare_shipped()
+    replay.compare_trained_model()
     if evidence.origin and evidence.origin["data_sha256"] != session.task.fingerprint:
         was = evidence.origin["data_sha256"]
         report.differ(last, f"the data are not those of the run: SHA-256 {session.task.fingerprint}, the run had {was}")
@@ -232,7 +232,7 @@ class _Replay:
             if name:
                 self.report.differ(step, f"the checkpoint's {name} is not what the replay has")
 
-    def compare_shipped(self) -> None:
+    def compare_trained_model(self) -> None:
         """The trained model, its encoder, and the metrics that the summary claims for them."""
         report, summary = self.report, self.evidence.summary
         if summary is None:

@@ -1,1 +1,1 @@
-"""Keeping what was trained: parts committed together, state by name, the run folder and its lock."""
+"""Checkpoints: files committed together, state by name, the run folder and its lock, the trained model."""

@@ -22,7 +22,7 @@ class Found:
 
 
 class Checkpoints:
-    """Checkpoints below one folder. Only one process, rank 0, may write, and only while `confirm` does not object."""
+    """Checkpoints below one folder. Rank 0 alone writes; `confirm` raises where it no longer may."""
 
     def __init__(self, folder: Path, keep: int, confirm: Callable[[], None] = lambda: None) -> None:
         self.folder = folder
@@ -35,8 +35,12 @@ class Checkpoints:
         return sorted(int(name.removeprefix(_PREFIX)) for name in names if name.removeprefix(_PREFIX).isdecimal())
 
     def write(self, step: int, parts: Parts, best_step: int | None) -> None:
-        """Commit a checkpoint, then let go of older ones beyond the newest `keep` and the best; OSError on failure."""
-        self.folder.mkdir(exist_ok=True)  # not its parents: a run folder that has gone must not come back half empty
+        """Commit a checkpoint, then remove older ones beyond the newest `keep` and the best.
+
+        Raises:
+            OSError: it could not be written; the checkpoints that were there are untouched.
+        """
+        self.folder.mkdir(exist_ok=True)  # not its parents: a run folder that was removed must not be made again
         commit(self.path(step), encode_parts(parts), self._confirm)
         newest = self.steps()[-self.keep :]
         for old in self.steps():
@@ -44,7 +48,11 @@ class Checkpoints:
                 remove(self.path(old))
 
     def newest(self) -> tuple[Found | None, list[str]]:
-        """The newest checkpoint that verifies, None when there is none; and why newer ones were skipped."""
+        """The newest checkpoint that verifies, None when there is none; and why newer ones were skipped.
+
+        Raises:
+            UserError: a checkpoint is of a format that this version does not read.
+        """
         skipped: list[str] = []
         for step in reversed(self.steps()):
             try:
@@ -54,7 +62,11 @@ class Checkpoints:
         return None, skipped
 
     def read(self, step: int) -> Parts:
-        """The parts of one checkpoint; UserError when it is not there or does not verify."""
+        """The parts of one checkpoint.
+
+        Raises:
+            UserError: it is not there, does not verify, or is of a format that this version does not read.
+        """
         if step not in self.steps():
             have = ", ".join(str(s) for s in self.steps()) or "none"
             raise UserError(f"{self.folder}: there is no checkpoint of step {step}; there is {have}")
@@ -64,7 +76,7 @@ class Checkpoints:
             raise UserError(f"the checkpoint of step {step} is damaged: {damage}") from None
 
     def drop_after(self, step: int) -> None:
-        """Remove checkpoints of later steps (damaged ones that were skipped), so that their names are free again."""
+        """Remove checkpoints of later steps: damaged ones that `newest` skipped, whose steps are trained again."""
         for later in self.steps():
             if later > step:
                 remove(self.path(later))

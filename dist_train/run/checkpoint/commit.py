@@ -1,4 +1,4 @@
-"""A folder of parts that is either whole and verified, or not there.
+"""A folder of files that is either whole and verified, or not there.
 
 Written aside, synced to disk, read back and compared, then made real by one rename. Its MANIFEST.json is written last
 and holds the size and SHA-256 of every part, and a SHA-256 of that list.
@@ -26,10 +26,13 @@ class CorruptCheckpoint(Exception):
 
 
 def commit(folder: Path, parts: Mapping[str, bytes], confirm: Callable[[], None] = lambda: None) -> None:
-    """Write `parts` (file name -> content): `folder` then holds all of them, or does not change. OSError on failure.
+    """Write `parts` (file name -> content): `folder` then holds all of them, or does not change.
 
-    `confirm` raises where this process may not write there any more. It is asked just before the rename, and after a
-    failure, for which it may have the better reason.
+    `confirm` raises where this process may not write there any more. It is called just before the rename, and after a
+    failure: its error may name the cause.
+
+    Raises:
+        OSError: the parts could not be written, or do not read back.
     """
     aside = _cleared(folder.with_name(TMP_PREFIX + folder.name))
     with with_path(folder):
@@ -58,7 +61,11 @@ def commit(folder: Path, parts: Mapping[str, bytes], confirm: Callable[[], None]
 
 
 def read_verified(folder: Path) -> dict[str, bytes]:
-    """The parts of a committed folder; Damaged when one is missing, torn, of another size or content."""
+    """The bytes of every part of a committed folder.
+
+    Raises:
+        CorruptCheckpoint: a part is missing, or has another size or content than was written.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         listed = manifest["parts"]
@@ -97,7 +104,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Let go of a committed folder: a process killed in the middle does not leave half of it under its name."""
+    """Remove a committed folder. It is renamed first: a kill in between leaves no half of it under its name."""
     aside = _cleared(folder.with_name(_REMOVED + folder.name))
     folder.replace(aside)
     shutil.rmtree(aside, ignore_errors=True)
@@ -109,11 +116,11 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 
 def remove_stale(parent: Path) -> None:
-    """Clear away what a killed process left half-written; a folder that was about to be replaced is put back."""
+    """Remove what a killed process left half-written, and restore a folder that it was about to replace."""
     if not parent.is_dir():
         return
-    # An NFS client lists a folder from its cache for up to a minute, and would not see what another host has just
-    # renamed there. It reads the folder anew once it has changed it itself.
+    # An NFS client lists a folder from its cache for up to a minute, without what another host has just renamed there.
+    # A change of its own makes it read the folder again.
     (parent / f"{TMP_PREFIX}probe").touch()
     for former in parent.glob(f"{_FORMER}*"):
         folder = parent / former.name.removeprefix(_FORMER).partition(_ANOTHER)[0]
@@ -127,8 +134,8 @@ def remove_stale(parent: Path) -> None:
 
 
 def _replace_folder(aside: Path, folder: Path) -> None:
-    # A folder cannot be renamed over one with files in it. The old one is moved out of the way first, so that it can
-    # be put back (here, or by `remove_stale` after a kill), and goes only when the new one stands.
+    # A folder cannot be renamed over one with files in it. The old one is renamed first, so that it can be restored
+    # (here, or by `remove_stale` after a kill), and removed once the new one is in place.
     if not folder.exists():
         aside.replace(folder)
         return
@@ -144,7 +151,7 @@ def _replace_folder(aside: Path, folder: Path) -> None:
 
 
 def _cleared(aside: Path) -> Path:
-    """A name with nothing under it: `aside`, or one beside it while NFS keeps a file in it that somebody has open."""
+    """A free name: `aside`, or a numbered one where NFS keeps a file that another process has open."""
     number, free = 0, aside
     while True:
         shutil.rmtree(free, ignore_errors=True)

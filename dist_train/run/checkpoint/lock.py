@@ -1,4 +1,4 @@
-"""One job at a time in a run folder: the lock, who holds it, and whether this process still does."""
+"""The lock of a run folder: one job at a time writes there."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 class RunLock:
-    """Holds a run folder against a second job, for as long as this process lives.
+    """Locks a run folder against a second job until this process ends.
 
-    The lock is the kernel's (flock), so it cannot be left behind by a job that died; the file says who holds it, or
-    held it last. A job that was just stopped gets `patience_seconds` to finish its last save and leave; an earlier
-    attempt of our own job, which may still wait for ranks on a lost host, gets `own_patience_seconds`.
+    The lock is the kernel's (flock): it ends with its process. The file names the holder, or the last one. `take` waits
+    `patience_seconds` for another job, which may be in its last save, and `own_patience_seconds` for an earlier attempt
+    of the same job, which may still wait for ranks on a lost host.
 
-    Over a network a lock can be lost and given to another host, and some file systems have none. So what the file says
-    counts as well: who wrote it last has the folder, and `confirm` tells the others.
+    A network file system can lose a lock and give it to another host, and some have no locks. So the name in the file
+    counts as well: the job that wrote it last holds the folder, and `confirm` fails in the others.
     """
 
     def __init__(
@@ -48,31 +48,39 @@ class RunLock:
         self._patience_seconds = patience_seconds
         self._own_patience_seconds = own_patience_seconds
         self._waiting_since: float | None = None
-        self._said_that_it_waits = False
+        self._announced_waiting = False
         self._stream: IO[bytes] | None = None
         self.former: Mapping[str, Any] = {}
-        """Who held the folder before; empty when nobody did."""
+        """The holder before this process; empty when there was none."""
 
     def take(self, at_most_seconds: float = float("inf")) -> bool:
-        """Whether this process has the lock, after waiting `at_most_seconds`; UserError once patience is over."""
+        """Whether this process has the lock, after waiting for at most `at_most_seconds`.
+
+        Raises:
+            UserError: another job has held it for longer than this one waits.
+        """
         called = time.monotonic()
         self._waiting_since = self._waiting_since or called
         while not self._try():
             now = time.monotonic()
-            self._refuse_when_patience_is_over(now - self._waiting_since)
+            self._refuse_after_patience(now - self._waiting_since)
             if now - called >= at_most_seconds:
                 return False
             time.sleep(0.1)
         return True
 
     def confirm(self) -> None:
-        """TrainingFault when the folder is no longer the one that was locked, or another job has it."""
+        """Check that this process still holds the folder.
+
+        Raises:
+            TrainingFault: the folder was removed or replaced, or another job has taken it over.
+        """
         lost = self._lost()
         if lost:
             raise TrainingFault(f"{self._file.parent}: {lost}; nothing more is saved in it")
 
     def release(self) -> None:
-        """Give the folder back; a second call does nothing."""
+        """Unlock the folder. A second call does nothing."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -111,7 +119,7 @@ class RunLock:
                 if not os.path.exists(self._file.parent):  # noqa: PTH110 (pathlib's raises on a stale handle)
                     return "the run folder is gone: removed, or its disk was unmounted"
                 return "the run folder was replaced by another one, or its lock file was removed"
-            # Asked for again: it does nothing while the lock is ours.
+            # Locking again does nothing while the lock is held.
             if not self._flock(self._stream) or self._who() != self._holder:
                 return f"another job has taken the run folder over: {self._described()}"
         except OSError as error:
@@ -143,7 +151,7 @@ class RunLock:
                 raise
         return False
 
-    def _refuse_when_patience_is_over(self, waited_seconds: float) -> None:
+    def _refuse_after_patience(self, waited_seconds: float) -> None:
         own = self._held_by_earlier_attempt()
         patience_seconds = self._own_patience_seconds if own else self._patience_seconds
         if waited_seconds >= patience_seconds:
@@ -152,8 +160,8 @@ class RunLock:
                 f"{self._file.parent}: another job is using this {self._what}: {self._described()}"
                 f"{advice if own else ''}"
             )
-        if own and not self._said_that_it_waits:
-            self._said_that_it_waits = True
+        if own and not self._announced_waiting:
+            self._announced_waiting = True
             log.info(
                 "waiting up to %.0f s until an earlier attempt of this job has left the run folder: %s",
                 patience_seconds, self._described(),
@@ -175,7 +183,7 @@ class RunLock:
 
 
 def this_process(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Who holds a lock: host, process, since when, and the scheduler's job and attempt where there is one."""
+    """This process as a lock's holder: host, process, since when, and the scheduler's job and attempt if any."""
     holder: dict[str, Any] = {"host": socket.gethostname(), "process": os.getpid()}
     attempt = Attempt.from_environment(environ)
     if attempt:

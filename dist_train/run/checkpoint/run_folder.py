@@ -1,4 +1,4 @@
-"""The folder of a run: its layout, and starting anew without losing what was there."""
+"""The folder of a run: its layout, and how a new run moves an older one aside."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ class RunFolder:
         """The lock, in the process that writes here."""
 
     def create(self) -> None:
-        """Make the folder and see that it can be written; UserError when it cannot."""
+        """Make the folder and check that it is writable.
+
+        Raises:
+            UserError: it is not.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe-{os.getpid()}"
@@ -40,7 +44,11 @@ class RunFolder:
             raise UserError(f"{self.path}: the run folder cannot be written: {os.strerror(error.errno or 0)}") from None
 
     def confirm(self) -> None:
-        """TrainingFault when this is no longer the folder that this process has locked: nothing may be written then."""
+        """Check that this process still holds the folder.
+
+        Raises:
+            TrainingFault: it was removed, replaced or taken over; nothing may be written there any more.
+        """
         if self.held:
             self.held.confirm()
 
@@ -56,7 +64,11 @@ class RunFolder:
 
 
 def opened_run(path: Path) -> tuple[RunFolder, JobConfig]:
-    """A run that is there, and the configuration that it was last trained with; UserError when it is not a run."""
+    """The folder of a run, and the configuration of its last start.
+
+    Raises:
+        UserError: `path` is not a run folder, or this version cannot read its configuration.
+    """
     folder = RunFolder(path)
     if not folder.config.is_file():
         raise UserError(f"{path}: is not a run folder (it has no config.yaml)")

@@ -37,7 +37,7 @@ def read_parts(folder: Path) -> Parts:
     """
     files = read_verified(folder)
     for name, kind in _FORMAT_PARTS.items():
-        if name in files:  # before the others: another version may write them in another way
+        if name in files:  # checked first: another version may encode the other parts differently
             content = unpack_json(files[name], str(folder / name))
             require_format(kind, content.get("format", 1) if isinstance(content, dict) else None, str(folder))
     return {
@@ -54,10 +54,14 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def unpack_tensors(data: bytes, source: str) -> dict[str, Tensor]:
-    """What `pack_tensors` wrote; Damaged for anything else, and nothing in it is executed."""
+    """What `pack_tensors` wrote, on the CPU. Nothing in the bytes is executed.
+
+    Raises:
+        CorruptCheckpoint: they are anything else.
+    """
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no file of tensors make torch raise nearly anything
+    except Exception as error:  # torch raises nearly any type for bytes that are no file of tensors
         reason = "it holds code" if "Unsupported" in str(error) or "weights_only" in str(error) else "it cannot be read"
         raise CorruptCheckpoint(f"{source} is not a file of tensors: {reason}") from None
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
@@ -76,7 +80,11 @@ def pack_json_line(value: Any) -> bytes:
 
 
 def unpack_json(data: bytes, source: str) -> Any:
-    """What `pack_json` wrote; Damaged for anything else."""
+    """What `pack_json` wrote.
+
+    Raises:
+        CorruptCheckpoint: the bytes are anything else.
+    """
     try:
         return json.loads(data)
     except ValueError:

@@ -1,1 +1,1 @@
-"""Where metrics go: metrics.jsonl always, Weights & Biases and the screen beside it."""
+"""Trackers of metrics: metrics.jsonl always, Weights & Biases and the terminal beside it."""

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a progress bar on a terminal, plain lines elsewhere."""
+"""Progress of a run for people: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ConsoleTracker:
         self._best_loss = best_loss
         self._bar: Progress | None = None
         if console.is_terminal:
-            console.file = cast(IO[str], _Forgiving(console.file))
+            console.file = cast(IO[str], _ErrorTolerantStream(console.file))
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
                 BarColumn(bar_width=None),
@@ -50,7 +50,7 @@ class ConsoleTracker:
             self._show(self._evaluation_line(record))
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Stop the progress bar and restore the cursor. A second call does nothing."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -87,8 +87,8 @@ def describe_scores(metrics: Mapping[str, Any]) -> str:
     return "  ".join(f"{label} {'-' if value is None else f'{value:.4f}'}" for label, value in shown.items())
 
 
-class _Forgiving:
-    """A stream whose terminal may go, as when a connection is lost: that is no reason to stop training."""
+class _ErrorTolerantStream:
+    """A stream that ignores write errors: a terminal whose connection is lost must not end training."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream

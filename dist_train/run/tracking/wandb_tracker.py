@@ -1,4 +1,4 @@
-"""Weights & Biases. Training never depends on it: whatever goes wrong here is one warning."""
+"""Weights & Biases. Training never depends on it: any failure here is one warning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SKIPPED = {"step", "split", "per_class", "confusion_matrix"}
 
 
 def choose_mode(mode: Literal["auto"] | Mode, environ: Mapping[str, str]) -> Mode:
-    """`auto` -> online when a key is at hand, else offline. A mode in WANDB_MODE has its say only in `auto`."""
+    """`auto` -> WANDB_MODE where it is set, else online when an API key is found, else offline."""
     if mode != "auto":
         return mode
     for chosen in get_args(Mode):
@@ -28,11 +28,10 @@ def choose_mode(mode: Literal["auto"] | Mode, environ: Mapping[str, str]) -> Mod
 
 
 class WandbTracker:
-    """One wandb run for one run folder, whatever happens to its checkpoints. No step is sent to it a second time.
+    """One wandb run for one run folder, also after a resume. No step is sent twice.
 
-    `wandb/run.json` in the run folder remembers its id and the last step it was sent. `last_step` is the last step in a
-    metrics.jsonl that has not been cut yet: the next resume finds one that was cut, and may come before training has
-    reached that step again.
+    `wandb/run.json` in the run folder keeps the id of the wandb run and the last step that was sent. `last_step` is the
+    last step in metrics.jsonl before a resume cuts it: later resumes no longer see that step in the file.
     """
 
     def __init__(
