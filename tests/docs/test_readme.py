@@ -31,6 +31,7 @@ def test_every_block_is_either_run_or_cannot_be() -> None:
         assert all(line.startswith(NOT_RUN) for line in block.splitlines())
 
 
+@pytest.mark.timeout(3 * PATIENCE_SECONDS)
 def test_the_commands_work_in_the_printed_order(tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
