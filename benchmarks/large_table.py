@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.table_files import write_table
 from dist_train.config.load import load_config
-from dist_train.data.feed import Feed, ResidentRows
+from dist_train.data.sources import Feed, ResidentRows
 from dist_train.data.store import Store
 from dist_train.determinism.position import Position
 from dist_train.distributed.collectives import Collectives
@@ -87,8 +87,9 @@ def by_turns(store: Path, batch_size: int) -> dict[str, Any]:
     config = load_config([*KEYS, f"data.path={store}", f"train.global_batch_size={batch_size}"])
     collectives = Collectives(World())
     session = Session(config, load_task(config, collectives), collectives)
-    tensors = Store(store).tensors("train")
-    resident = ResidentRows((tensors["features"].clone(),), tensors["targets"].long(), tensors["rows"].clone())
+    opened = Store(store)
+    tensors = {name: tensor.clone() for name, tensor in opened.tensors("train").items()}
+    resident = ResidentRows(opened.to_inputs(tensors), tensors["targets"], tensors["rows"])
     feeds = {
         "store": session.feed.steps(Position()),
         "memory": Feed(resident, session.feed.sampler).steps(Position()),

@@ -17,7 +17,7 @@ from benchmarks import workload
 from benchmarks.report import Report, cell, measured, table, take_turns
 from dist_train.accel.host_memory import use_host_memory
 from dist_train.data.dataset import load_labelled
-from dist_train.data.fitting import fit_encoder, pieces_of
+from dist_train.data.encoder import fit_spec
 from dist_train.data.table import ColumnKinds
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
@@ -53,8 +53,14 @@ def measure(report: Report, rounds: int) -> None:
 
         def fit() -> None:
             names = labelled.class_names
-            pieces = pieces_of(train_rows)
-            fit_encoder(pieces, kinds, names, collectives, max_categories=256, one_hot=True, source="table")
+            fit_spec(
+                lambda columns: [train_rows.select(columns)],
+                kinds,
+                names,
+                collectives,
+                max_categories=256,
+                source="table",
+            )
 
         save()
         num_rows = {"encoder fit": workload.NUM_ROWS, "evaluation": workload.NUM_ROWS // 4}

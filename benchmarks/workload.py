@@ -16,8 +16,9 @@ from torch import Tensor
 from dist_train.config.load import load_config
 from dist_train.config.schema import JobConfig
 from dist_train.data.dataset import Dataset
-from dist_train.data.encoder import Encoder, EncoderDescription
-from dist_train.data.feed import resident
+from dist_train.data.encoder import Inputs
+from dist_train.data.sources import resident
+from dist_train.data.spec import FeatureSpec, NumericColumn
 from dist_train.determinism.keyed_random import derive, seeded
 from dist_train.models.financial_classifier import FinancialClassifier
 
@@ -58,16 +59,15 @@ def model() -> FinancialClassifier:
 
 def dataset(num_rows: int, device: torch.device) -> Dataset:
     """The rows as this project holds them: training rows, a quarter as many to validate, as many again to test."""
-    encoder = Encoder(
-        EncoderDescription(
-            numeric=[f"x{i}" for i in range(NUM_FEATURES)], categories={}, class_names=CLASS_NAMES, one_hot=True
-        )
-    )
+    numeric = [NumericColumn(name=f"x{i}", median=0.0, scale=1.0, has_missing_flag=False) for i in range(NUM_FEATURES)]
+    spec = FeatureSpec(numeric=tuple(numeric), categorical=(), class_names=tuple(CLASS_NAMES))
     splits = {}
     for name, count in (("train", num_rows), ("valid", num_rows // 4), ("test", num_rows // 4)):
         features, targets = rows_and_targets(count, name)
-        splits[name] = resident((features,), targets, torch.arange(count), device, torch.float32)
-    return Dataset(splits, encoder, "")
+        empty = torch.empty((count, 0), dtype=torch.uint8)
+        inputs = Inputs(features, empty, empty)
+        splits[name] = resident(inputs, targets, torch.arange(count), NUM_CLASSES, device, torch.float32)
+    return Dataset(splits, spec, "")
 
 
 def write_table(file: Path, num_rows: int) -> list[str]:

@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import is_dataclass
 from typing import Any
 
-from dist_train.config.schema import JobConfig
+from dist_train.config import families
 from dist_train.errors import UserError
 
 FORMATS = {"checkpoint": 2, "trained model": 2}
@@ -84,7 +84,7 @@ def migrated(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def unknown_keys(tree: Mapping[str, Any]) -> list[str]:
     """Keys of a nested configuration that this version does not have, as `section.key`."""
-    known = JobConfig()
+    known = families.complete_config([tree])
     return sorted(
         f"{section}.{name}"
         for section, values in tree.items()
@@ -115,7 +115,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
 
 def _flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every key as `section.key`, or `section.block.key` where the schema has a block there."""
-    known = JobConfig()
+    known = families.complete_config([tree])
     for section, values in tree.items():
         for name, value in values.items():
             if is_dataclass(getattr(getattr(known, section, None), name, None)) and isinstance(value, Mapping):

@@ -7,7 +7,7 @@ All mistakes are collected and reported at once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dist_train.config import families
 from dist_train.config.compatibility import migrated, unknown_keys, with_renamed_keys
 from dist_train.config.rules import problems_of
 from dist_train.config.schema import JobConfig
@@ -29,9 +30,10 @@ def load_config(arguments: Sequence[str]) -> JobConfig:
     Raises:
         UserError: There is a mistake; the message lists all of them.
     """
+    contents = list(_contents(arguments))
+    tree = _tree(content for _, content, _ in contents)
     problems: list[str] = []
-    tree = _writable(OmegaConf.structured(JobConfig))
-    return _resolved(_settings(arguments, tree, problems), tree, problems)
+    return _resolved(_settings(contents, tree, problems), tree, problems)
 
 
 def read_config(path: Path) -> JobConfig:
@@ -45,8 +47,6 @@ def read_config(path: Path) -> JobConfig:
 
 def config_from_tree(content: Mapping[str, Any], source: str) -> JobConfig:
     """A resolved configuration that was saved as nested mappings, by this version or an older one. Raises UserError."""
-    problems: list[str] = []
-    tree = _writable(OmegaConf.structured(JobConfig))
     content = migrated(content)
     unknown = unknown_keys(content)
     if unknown:
@@ -54,7 +54,8 @@ def config_from_tree(content: Mapping[str, Any], source: str) -> JobConfig:
             f"{source}: this version of dist_train does not know the key{'s' * (len(unknown) > 1)} "
             f"{', '.join(unknown)}: use the version that wrote it"
         )
-    return _resolved(_leaves(source, "", content, tree), tree, problems)
+    tree = _tree([content])
+    return _resolved(_leaves(source, "", content, tree), tree, [])
 
 
 def _resolved(settings: Iterable[Setting], tree: DictConfig, problems: list[str]) -> JobConfig:
@@ -72,7 +73,7 @@ def _resolved(settings: Iterable[Setting], tree: DictConfig, problems: list[str]
         problems += problems_of(config)
     if problems or config is None:
         raise UserError(_listing(problems))
-    return config
+    return families.without_other_blocks(config)
 
 
 def config_to_yaml(config: JobConfig) -> str:
@@ -81,36 +82,52 @@ def config_to_yaml(config: JobConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
-def _writable(tree: DictConfig) -> DictConfig:
+def _tree(contents: Iterable[Mapping[Any, Any]]) -> DictConfig:
+    """The schema with its defaults, and with the blocks of all families of models that the mappings name."""
+    return _writable(OmegaConf.structured(families.complete_config(contents)))
+
+
+def _writable(node: DictConfig) -> DictConfig:
     """Frozen dataclasses become read-only nodes; while values are being merged they must not be."""
-    OmegaConf.set_readonly(tree, False)
-    for section in tree:
-        OmegaConf.set_readonly(tree[section], False)
-    return tree
+    OmegaConf.set_readonly(node, False)
+    for name in node:
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and is_dataclass(OmegaConf.get_type(child)):
+            _writable(child)
+    return node
 
 
-def _settings(arguments: Sequence[str], tree: DictConfig, problems: list[str]) -> Iterator[Setting]:
-    """Every assignment in order of precedence, lowest first."""
+def _contents(arguments: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+    """For each argument where it stands, what it says, and why it cannot be read; lowest precedence first."""
     files = [a for a in arguments if a.endswith((".yaml", ".yml")) and "=" not in a]
     for name in files:
-        content = _read_yaml(Path(name), problems)
-        yield from _leaves(name, "", with_renamed_keys(content), tree)
+        problems: list[str] = []
+        yield name, with_renamed_keys(_read_yaml(Path(name), problems)), problems
     for argument in arguments:
         if argument in files:
             continue
         key, equals, _ = argument.partition("=")
         if not equals or not key:
-            problems.append(f"{argument!r}: an argument is either a file that ends in .yaml or key=value")
+            yield argument, {}, [f"{argument!r}: an argument is either a file that ends in .yaml or key=value"]
             continue
         try:
-            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
+            content = OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
         except (OmegaConfBaseException, yaml.YAMLError):
-            problems.append(f"{argument!r}: the value is not valid YAML")
+            yield argument, {}, [f"{argument!r}: the value is not valid YAML"]
             continue
-        yield from _leaves("command line", "", with_renamed_keys(cast(dict[str, Any], parsed)), tree)
+        yield "command line", with_renamed_keys(cast(dict[str, Any], content)), []
 
 
-def _read_yaml(path: Path, problems: list[str]) -> Any:
+def _settings(
+    contents: Iterable[tuple[str, dict[str, Any], list[str]]], tree: DictConfig, problems: list[str]
+) -> Iterator[Setting]:
+    """Every assignment in order of precedence, lowest first."""
+    for source, content, unreadable in contents:
+        problems += unreadable
+        yield from _leaves(source, "", content, tree)
+
+
+def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError:
@@ -126,7 +143,7 @@ def _read_yaml(path: Path, problems: list[str]) -> Any:
         problems.append(f"{path}: cannot be read: {text}")
     else:
         if isinstance(content, dict):
-            return content
+            return cast(dict[str, Any], content)
         problems.append(f"{path}: a configuration is a mapping of sections, this is a {type(content).__name__}")
     return {}
 
@@ -162,7 +179,7 @@ def _explain(key: str, value: Any, error: OmegaConfBaseException) -> str:
         return f"unknown key {key!r}. {_hint(key, text)}"
     if "is not Optional" in text:
         return f"{key}: must have a value, is empty"
-    if "is not a subclass of" in text and "Config" in text:
+    if "is not a subclass of" in text:
         return f"{key}={value!r}: is a section: set its keys, as in {key}.KEY=value"
     if "is not a ListConfig" in text:
         return f"{key}={value!r}: must be a list, as in {key}=[first,second]"

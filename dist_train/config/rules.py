@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dist_train.config import families
 from dist_train.config.schema import JobConfig, ModelConfig, TrainConfig
 from dist_train.errors import UserError
 
@@ -13,7 +14,7 @@ from dist_train.errors import UserError
 def dropout_pair(model: ModelConfig) -> tuple[float, float]:
     """The two dropout probabilities of `model.dropout`, which may be one number or two."""
     value = model.dropout
-    first, second = value if isinstance(value, list) else (value, value)
+    first, second = value if isinstance(value, list) else [value, value]
     return float(first), float(second)
 
 
@@ -91,6 +92,11 @@ def _data(c: JobConfig) -> Iterator[tuple[str, str]]:
 
 
 def _model(m: ModelConfig) -> Iterator[tuple[str, str]]:
+    if not families.find(m.name):
+        yield "model.name", families.unknown(m.name)
+    block = families.block_of(m)
+    if block is not m and hasattr(block, "problems"):
+        yield from ((f"model.{m.name}.{key}", text) for key, text in block.problems())
     yield from _at_least("model.hidden_dim", m.hidden_dim, 2)
     yield from _at_least("model.embedding_dim", m.embedding_dim, 1)
     values = m.dropout if isinstance(m.dropout, list) else [m.dropout, m.dropout]

@@ -64,13 +64,13 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The classifier."""
+    """The classifier. A configuration that was loaded also has the block of a family that has one."""
 
-    name: Literal["financial_classifier"] = "financial_classifier"
-    """Name of the model in the registry."""
+    name: str = "financial_classifier"
+    """Family of the model. The keys below are those of `financial_classifier`; those of another family stand in `model.<name>`."""
     hidden_dim: int = 256
     """Width of the first hidden layer; the second has half of it."""
-    dropout: Any = field(default_factory=lambda: [0.3, 0.2])
+    dropout: int | float | list[int | float] = field(default_factory=lambda: [0.3, 0.2])
     """Dropout probabilities after the first and the second hidden layer; one number means both."""
     embedding_dim: int | None = None
     """Null: categories are one-hot. A number: each categorical column is a learned embedding of this width."""

@@ -25,9 +25,7 @@ class Blocks:
         self._records = records
         self._num_rows = fitted.num_rows
         self._block_rows = fitted.block_rows
-        self._row_bytes = {
-            name: row_bytes(dtype, width) for name, (dtype, width) in tensor_files(fitted.encoder).items()
-        }
+        self._row_bytes = {name: row_bytes(dtype, width) for name, (dtype, width) in tensor_files(fitted.spec).items()}
 
     def create(self) -> None:
         """Make the files in their full size; what is in them stays."""

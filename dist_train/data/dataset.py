@@ -19,12 +19,11 @@ from dist_train.data.classes import (
     ordered_names,
     target_text,
 )
-from dist_train.data.encoder import Encoder
-from dist_train.data.feed import ResidentRows, resident
-from dist_train.data.fitting import fit_encoder, pieces_of
-from dist_train.data.mapped import MappedRows
+from dist_train.data.encoder import Encoder, Inputs, fit_spec
+from dist_train.data.sources import MappedRows, ResidentRows, resident
+from dist_train.data.spec import FeatureSpec
 from dist_train.data.split import SPLITS, Split, split_by_column, split_by_fraction
-from dist_train.data.store import Settings, Store, is_store, same_encoder
+from dist_train.data.store import Settings, Store, is_store
 from dist_train.data.table import (
     ColumnKinds,
     feature_kinds,
@@ -39,6 +38,8 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.system.console import log
 from dist_train.system.progress_bar import progress_bar
+
+_ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class LabelledTable:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Encoded rows by split, on the device or in a store, and the encoder that made them."""
+    """Encoded rows by split, on the device or in a store, and the spec that they were encoded by."""
 
     splits: dict[str, ResidentRows | MappedRows]
-    encoder: Encoder
+    spec: FeatureSpec
     sha256: str
 
 
@@ -67,11 +68,10 @@ def load_dataset(
     collectives: Collectives,
     *,
     seed: int,
-    one_hot: bool,
     dtype: torch.dtype,
-    encoder: Encoder | None = None,
+    spec: FeatureSpec | None = None,
 ) -> Dataset:
-    """Read the table, fit the encoder on the training rows unless one is given, and encode all splits.
+    """Read the table, fit a spec to the training rows unless one is given, and encode all splits.
 
     Raises Stopped when the ranks have agreed to stop.
     """
@@ -84,22 +84,30 @@ def load_dataset(
         )
     if is_store(data.path):
         with heartbeat.phase("opening the store"):
-            return _load_store(data, collectives, seed=seed, one_hot=one_hot, dtype=dtype, encoder=encoder)
+            return _load_store(data, collectives, seed=seed, dtype=dtype, spec=spec)
     with heartbeat.phase("reading the data"):
         table = collectives.run_on_all(lambda: load_labelled(data, seed))
     collectives.raise_if_stop_agreed()
-    if encoder is None:
+    if spec is None:
         with heartbeat.phase("encoder fitting"):
-            encoder = _fit(table, data, collectives, one_hot)
-    fitted = encoder
+            spec = _fit(table, data, collectives)
+    encoder = Encoder(spec)
     with heartbeat.phase("encoding the data"):
-        inputs = collectives.run_on_all(lambda: encode(table.frame, fitted, table.source))
+        inputs = collectives.run_on_all(lambda: encoder.to_arrays(table.frame, table.source))
     collectives.raise_if_stop_agreed()
-    targets = remap_targets(table, fitted.class_names)
+    targets = remap_targets(table, spec.class_names)
     splits: dict[str, ResidentRows | MappedRows] = {
-        n: resident(inputs, targets, table.split[n], collectives.device, dtype) for n in SPLITS
+        name: rows_of(inputs, targets, table.split[name], spec, collectives.device, dtype) for name in SPLITS
     }
-    return Dataset(splits, fitted, table.sha256)
+    return Dataset(splits, spec, table.sha256)
+
+
+def rows_of(
+    inputs: Inputs, targets: Tensor, rows: Tensor, spec: FeatureSpec, device: torch.device, dtype: torch.dtype
+) -> ResidentRows:
+    """The given rows of an encoded table, on the device."""
+    chosen = Inputs(*(x[rows] for x in inputs))
+    return resident(chosen, targets[rows], rows, spec.num_classes, device, dtype)
 
 
 def open_store(
@@ -107,12 +115,12 @@ def open_store(
     collectives: Collectives,
     splits: Sequence[str],
     *,
-    encoder: Encoder | None,
+    spec: FeatureSpec | None,
     settings: Settings | None = None,
 ) -> Store:
     """Open a prepared table and check the blocks of some splits; UserError when it is damaged or another one is meant.
 
-    `settings` and `encoder` are what its rows must have been prepared by. Raises Stopped when the ranks have agreed to
+    `settings` and `spec` are what its rows must have been prepared by. Raises Stopped when the ranks have agreed to
     stop.
     """
 
@@ -120,7 +128,7 @@ def open_store(
         store = Store(Path(path))
         if settings:
             store.require(settings)
-        if encoder and not same_encoder(encoder, store.encoder):
+        if spec and not spec.matches(store.spec):
             raise UserError(
                 f"{path}: was encoded by another encoder than that of the model: give the files that it was made of"
             )
@@ -137,18 +145,17 @@ def _load_store(
     collectives: Collectives,
     *,
     seed: int,
-    one_hot: bool,
     dtype: torch.dtype,
-    encoder: Encoder | None,
+    spec: FeatureSpec | None,
 ) -> Dataset:
-    settings = Settings.of(data, seed=seed, one_hot=one_hot)
-    store = open_store(data.path, collectives, SPLITS, encoder=encoder, settings=settings)
+    settings = Settings.of(data, seed=seed)
+    store = open_store(data.path, collectives, SPLITS, spec=spec, settings=settings)
     if seed != store.settings.seed and data.split_column is None and collectives.is_main:
         log.warning("the split is that of the store, made with run.seed=%d", store.settings.seed)
     splits: dict[str, ResidentRows | MappedRows] = {
-        name: MappedRows(store.tensors(name), collectives.device, dtype) for name in SPLITS
+        name: MappedRows(store.tensors(name), store.to_inputs, collectives.device, dtype) for name in SPLITS
     }
-    return Dataset(splits, store.encoder, store.sha256)
+    return Dataset(splits, store.spec, store.sha256)
 
 
 def load_labelled(data: DataConfig, seed: int) -> LabelledTable:
@@ -174,7 +181,7 @@ def load_labelled(data: DataConfig, seed: int) -> LabelledTable:
 
 
 def read_for_evaluation(
-    file: Path, data: DataConfig, class_names: list[str], split: str
+    file: Path, data: DataConfig, class_names: Sequence[str], split: str
 ) -> tuple[pl.DataFrame, Tensor, Tensor]:
     """Another file, its class indices, and the numbers of the rows to evaluate on.
 
@@ -198,13 +205,7 @@ def read_for_evaluation(
     return frame, class_indices(text, class_names), rows
 
 
-def encode(frame: pl.DataFrame, encoder: Encoder, source: str) -> tuple[Tensor, ...]:
-    """Model inputs of a table's rows, on the CPU: dense features, and slots where the model embeds categories."""
-    features, slots = encoder(*encoder.tabulate(frame, source))
-    return (features, slots) if encoder.embedded_sizes else (features,)
-
-
-def remap_targets(table: LabelledTable, class_names: list[str]) -> Tensor:
+def remap_targets(table: LabelledTable, class_names: Sequence[str]) -> Tensor:
     """Class indices of a table in the order of an encoder's class names."""
     unknown = [name for name in table.class_names if name not in class_names]
     if unknown:
@@ -212,18 +213,18 @@ def remap_targets(table: LabelledTable, class_names: list[str]) -> Tensor:
     return torch.tensor([class_names.index(name) for name in table.class_names])[table.targets]
 
 
-def _fit(table: LabelledTable, data: DataConfig, collectives: Collectives, one_hot: bool) -> Encoder:
+def _fit(table: LabelledTable, data: DataConfig, collectives: Collectives) -> FeatureSpec:
     not_features = [data.target, *data.drop, *([data.split_column] if data.split_column else [])]
     frame, kinds = collectives.run_on_all(lambda: _features(table, not_features, data.categorical))
     rows = table.split["train"]
     begin, end = split_evenly(0, len(rows), collectives.size)[collectives.rank]
-    return fit_encoder(
-        pieces_of(frame[rows[begin:end].numpy()]),
+    own = frame[rows[begin:end].numpy()]
+    return fit_spec(
+        lambda names: own.select(names).iter_slices(_ROWS_AT_ONCE),
         kinds,
         table.class_names,
         collectives,
         max_categories=data.max_categories,
-        one_hot=one_hot,
         source=table.source,
     )
 

@@ -1,121 +1,228 @@
-"""Fitted preprocessing: raw columns -> the numbers that the classifier sees. Part of the model that is saved."""
+"""Raw columns -> the three tensors that a model gets, as a FeatureSpec says; and the fit of that spec.
+
+The fit sees the training rows alone, each rank its share of them, and gives the same numbers for every world size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import polars as pl
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dist_train.data.table import as_text, numbers, require_columns
+from dist_train.data.quantiles import exact_quantiles
+from dist_train.data.spec import (
+    FIRST_CATEGORY,
+    MISSING,
+    NUM_QUANTILES,
+    UNKNOWN,
+    CategoricalColumn,
+    FeatureSpec,
+    NumericColumn,
+)
+from dist_train.data.table import ColumnKinds, as_text, numbers, require_columns
+from dist_train.distributed.collectives import Collectives
+from dist_train.errors import UserError
+from dist_train.system.console import log
 
-MISSING, UNKNOWN, FIRST_CATEGORY = 0, 1, 2
+# The smallest float32. Numbers are refused beyond float32, so with this the encoder's squares stay within float64.
+SMALLEST_SPREAD = 2.0**-149
+
+# Columns whose quantiles are found at once: the more, the fewer passes, and the shorter the digits of each.
+_COLUMNS_AT_ONCE = 64
+
+Pieces = Callable[[Sequence[str]], Iterable[pl.DataFrame]]
+"""Gives the named columns of this rank's training rows in parts, anew at each call."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderDescription:
-    """All of an encoder that is not a tensor; plain JSON types."""
+class Inputs(NamedTuple):
+    """What a model gets of some rows: numeric (rows, n) floating point, flags (rows, f) uint8, codes (rows, c) integer.
 
-    numeric: list[str]
-    categories: dict[str, list[str]]
-    """Vocabulary of each categorical column. Slot 0 is a missing cell, slot 1 an unknown category, then these."""
-    class_names: list[str]
-    one_hot: bool
-    """Whether categories become one-hot features; else their slots are handed on to learned embeddings."""
+    A part that a table does not have is (rows, 0).
+    """
+
+    numeric: Tensor
+    flags: Tensor
+    codes: Tensor
 
 
-class Encoder(nn.Module):
-    """Robust scaling of numbers, vocabularies for categories.
+class Encoder:
+    """Robust scaling of numbers, vocabularies for categories. It holds nothing beside its spec.
 
     Numbers: missing cells get the training median, and a flag of their own in columns that had missing cells in
     training. Scaling is by median and interquartile range, then smoothly clipped to (-3, 3), so that a heavy tail
     neither stretches the scale nor dominates a batch ("robust scaling and smooth clipping", Holzmüller, Grinsztajn
     and Steinwart 2024, "Better by default").
 
-    Categories: a slot that never occurred in training encodes to zeros: it adds nothing, rather than untrained noise.
+    Categories: codes of the vocabulary; how a model represents a code is its own business.
     """
 
-    median: Tensor
-    scale: Tensor
-    flagged: Tensor
-    seen: Tensor
-
-    def __init__(self, description: EncoderDescription) -> None:
-        super().__init__()
-        self.description = description
-        num_numeric = len(description.numeric)
-        self.register_buffer("median", torch.zeros(num_numeric, dtype=torch.float64))
-        self.register_buffer("scale", torch.zeros(num_numeric, dtype=torch.float64))
-        self.register_buffer("flagged", torch.zeros(num_numeric, dtype=torch.bool))
-        self.register_buffer("seen", torch.zeros(sum(self.category_sizes), dtype=torch.bool))
+    def __init__(self, spec: FeatureSpec) -> None:
+        self.spec = spec
+        self.code_dtype = smallest_int(max(spec.category_sizes, default=1))
 
     @property
-    def class_names(self) -> list[str]:
-        """Names of the classes, in the order of the model's outputs."""
-        return self.description.class_names
+    def names(self) -> list[str]:
+        """Names of the columns that are read."""
+        return [*(c.name for c in self.spec.numeric), *(c.name for c in self.spec.categorical)]
 
-    @property
-    def category_sizes(self) -> list[int]:
-        """Slots of each categorical column, the two special ones included."""
-        return [FIRST_CATEGORY + len(names) for names in self.description.categories.values()]
+    def to_arrays(self, frame: pl.DataFrame, source: str, first_row: int = 0) -> Inputs:
+        """Columns by name -> float32 numbers, uint8 flags, codes in the smallest integer type.
 
-    @property
-    def embedded_sizes(self) -> list[int]:
-        """Slots of each column that the model has to embed; empty when categories are one-hot."""
-        return [] if self.description.one_hot else self.category_sizes
+        Other columns are ignored, in whichever order they come. The table begins with row `first_row` of the source.
 
-    @property
-    def input_dim(self) -> int:
-        """Width of the dense features."""
-        dense = len(self.description.numeric) + int(self.flagged.sum())
-        return dense + (sum(self.category_sizes) if self.description.one_hot else 0)
-
-    def tabulate(self, frame: pl.DataFrame, source: str) -> tuple[Tensor, Tensor]:
-        """Columns by name -> numbers (rows, numeric) float64 with NaN where missing, slots (rows, categorical) int64.
-
-        Other columns are ignored, in whichever order they come. UserError names a missing column or a bad cell.
+        Raises:
+            UserError: a column is missing, or a cell cannot be read; column and row are named.
         """
-        names = [*self.description.numeric, *self.description.categories]
-        require_columns(frame, names, source, "the model was trained on it")
-        numeric = [numbers(frame[name], source) for name in self.description.numeric]
-        slots = [_slots(frame[name], words, source) for name, words in self.description.categories.items()]
-        return _columns(numeric, frame.height, torch.float64), _columns(slots, frame.height, torch.int64)
-
-    def forward(self, numeric: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw numbers and slots -> float32 features (rows, input_dim), slots to embed (rows, embedded columns)."""
-        missing = numeric.isnan()
-        centred = torch.where(missing, 0.0, (numeric - self.median) * self.scale)
-        parts = [centred / torch.sqrt(1 + (centred / 3) ** 2), missing[:, self.flagged]]
-        if self.description.one_hot:
-            hot = [F.one_hot(slots[:, i], size) for i, size in enumerate(self.category_sizes)]
-            parts.append(torch.cat(hot, 1) * self.seen if hot else slots)
-        features = torch.cat([part.float() for part in parts], 1)
-        return features, slots[:, :0] if self.description.one_hot else slots
-
-    def describe(self) -> dict[str, Any]:
-        """The description as JSON types; `from_description` reads it."""
-        return asdict(self.description)
-
-    @staticmethod
-    def from_description(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Encoder:
-        """An encoder as it was saved."""
-        encoder = Encoder(EncoderDescription(**description))
-        encoder.load_state_dict(dict(tensors))
-        return encoder
+        spec = self.spec
+        require_columns(frame, self.names, source, "the model was trained on it")
+        numeric = torch.empty((frame.height, spec.num_numeric), dtype=torch.float32)
+        flags = torch.empty((frame.height, spec.num_flags), dtype=torch.uint8)
+        codes = torch.empty((frame.height, spec.num_categorical), dtype=self.code_dtype)
+        flag = 0
+        for index, column in enumerate(spec.numeric):
+            values = numbers(frame[column.name], source, first_row)
+            missing = values.isnan()
+            numeric[:, index] = _scaled(values, missing, column)
+            if column.has_missing_flag:
+                flags[:, flag] = missing
+                flag += 1
+        for index, words in enumerate(spec.categorical):
+            codes[:, index] = _codes(frame[words.name], words, source)
+        return Inputs(numeric, flags, codes)
 
 
-def _slots(column: pl.Series, words: Sequence[str], source: str) -> Tensor:
+def smallest_int(count: int) -> torch.dtype:
+    """The smallest integer type that holds the numbers below `count`."""
+    if count <= 1 << 8:
+        return torch.uint8
+    return torch.int16 if count <= 1 << 15 else torch.int32
+
+
+def _scaled(values: Tensor, missing: Tensor, column: NumericColumn) -> Tensor:
+    centred = torch.where(missing, 0.0, (values - column.median) * column.scale)
+    return centred / torch.sqrt(1 + (centred / 3) ** 2)
+
+
+def _codes(column: pl.Series, words: CategoricalColumn, source: str) -> Tensor:
     text = as_text(column, source)
-    slots = text.replace_strict(
-        {word: FIRST_CATEGORY + index for index, word in enumerate(words)}, default=UNKNOWN, return_dtype=pl.Int64
-    ) if words else pl.Series([UNKNOWN] * len(text), dtype=pl.Int64)  # fmt: skip
+    codes = text.replace_strict(
+        {word: FIRST_CATEGORY + index for index, word in enumerate(words.categories)},
+        default=UNKNOWN,
+        return_dtype=pl.Int32,
+    ) if words.categories else pl.Series([UNKNOWN] * len(text), dtype=pl.Int32)  # fmt: skip
     missing = torch.from_numpy(text.is_null().to_numpy())
-    return torch.where(missing, MISSING, torch.from_numpy(slots.to_numpy(writable=True)))
+    return torch.where(missing, MISSING, torch.from_numpy(codes.to_numpy(writable=True)))
 
 
-def _columns(columns: list[Tensor], num_rows: int, dtype: torch.dtype) -> Tensor:
-    return torch.stack(columns, 1) if columns else torch.empty((num_rows, 0), dtype=dtype)
+def fit_spec(
+    pieces: Pieces,
+    kinds: ColumnKinds,
+    class_names: Sequence[str],
+    collectives: Collectives,
+    *,
+    max_categories: int,
+    source: str,
+    max_distinct: int | None = None,
+) -> FeatureSpec:
+    """The spec of the training rows; `pieces` are this rank's share of them, which may be empty.
+
+    Raises:
+        UserError: a column has more than `max_distinct` categories, which are counted in memory.
+        Stopped: the ranks have agreed to stop.
+    """
+    counts = _count_categories(pieces, kinds.categorical, collectives, source, max_distinct)
+    numeric: list[NumericColumn] = []
+    for start in range(0, len(kinds.numeric), _COLUMNS_AT_ONCE):
+        numeric += _fit_numeric(kinds.numeric[start : start + _COLUMNS_AT_ONCE], pieces, collectives, source)
+    categorical = [_fit_categorical(name, counts[name], max_categories) for name in kinds.categorical]
+    return FeatureSpec(numeric=tuple(numeric), categorical=tuple(categorical), class_names=tuple(class_names))
+
+
+def _fit_numeric(
+    names: Sequence[str], pieces: Pieces, collectives: Collectives, source: str
+) -> Iterator[NumericColumn]:
+    num_rows = 0
+
+    def columns() -> Iterator[list[Tensor]]:
+        nonlocal num_rows
+        num_rows = 0
+        for frame in pieces(names):
+            num_rows += frame.height
+            yield [_values(frame[name], source) for name in names]
+
+    fractions = [index / (NUM_QUANTILES - 1) for index in range(NUM_QUANTILES)]
+    quantiles, present = exact_quantiles(columns, len(names), fractions, collectives)
+    missing = collectives.all_reduce(torch.tensor(num_rows)) - present
+    for name, found, num_missing in zip(names, quantiles.tolist(), missing.tolist(), strict=True):
+        yield _numeric_column(name, found, num_missing > 0, collectives)
+
+
+def _numeric_column(name: str, quantiles: list[float], has_missing: bool, collectives: Collectives) -> NumericColumn:
+    low, lower, median, upper, high = quantiles[:: (NUM_QUANTILES - 1) // 4]
+    empty = low != low  # NaN: not one value in the training rows
+    if empty:
+        low = lower = median = upper = high = 0.0
+    # Without an interquartile range (most rows hold one value) the whole range is the scale; a constant scales to 0.
+    spread = upper - lower if upper - lower >= SMALLEST_SPREAD else (high - low) / 2
+    constant = spread < SMALLEST_SPREAD
+    if constant and collectives.is_main:
+        what = "has no values" if empty else "holds one number"
+        log.warning("column %r %s in the training rows: it is ignored", name, what)
+    return NumericColumn(
+        name=name,
+        median=median,
+        scale=0.0 if constant else 1 / spread,
+        has_missing_flag=has_missing,
+        quantiles=() if empty else tuple(quantiles),
+    )
+
+
+def _values(column: pl.Series, source: str) -> Tensor:
+    if column.dtype == pl.Float64 and not column.null_count():  # parsed and checked before
+        return torch.from_numpy(column.to_numpy(writable=True))
+    return numbers(column, source)
+
+
+def _fit_categorical(name: str, counts: Counter[str | None], limit: int) -> CategoricalColumn:
+    words = sorted((-count, word) for word, count in counts.items() if word is not None)
+    categories = [word for _, word in words[:limit]]
+    seen = [True] * (FIRST_CATEGORY + len(categories))
+    seen[MISSING] = counts[None] > 0
+    seen[UNKNOWN] = len(words) > len(categories)
+    return CategoricalColumn(name=name, categories=tuple(categories), seen_in_training=tuple(seen))
+
+
+def _count_categories(
+    pieces: Pieces, names: Sequence[str], collectives: Collectives, source: str, limit: int | None
+) -> dict[str, Counter[str | None]]:
+    counts: dict[str, Counter[str | None]] = {name: Counter() for name in names}
+
+    def count() -> Iterator[int]:
+        for frame in pieces(names):
+            for name in names:
+                counts[name].update(dict(as_text(frame[name], source).value_counts().iter_rows()))
+                _check_distinct(counts, name, source, limit)
+            yield frame.height
+
+    if not names:
+        return counts
+    collectives.lockstep(count())
+    merged: dict[str, Counter[str | None]] = {name: Counter() for name in names}
+    for of_rank in collectives.all_gather_object(lambda: {name: dict(counter) for name, counter in counts.items()}):
+        for name, counter in of_rank.items():
+            merged[name].update(counter)
+    for name in names:
+        _check_distinct(merged, name, source, limit)
+    return merged
+
+
+def _check_distinct(counts: Mapping[str, Counter[str | None]], name: str, source: str, limit: int | None) -> None:
+    if limit is not None and len(counts[name]) > limit:
+        raise UserError(
+            f"{source}: column {name!r} has more than {limit:,} distinct texts: it looks like an identifier: "
+            "name it in data.drop"
+        )

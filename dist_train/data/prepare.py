@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dist_train.config.schema import DataConfig
 from dist_train.data.classes import check_training_rows
-from dist_train.data.encoder import Encoder
-from dist_train.data.fitting import fit_encoder
+from dist_train.data.encoder import Encoder, fit_spec
+from dist_train.data.spec import FeatureSpec
 from dist_train.data.split import SPLITS, FractionSplit
 from dist_train.data.spool import Chunk, Spool
-from dist_train.data.store import num_blocks, pack_encoder, rows_of_block, tensor_files, unpack_encoder
+from dist_train.data.store import num_blocks, rows_of_block, tensor_files
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
 
@@ -36,7 +36,7 @@ class Fitted:
     before it, and those of all rows in the end, (chunks + 1, splits).
     """
 
-    encoder: Encoder
+    spec: FeatureSpec
     fraction_split: FractionSplit | None
     before: Tensor
 
@@ -48,20 +48,20 @@ class Fitted:
     @property
     def block_rows(self) -> int:
         """Rows of a block."""
-        return rows_of_block(self.encoder)
+        return rows_of_block(self.spec)
 
     def pack(self) -> dict[str, Any]:
         """As JSON types; `unpack` reads it."""
         split = self.fraction_split
         packed = split and {"seed": split.seed, "last": split.last_keys.tolist(), "any": split.any_rows.tolist()}
-        return {"encoder": pack_encoder(self.encoder), "split": packed, "before": self.before.tolist()}
+        return {"spec": self.spec.to_json(), "split": packed, "before": self.before.tolist()}
 
     @classmethod
     def unpack(cls, packed: Mapping[str, Any]) -> Fitted:
         """What `pack` packed."""
         split = packed["split"]
         fraction_split = split and FractionSplit(split["seed"], torch.tensor(split["last"]), torch.tensor(split["any"]))
-        return cls(unpack_encoder(packed["encoder"]), fraction_split, torch.tensor(packed["before"]))
+        return cls(FeatureSpec.from_json(packed["spec"]), fraction_split, torch.tensor(packed["before"]))
 
 
 def _split_codes(spool: Spool, chunk: Chunk, targets: Tensor, split: FractionSplit | None) -> Tensor:
@@ -76,7 +76,6 @@ def fit(
     collectives: Collectives,
     *,
     seed: int,
-    one_hot: bool,
     show: Callable[[int], None],
 ) -> Fitted:
     """Split the table and fit the encoder to its training rows.
@@ -122,17 +121,16 @@ def fit(
             codes = _split_codes(spool, chunk, spool.targets(chunk), split)
             yield spool.frame(chunk, names).filter(pl.Series((codes == _TRAIN).numpy()))
 
-    encoder = fit_encoder(
+    spec = fit_spec(
         pieces,
         spool.kinds,
         class_names,
         collectives,
         max_categories=data.max_categories,
-        one_hot=one_hot,
         source="the table",
         max_distinct=MAX_DISTINCT,
     )
-    return Fitted(encoder, split, before)
+    return Fitted(spec, split, before)
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def encode_blocks(
     spool: Spool, fitted: Fitted, wanted: Mapping[str, Sequence[int]], write: Callable[[Block], None]
 ) -> Iterator[int]:
     """Encode the wanted blocks of each split and hand them to `write`; yields the rows of each step."""
-    block_rows = fitted.block_rows
+    block_rows, encoder = fitted.block_rows, Encoder(fitted.spec)
     shares = [_BlockWriter(split, fitted, index, set(wanted[split]), write) for index, split in enumerate(SPLITS)]
     for number, chunk in enumerate(spool.chunks):
         starts, stops = fitted.before[number].tolist(), fitted.before[number + 1].tolist()
@@ -161,7 +159,7 @@ def encode_blocks(
             continue
         targets = spool.targets(chunk)
         codes = _split_codes(spool, chunk, targets, fitted.fraction_split)
-        tensors = _encoded(spool, chunk, fitted.encoder, targets)
+        tensors = _encoded(spool, chunk, encoder, targets)
         for index, share in enumerate(shares):
             rows = (codes == index).nonzero().squeeze(1)
             share.take(starts[index], {name: values[rows.numpy()] for name, values in tensors.items()})
@@ -170,11 +168,10 @@ def encode_blocks(
 
 
 def _encoded(spool: Spool, chunk: Chunk, encoder: Encoder, targets: Tensor) -> dict[str, np.ndarray[Any, Any]]:
-    names = [*spool.kinds.numeric, *spool.kinds.categorical]
-    features, slots = encoder(*encoder.tabulate(spool.frame(chunk, names), spool.source(chunk)))
+    inputs = encoder.to_arrays(spool.frame(chunk, encoder.names), spool.source(chunk))
     rows = torch.arange(chunk.first_row, chunk.first_row + chunk.num_rows)
-    tensors = {"features": features, "slots": slots, "targets": targets, "rows": rows}
-    return {name: tensors[name].numpy().astype(f"{dtype}") for name, (dtype, _) in tensor_files(encoder).items()}
+    tensors = inputs._asdict() | {"targets": targets, "rows": rows}
+    return {name: tensors[name].numpy().astype(dtype) for name, (dtype, _) in tensor_files(encoder.spec).items()}
 
 
 class _BlockWriter:

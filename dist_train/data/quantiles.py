@@ -1,7 +1,7 @@
 """Exact order statistics of numbers that lie in pieces, in files and on several ranks, from integer counts alone.
 
 A radix selection: numbers map to 64-bit keys of the same order, and a few passes find the wanted keys some bits at a
-time, each counting the next digit among the keys that share the digits found so far with a wanted one. Counts add up
+time, each counting the next digit among the keys that share the prefix found so far with a wanted one. Counts add up
 to the same integers in whichever pieces the numbers come, so the result is the same for every world size, in bounded
 memory. All 64 bits matter: in float32 timestamps a minute apart are one number.
 """
@@ -9,21 +9,22 @@ memory. All 64 bits matter: in float32 timestamps a minute apart are one number.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dist_train.distributed.collectives import Collectives
 
-# Counts of one digit take 64 KiB for each wanted key.
-_BITS = 13
-_DIGITS = 1 << _BITS
-_SHIFTS = [max(0, 64 - _BITS * n) for n in range(1, -(-64 // _BITS) + 1)]
+# A digit has so many bits: many make few passes, few make small tables of counts.
+_MOST_BITS, _FEWEST_BITS = 13, 4
+# Counts of a pass: 32 MiB, and not many more than there are keys to count.
+_MOST_COUNTS, _FEWEST_COUNTS = 1 << 22, 1 << 16
 _SIGN_BIT = torch.iinfo(torch.int64).min
 
 Keys = Callable[[], Iterable[Sequence[tuple[Tensor, "Tensor | int"]]]]
-"""This rank's piece, in parts, as often as it is asked for. A part holds keys, (n,) int64 ordered as unsigned, with the
-group of each of them or of all; several times."""
+"""Gives this rank's keys in parts, anew at each call. A part is a sequence of (keys, groups): keys (n,) int64, ordered
+as unsigned numbers; groups (n,) int64, or one group for all of them."""
 
 
 def exact_quantiles(
@@ -76,49 +77,68 @@ def order_statistics(
     `places` is told the sizes of the groups, (num_groups,), and says which places are wanted of each, (num_groups, n).
     In an empty group what is found means nothing.
     """
-    tables: list[Tensor] = []  # for each digit found so far: cell (of the digit before) and digit -> cell, or -1
-    num_cells = num_groups
+    digits: list[_Digit] = []  # those found so far
+    num_prefixes, shift = num_groups, 64
     wanted = torch.empty(0, dtype=torch.int64)
-    for shift in _SHIFTS:
-        counts = torch.zeros(num_cells * _DIGITS, dtype=torch.int64)
-        collectives.lockstep(_counting(keys, tables, shift, counts))
-        counts = collectives.all_reduce(counts).view(num_cells, _DIGITS)
-        if not tables:
-            of_groups = places(counts.sum(1))
+    total = 0
+    while shift:
+        bits = _bits_of_digit(num_prefixes, total) if digits else _MOST_BITS
+        bits, shift = min(bits, shift), max(0, shift - bits)
+        counts = torch.zeros(num_prefixes << bits, dtype=torch.int64)
+        collectives.lockstep(_counting(keys, digits, _Digit(shift, bits), counts))
+        counts = collectives.all_reduce(counts).view(num_prefixes, 1 << bits)
+        if not digits:
+            sizes = counts.sum(1)
+            total = int(sizes.sum())
+            of_groups = places(sizes)
             wanted = of_groups.flatten()
-            cells = torch.arange(num_groups).repeat_interleave(of_groups.shape[1])
+            prefixes = torch.arange(num_groups).repeat_interleave(of_groups.shape[1])
             found = torch.zeros_like(wanted)
         ends = counts.cumsum(1)
-        digits = torch.searchsorted(ends[cells], wanted.unsqueeze(1), right=True).squeeze(1).clamp(max=_DIGITS - 1)
-        wanted = wanted - (ends - counts)[cells, digits]
-        found |= digits << shift
-        chosen, cells = torch.unique(cells * _DIGITS + digits, return_inverse=True)
-        table = torch.full((num_cells * _DIGITS,), -1)
-        table[chosen] = torch.arange(len(chosen))
-        tables.append(table)
-        num_cells = len(chosen)
+        values = (
+            torch.searchsorted(ends[prefixes], wanted.unsqueeze(1), right=True).squeeze(1).clamp(max=(1 << bits) - 1)
+        )
+        wanted = wanted - (ends - counts)[prefixes, values]
+        found |= values << shift
+        chosen, prefixes = torch.unique((prefixes << bits) + values, return_inverse=True)
+        next_prefix = torch.full((num_prefixes << bits,), -1)
+        next_prefix[chosen] = torch.arange(len(chosen))
+        digits.append(_Digit(shift, bits, next_prefix))
+        num_prefixes = len(chosen)
     return found.view(num_groups, -1)
 
 
-def _counting(keys: Keys, tables: Sequence[Tensor], shift: int, counts: Tensor) -> Iterator[int]:
+class _Digit(NamedTuple):
+    """`bits` bits of a key from bit `shift` on; `next_prefix` maps prefix and digit to the longer prefix, or to -1."""
+
+    shift: int
+    bits: int
+    next_prefix: Tensor = torch.empty(0, dtype=torch.int64)
+
+    def places(self, keys: Tensor, prefixes: Tensor | int) -> Tensor:
+        """Where the counts of (prefix, digit) stand."""
+        # The mask takes away the copies of the sign that a right shift brings in.
+        return (keys >> self.shift).bitwise_and_((1 << self.bits) - 1).add_(prefixes << self.bits)
+
+
+def _bits_of_digit(num_prefixes: int, num_keys: int) -> int:
+    counts = min(_MOST_COUNTS, max(_FEWEST_COUNTS, num_keys))
+    return min(_MOST_BITS, max(_FEWEST_BITS, (counts // num_prefixes).bit_length() - 1))
+
+
+def _counting(keys: Keys, known: Sequence[_Digit], digit: _Digit, counts: Tensor) -> Iterator[int]:
     for part in keys():
         num_keys = 0
-        for of_part, cells in part:
+        for of_part, prefixes in part:
             num_keys += len(of_part)
-            of_cells = of_part
-            for table, former in zip(tables, _SHIFTS, strict=False):
-                cells = table.index_select(0, _digit(of_cells, former).add_(cells * _DIGITS))
-                kept = (cells >= 0).nonzero().squeeze(1)
-                of_cells, cells = of_cells.index_select(0, kept), cells.index_select(0, kept)
-            places = _digit(of_cells, shift).add_(cells * _DIGITS)
-            counts.scatter_add_(0, places, torch.ones_like(places))
+            remaining = of_part
+            for former in known:
+                prefixes = former.next_prefix.index_select(0, former.places(remaining, prefixes))
+                kept = (prefixes >= 0).nonzero().squeeze(1)
+                remaining, prefixes = remaining.index_select(0, kept), prefixes.index_select(0, kept)
+            index = digit.places(remaining, prefixes)
+            counts.scatter_add_(0, index, torch.ones_like(index))
         yield num_keys
-
-
-def _digit(keys: Tensor, shift: int) -> Tensor:
-    # The mask takes away the copies of the sign that a right shift brings in. The last digit is cut short by the shift
-    # of the one before: its upper bits are those of a digit that is known, and do no harm.
-    return (keys >> shift).bitwise_and_(_DIGITS - 1)
 
 
 def _ordered_keys(values: Tensor) -> Tensor:

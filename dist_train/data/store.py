@@ -1,6 +1,7 @@
 """A prepared table on disk: encoded rows by split in plain files that are mapped to memory, and a manifest.
 
 `docs/large-tables.md` describes the format. Nothing in a store is code: numbers in little-endian rows, and JSON.
+Stores of format 1 are read as well: they hold dense features, in which categories may be one-hot.
 """
 
 from __future__ import annotations
@@ -17,21 +18,25 @@ import torch
 from torch import Tensor
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.encoder import Encoder
+from dist_train.data.encoder import Inputs, smallest_int
+from dist_train.data.spec import FeatureSpec, spec_of_encoder
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.int64, torch.int32, torch.uint8)}
+_FORMAT = 2
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.int64, torch.int32, torch.int16, torch.uint8)
+}
 _MAX_BLOCK_BYTES = 1 << 23
 _MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 1 << 12, 1 << 16
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What of a configuration has shaped a store."""
+    """The keys of a configuration that shape a store."""
 
     target: str
     drop: list[str]
@@ -42,13 +47,11 @@ class Settings:
     validation_fraction: float
     test_fraction: float
     seed: int
-    one_hot: bool
 
     @classmethod
-    def of(cls, data: DataConfig, *, seed: int, one_hot: bool) -> Settings:
+    def of(cls, data: DataConfig, *, seed: int) -> Settings:
         """Those of a configuration."""
-        names = [name for name in cls.__annotations__ if name not in ("seed", "one_hot")]
-        return cls(**{name: getattr(data, name) for name in names}, seed=seed, one_hot=one_hot)
+        return cls(**{name: getattr(data, name) for name in cls.__annotations__ if name != "seed"}, seed=seed)
 
     def differences(self, other: Settings) -> list[str]:
         """What another configuration says otherwise, as `key is A, the store has B`; the seed is left out."""
@@ -56,12 +59,7 @@ class Settings:
         for name, value in asdict(self).items():
             wanted = getattr(other, name)
             same = sorted(value) == sorted(wanted) if isinstance(value, list) else value == wanted
-            if name == "seed" or same or (self.split_column and name.endswith("_fraction")):
-                continue
-            if name == "one_hot":
-                how = {True: "one-hot (null)", False: "embedded (a number)"}
-                lines.append(f"model.embedding_dim: categories are {how[wanted]}, the store has them {how[value]}")
-            else:
+            if not (name == "seed" or same or (self.split_column and name.endswith("_fraction"))):
                 lines.append(f"data.{name} is {wanted!r}, the store has {value!r}")
         return lines
 
@@ -88,23 +86,23 @@ def row_bytes(dtype: str, width: int) -> int:
     return _DTYPES[dtype].itemsize * max(1, width)
 
 
-def tensor_files(encoder: Encoder) -> dict[str, tuple[str, int]]:
-    """Tensors of each split by name, with the dtype and the width of their rows."""
-    classes = "uint8" if len(encoder.class_names) <= 256 else "int32"
-    files = {"targets": (classes, 0), "rows": ("int64", 0)}
-    if encoder.input_dim:
-        files["features"] = ("float32", encoder.input_dim)
-    if encoder.embedded_sizes:
-        slots = "uint8" if max(encoder.embedded_sizes) <= 256 else "int32"
-        files["slots"] = (slots, len(encoder.embedded_sizes))
-    return files
+def tensor_files(spec: FeatureSpec) -> dict[str, tuple[str, int]]:
+    """Tensors of each split by name, with the dtype and the width of their rows; those without columns are left out."""
+    codes = smallest_int(max(spec.category_sizes, default=1))
+    tensors = {
+        "numeric": (torch.float32, spec.num_numeric),
+        "flags": (torch.uint8, spec.num_flags),
+        "codes": (codes, spec.num_categorical),
+    }
+    files = {name: (_name_of(dtype), width) for name, (dtype, width) in tensors.items() if width}
+    return files | {"targets": (_name_of(smallest_int(spec.num_classes)), 0), "rows": ("int64", 0)}
 
 
-def rows_of_block(encoder: Encoder) -> int:
+def rows_of_block(spec: FeatureSpec) -> int:
     """Rows of a block: a power of two, so that a block begins at a page of memory, and a few MiB."""
-    width = max(1, encoder.input_dim)
+    row = max(row_bytes(dtype, width) for dtype, width in tensor_files(spec).values())
     rows = _MAX_BLOCK_ROWS
-    while rows > _MIN_BLOCK_ROWS and rows * width * torch.float32.itemsize > _MAX_BLOCK_BYTES:
+    while rows > _MIN_BLOCK_ROWS and rows * row > _MAX_BLOCK_BYTES:
         rows //= 2
     return rows
 
@@ -114,27 +112,9 @@ def num_blocks(num_rows: int, block_rows: int) -> int:
     return -(-num_rows // block_rows)
 
 
-def pack_encoder(encoder: Encoder) -> dict[str, Any]:
-    """An encoder as JSON types; JSON keeps every bit of a float64."""
-    tensors = {name: tensor.tolist() for name, tensor in encoder.state_dict().items()}
-    return {"description": encoder.describe(), "tensors": tensors}
-
-
-def unpack_encoder(packed: Mapping[str, Any]) -> Encoder:
-    """What `pack_encoder` packed."""
-    dtypes = {"median": torch.float64, "scale": torch.float64, "flagged": torch.bool, "seen": torch.bool}
-    tensors = {name: torch.tensor(packed["tensors"][name], dtype=dtype) for name, dtype in dtypes.items()}
-    return Encoder.from_description(packed["description"], tensors)
-
-
-def same_encoder(first: Encoder, second: Encoder) -> bool:
-    """Whether two encoders are the same to the bit."""
-    return pack_encoder(first) == pack_encoder(second)
-
-
 def pack_manifest(content: Mapping[str, Any]) -> bytes:
     """A manifest with its own SHA-256, and with that of the data: of what training sees, not of where it came from."""
-    data = {name: content[name] for name in ("format", "block_rows", "rows", "files", "encoder")}
+    data = {name: content[name] for name in ("format", "block_rows", "rows", "files", "spec")}
     whole = dict(content) | {"data_sha256": _digest(data)}
     return json.dumps(whole | {"sha256": _digest(whole)}, indent=1, ensure_ascii=False).encode()
 
@@ -143,7 +123,7 @@ def manifest_content(
     rows: Mapping[str, int],
     block_rows: int,
     files: Mapping[str, TensorFile],
-    encoder: Encoder,
+    spec: FeatureSpec,
     settings: Settings,
     inputs: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -153,7 +133,7 @@ def manifest_content(
         "block_rows": block_rows,
         "rows": dict(rows),
         "files": {name: asdict(file) for name, file in sorted(files.items())},
-        "encoder": pack_encoder(encoder),
+        "spec": spec.to_json(),
         "settings": asdict(settings),
         "inputs": list(inputs),
     }
@@ -171,8 +151,9 @@ class Store:
         self.folder = folder
         content = _read_manifest(folder / MANIFEST)
         self.sha256: str = content["data_sha256"]
-        self.settings = Settings(**content["settings"])
-        self.encoder = unpack_encoder(content["encoder"])
+        self.settings = Settings(**{name: content["settings"][name] for name in Settings.__annotations__})
+        self.spec = _spec_of(content)
+        self._format: int = content["format"]
         self.block_rows: int = content["block_rows"]
         self.num_rows: dict[str, int] = content["rows"]
         self.files = {name: TensorFile(**file) for name, file in content["files"].items()}
@@ -197,6 +178,14 @@ class Store:
     def tensors(self, split: str) -> dict[str, Tensor]:
         """The tensors of a split, mapped to memory, by name."""
         return {name: self._mapped(f"{split}.{name}") for name in _names(self.files, split)}
+
+    def to_inputs(self, tensors: Mapping[str, Tensor]) -> Inputs:
+        """Arguments of a model from some rows of these tensors."""
+        if self._format == 1:
+            return _inputs_of_format_1(tensors, self.spec)
+        count, device = next((len(t), t.device) for t in tensors.values())
+        empty = torch.empty((count, 0), device=device)
+        return Inputs(*(tensors.get(name, empty) for name in Inputs._fields))
 
     def verify(
         self, splits: Sequence[str], collectives: Collectives, show: Callable[[int], None] = lambda _bytes: None
@@ -273,11 +262,46 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: cannot be read; {_REMEDY}") from None
     if not sound:
         raise UserError(f"{file}: has another content than was written (SHA-256 differs); {_REMEDY}")
-    if content["format"] != _FORMAT:
-        raise UserError(f"{file}: is of format {content['format']}, this program reads {_FORMAT}: prepare it anew")
+    if content["format"] not in range(1, _FORMAT + 1):
+        raise UserError(
+            f"{file}: is of format {content['format']}, this program reads up to {_FORMAT}: "
+            "update the program, or prepare the store anew"
+        )
     if sys.byteorder != "little":
         raise UserError(f"{file}: a store is little-endian, this machine is not")
     return content
+
+
+def _spec_of(content: Mapping[str, Any]) -> FeatureSpec:
+    if content["format"] == 1:
+        return spec_of_encoder(content["encoder"]["description"], content["encoder"]["tensors"])
+    return FeatureSpec.from_json(content["spec"])
+
+
+def _inputs_of_format_1(tensors: Mapping[str, Tensor], spec: FeatureSpec) -> Inputs:
+    """Numbers, flags and codes of rows that were stored as dense features, and as `slots` where codes were embedded."""
+    features = tensors["features"] if "features" in tensors else tensors["slots"][:, :0].float()
+    numeric, flags, one_hot = features.split(
+        [spec.num_numeric, spec.num_flags, features.shape[1] - spec.num_numeric - spec.num_flags], 1
+    )
+    codes = tensors["slots"] if "slots" in tensors else _codes_of_one_hot(one_hot, spec)
+    return Inputs(numeric.contiguous(), flags.to(torch.uint8), codes)
+
+
+def _codes_of_one_hot(one_hot: Tensor, spec: FeatureSpec) -> Tensor:
+    codes = one_hot.new_empty((len(one_hot), spec.num_categorical), dtype=torch.int64)
+    first = 0
+    for index, column in enumerate(spec.categorical):
+        hot = one_hot[:, first : first + column.size]
+        # Zeros throughout are a code that did not occur in training: any such code gives these zeros again.
+        unseen = column.seen_in_training.index(False) if False in column.seen_in_training else 0
+        codes[:, index] = torch.where(hot.any(1), hot.argmax(1), unseen)
+        first += column.size
+    return codes
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -225,7 +225,8 @@ def _convert_row_wise(module: nn.Module, name: str, context: ModelContext) -> nn
 
 
 def _only_moves_rows(module: nn.Module) -> bool:
-    return type(module) not in _ROW_WISE and not list(module.parameters()) and not list(module.children())
+    own_kind = type(module) not in _ROW_WISE and is_row_wise(module)
+    return own_kind and not list(module.parameters()) and all(map(_only_moves_rows, module.children()))
 
 
 def require_world_size(virtual_ranks: int, world_size: int) -> None:

@@ -1,41 +1,72 @@
-"""Models by name. A new family is a file beside this one and a line in MODELS."""
+"""Models by name. A family of models is one function: `build(spec, its block of the configuration) -> nn.Module`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TypeVar
 
 from torch import nn
 
-from dist_train.config.rules import dropout_pair
+from dist_train.config import families
 from dist_train.config.schema import ModelConfig
+from dist_train.data.spec import FeatureSpec
 from dist_train.determinism.keyed_random import seeded
 from dist_train.errors import UserError
-from dist_train.models.embeddings import Embedded
-from dist_train.models.financial_classifier import FinancialClassifier
 
-MODELS: dict[str, Callable[[ModelConfig, int, int], nn.Module]] = {
-    "financial_classifier": lambda m, input_dim, num_classes: FinancialClassifier(
-        input_dim, m.hidden_dim, num_classes, dropout_pair(m)
-    ),
-}
+Build = Callable[[FeatureSpec, Any], nn.Module]
+"""Makes a model of a table; its `forward(numeric, flags, codes)` gives (rows, classes) or (rows, members, classes).
 
+The second argument is the family's block of the configuration. Random numbers may be drawn from torch's generator: it
+is seeded around the call.
+"""
+_Decorated = TypeVar("_Decorated", bound=Build)
 
-def check_model_name(model: ModelConfig) -> None:
-    """UserError when the registry does not know the name."""
-    if model.name not in MODELS:
-        raise UserError(f"model.name: there is no model {model.name!r}; there is {', '.join(MODELS)}")
+_BUILDS: dict[str, Build] = {}
 
 
-def build_model(
-    model: ModelConfig, *, input_dim: int, embedded_sizes: Sequence[int], num_classes: int, seed: int
-) -> nn.Module:
-    """The model with initial weights that are a function of the seed, float32 on the CPU."""
-    check_model_name(model)
+def register_model(name: str, config_block: type[Any] | None = None) -> Callable[[_Decorated], _Decorated]:
+    """Decorator that makes a build function the model `name`.
 
-    def make_classifier(width: int) -> nn.Module:
-        return MODELS[model.name](model, width, num_classes)
+    `config_block` is a frozen dataclass whose fields have defaults: they become the keys `model.<name>.<field>`, and
+    an object of it is the second argument of the function. A method `problems()` of it, if there is one, yields
+    (field, text) for each value that the types allow and the model does not. Without a block the second argument is
+    the ModelConfig.
 
+        @register_model("linear", LinearConfig)
+        def build(spec: FeatureSpec, config: LinearConfig) -> nn.Module: ...
+
+    Raises:
+        ValueError: the name is not an identifier, or is taken by a key of `model` or by another family's block.
+    """
+    if config_block is not None:
+        families.register_block(name, config_block)
+
+    def register(build: _Decorated) -> _Decorated:
+        families.register_name(name)
+        _BUILDS[name] = build
+        return build
+
+    return register
+
+
+def build_model(spec: FeatureSpec, model: ModelConfig, *, seed: int) -> nn.Module:
+    """The model with initial weights that are a function of the seed, float32 on the CPU.
+
+    Raises:
+        UserError: there is no model of that name.
+    """
+    build = _build_of(model.name)
     with seeded("initial weights", seed):
-        if embedded_sizes and model.embedding_dim:
-            return Embedded(input_dim, embedded_sizes, model.embedding_dim, make_classifier)
-        return make_classifier(input_dim)
+        return build(spec, families.block_of(model))
+
+
+def _build_of(name: str) -> Build:
+    if name not in _BUILDS:
+        if name in families.BUILT_IN:
+            import_module(f"dist_train.models.{name}")
+        else:
+            families.find(name)
+    if name not in _BUILDS:
+        raise UserError(f"model.name: {families.unknown(name)}")
+    return _BUILDS[name]

@@ -102,7 +102,7 @@ class Preparation:
     ) -> None:
         self.output = output
         self.folder = output.with_name(TMP_PREFIX + output.name)
-        self.settings = Settings.of(config.data, seed=config.run.seed, one_hot=config.model.embedding_dim is None)
+        self.settings = Settings.of(config.data, seed=config.run.seed)
         self._patterns = patterns
         self._config = config
         self._collectives = collectives
@@ -248,7 +248,6 @@ class Preparation:
                     class_names,
                     collectives,
                     seed=self.settings.seed,
-                    one_hot=self.settings.one_hot,
                     show=show,
                 )
             packed = fitted.pack()
@@ -290,11 +289,11 @@ class Preparation:
         files = {}
         for split in SPLITS:
             count = num_blocks(fitted.num_rows[split], fitted.block_rows)
-            for name, (dtype, width) in tensor_files(fitted.encoder).items():
+            for name, (dtype, width) in tensor_files(fitted.spec).items():
                 files[f"{split}.{name}"] = TensorFile(dtype, width, [done[split, n][name] for n in range(count)])
         inputs = {str(unit.file): {"file": str(unit.file), "bytes": unit.size} for unit in units}
         content = manifest_content(
-            fitted.num_rows, fitted.block_rows, files, fitted.encoder, self.settings, list(inputs.values())
+            fitted.num_rows, fitted.block_rows, files, fitted.spec, self.settings, list(inputs.values())
         )
         write_synced(self._store / MANIFEST, pack_manifest(content))
         sync_folder(self._store)
@@ -305,7 +304,7 @@ class Preparation:
         lock.release()
         shutil.rmtree(self.folder, ignore_errors=True)
         rows = ", ".join(f"{name} {count:,}" for name, count in store.num_rows.items())
-        log.info("%s: rows %s; %d features; data sha256 %s", self.output, rows, store.encoder.input_dim, store.sha256)
+        log.info("%s: rows %s; %d features; data sha256 %s", self.output, rows, store.spec.num_columns, store.sha256)
 
 
 def on_disk(work: Iterator[int]) -> Iterator[int]:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dist_train.config.schema import JobConfig
-from dist_train.data.feed import Feed
 from dist_train.data.sampler import PositionSampler
+from dist_train.data.sources import Feed
 from dist_train.determinism.guard import GeneratorGuard
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World

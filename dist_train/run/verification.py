@@ -280,8 +280,7 @@ class _Replay:
 
     def _same_task(self, parts: Parts) -> bool:
         """Whether the task in a checkpoint or in `model/` is that of the replay; its format may be an older one."""
-        recorded, replayed = description_in(parts), self.session.task.description()
-        return bool(recorded | {"format": replayed["format"]} == json.loads(json.dumps(replayed)))
+        return self.session.task.matches(description_in(parts))
 
 
 def _session(config: JobConfig, collectives: Collectives, evidence: Evidence, start: int) -> Session:

@@ -57,6 +57,9 @@ class Task(Protocol):
     def description(self) -> Description:
         """What a checkpoint and `model/` keep of the task; its `format` is a number."""
 
+    def matches(self, description: Description) -> bool:
+        """Whether a task that is described so, perhaps by an earlier release, reads every input as this one does."""
+
     def labelled(self, split: str, file: Path | None = None) -> Source:
         """Rows to evaluate on: a split of the run's own data, or of another file.
 

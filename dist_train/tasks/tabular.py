@@ -14,17 +14,17 @@ from dist_train.config.rules import given_class_weights
 from dist_train.config.schema import JobConfig
 from dist_train.data.dataset import (
     Dataset,
-    encode,
     load_dataset,
     load_labelled,
     open_store,
     read_for_evaluation,
     remap_targets,
+    rows_of,
 )
 from dist_train.data.encoder import Encoder
-from dist_train.data.feed import ResidentRows, resident
-from dist_train.data.mapped import MappedRows
-from dist_train.data.store import is_store, pack_encoder, unpack_encoder
+from dist_train.data.sources import MappedRows, ResidentRows, resident
+from dist_train.data.spec import FeatureSpec, spec_of_encoder
+from dist_train.data.store import is_store
 from dist_train.data.table import locate
 from dist_train.distributed.collectives import Collectives
 from dist_train.models.registry import build_model
@@ -36,7 +36,7 @@ from dist_train.training.precision import dtype_of
 
 
 class TabularTask:
-    """A table with a column to predict. `dataset` holds the encoder and the encoded rows of each split."""
+    """A table with a column to predict. `dataset` holds the spec of its columns and the encoded rows of each split."""
 
     FORMAT = 2
 
@@ -44,7 +44,8 @@ class TabularTask:
         self._config = config
         self._collectives = collectives
         self._dtype = dtype_of(config.train.precision)
-        self.encoder = dataset.encoder
+        self.spec = dataset.spec
+        self._encoder = Encoder(dataset.spec)
         self.splits: Mapping[str, ResidentRows | MappedRows] = dataset.splits
         self.fingerprint = dataset.sha256
         if config.train.class_weights is not None:
@@ -62,36 +63,30 @@ class TabularTask:
             config.data,
             collectives,
             seed=config.run.seed,
-            one_hot=config.model.embedding_dim is None,
             dtype=dtype_of(config.train.precision),
-            encoder=unpack_encoder(fitted["encoder"]) if fitted else None,
+            spec=FeatureSpec.from_json(fitted["spec"]) if fitted else None,
         )
         return cls(config, dataset, collectives)
 
     @classmethod
     def restore(cls, config: JobConfig, collectives: Collectives, fitted: Description, fingerprint: str) -> TabularTask:
         """The task of a trained model, without rows."""
-        return cls(config, Dataset({}, unpack_encoder(fitted["encoder"]), fingerprint), collectives)
+        return cls(config, Dataset({}, FeatureSpec.from_json(fitted["spec"]), fingerprint), collectives)
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of the logits."""
-        return self.encoder.class_names
+        return list(self.spec.class_names)
 
     @property
     def num_inputs(self) -> int:
-        """Columns of the classifier's dense input."""
-        return self.encoder.input_dim
+        """Feature columns of the table."""
+        return self.spec.num_columns
 
     def model(self) -> nn.Module:
         """The classifier with initial weights that are a function of the seed."""
-        return build_model(
-            self._config.model,
-            input_dim=self.encoder.input_dim,
-            embedded_sizes=self.encoder.embedded_sizes,
-            num_classes=len(self.class_names),
-            seed=self._config.run.seed,
-        ).to(self._collectives.device, self._dtype)
+        model = build_model(self.spec, self._config.model, seed=self._config.run.seed)
+        return model.to(self._collectives.device, self._dtype)
 
     def objective(self) -> Objective:
         """Cross-entropy with the class weights and the label smoothing of the configuration."""
@@ -106,8 +101,13 @@ class TabularTask:
         return classification_metrics(probabilities.numpy(), targets.numpy(), self.class_names)
 
     def description(self) -> Description:
-        """The fitted encoder."""
-        return {"task": "tabular", "format": self.FORMAT, "encoder": pack_encoder(self.encoder)}
+        """The spec of the columns."""
+        return {"task": "tabular", "format": self.FORMAT, "spec": self.spec.to_json()}
+
+    def matches(self, description: Description) -> bool:
+        """Whether a task described so encodes every table as this one does, and has the same classes."""
+        same_task: bool = description["task"] == "tabular"
+        return same_task and self.spec.matches(FeatureSpec.from_json(description["spec"]))
 
     def labelled(self, split: str, file: Path | None = None) -> ResidentRows | MappedRows:
         """A split of the run's own data, or the rows of another file: all of them unless it has the split column."""
@@ -116,20 +116,21 @@ class TabularTask:
             return self._stored(path, split)
         frame, targets, chosen, source = self._collectives.run_on_all(lambda: self._rows(split, file))
         # The whole table is encoded, so that a bad cell is named by its row in the file.
-        inputs = self._collectives.run_on_all(lambda: encode(frame, self.encoder, source))
-        return resident(inputs, targets, chosen, self._collectives.device, self._dtype)
+        inputs = self._collectives.run_on_all(lambda: self._encoder.to_arrays(frame, source))
+        return rows_of(inputs, targets, chosen, self.spec, self._collectives.device, self._dtype)
 
     def unlabelled(self, table: pl.DataFrame, source: str) -> ResidentRows:
         """Rows to score."""
-        inputs = encode(table, self.encoder, source)
+        inputs = self._encoder.to_arrays(table, source)
         targets = torch.zeros(table.height, dtype=torch.int64)
-        return resident(inputs, targets, torch.arange(table.height), self._collectives.device, self._dtype)
+        rows, device = torch.arange(table.height), self._collectives.device
+        return resident(inputs, targets, rows, self.spec.num_classes, device, self._dtype)
 
     def _stored(self, path: str, split: str) -> MappedRows:
-        store = open_store(path, self._collectives, [split], encoder=self.encoder)
+        store = open_store(path, self._collectives, [split], spec=self.spec)
         if store.sha256 != self.fingerprint:
             log.warning("%s is not the store that the model was trained on", path)
-        return MappedRows(store.tensors(split), self._collectives.device, self._dtype)
+        return MappedRows(store.tensors(split), store.to_inputs, self._collectives.device, self._dtype)
 
     def _rows(self, split: str, file: Path | None) -> tuple[pl.DataFrame, Tensor, Tensor, str]:
         """Table, class indices of its rows, the rows to evaluate on, and where they come from."""
@@ -156,5 +157,5 @@ class TabularTask:
 
 def tabular_description_of_format_1(encoder: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Description:
     """The description of a task that was written as an encoder in two files."""
-    fitted = Encoder.from_description(encoder, tensors)
-    return {"task": "tabular", "format": 1, "encoder": pack_encoder(fitted)}
+    spec = spec_of_encoder(encoder, {name: tensor.tolist() for name, tensor in tensors.items()})
+    return {"task": "tabular", "format": TabularTask.FORMAT, "spec": spec.to_json()}

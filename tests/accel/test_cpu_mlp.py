@@ -20,6 +20,7 @@ from dist_train.distributed.world import World
 from dist_train.models.embeddings import Embedded
 from dist_train.models.financial_classifier import FinancialClassifier
 from tests.determinism.contexts import context_at, keep_gradients
+from tests.models.specs import make_inputs, make_spec
 
 
 def deep() -> nn.Module:
@@ -46,7 +47,7 @@ def shallow() -> nn.Module:
 
 
 def embedded() -> nn.Module:
-    return Embedded(5, [4, 6], 2, lambda width: FinancialClassifier(width, 8, 3))
+    return Embedded(make_spec(5, [4, 6], num_flags=2), 2, lambda width: FinancialClassifier(width, 8, 3))
 
 
 def frozen() -> nn.Module:
@@ -82,8 +83,7 @@ def build(make: Callable[[], nn.Module], lengths: tuple[int, ...], *, cpu_mlp: b
 def inputs_of(model: nn.Module, num_rows: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
     if isinstance(model, Embedded):
-        slots = torch.randint(0, 4, (num_rows, 2), generator=generator)
-        return torch.randn(num_rows, 5, generator=generator, dtype=torch.float64), slots
+        return make_inputs(make_spec(5, [4, 6], num_flags=2), num_rows, dtype=torch.float64)
     return (torch.randn(num_rows, 7, generator=generator, dtype=torch.float64),)
 
 

@@ -112,7 +112,7 @@ def altered_weights(run_dir: Path) -> None:
 def altered_encoder(run_dir: Path) -> None:
     for folder in (run_dir / "model", *(run_dir / "checkpoints").iterdir()):
         parts = read_parts(folder)
-        parts["task.json"]["encoder"]["tensors"]["median"][0] += 1000
+        parts["task.json"]["spec"]["numeric"][0]["median"] += 1000
         commit(folder, encode_parts(parts))
 
 

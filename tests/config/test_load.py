@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import FrozenInstanceError, asdict, fields
+from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_train.config import families
 from dist_train.config.compatibility import ADDED, RENAMED
 from dist_train.config.load import config_to_yaml, load_config, read_config
 from dist_train.config.schema import JobConfig, ModelConfig
 from dist_train.errors import UserError
-from dist_train.models.registry import MODELS
+from dist_train.models.registry import build_model
+from tests.models.specs import make_spec
 
 
 def mistakes(*arguments: str) -> str:
@@ -198,10 +201,6 @@ def test_every_shipped_configuration_loads() -> None:
     assert load_config([f"{folder}/credit_risk.yaml", f"{folder}/debug.yaml"]).run.name == "debug"
 
 
-def test_the_names_of_models_are_those_of_the_registry() -> None:
-    assert set(get_args(get_type_hints(ModelConfig)["name"])) == set(MODELS)
-
-
 def test_an_old_run_keeps_the_defaults_of_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ADDED, "optim.eps", 1e-6)
     monkeypatch.setitem(RENAMED, "optim.rate", "optim.lr")
@@ -220,3 +219,96 @@ def test_keys_of_a_newer_version_are_refused_in_one_line(tmp_path: Path) -> None
     with pytest.raises(UserError, match=expected) as refused:
         read_config(path)
     assert "\n" not in str(refused.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    width: int = 3
+    names: list[str] = field(default_factory=list)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.width < 1:
+            yield "width", f"must be at least 1, is {self.width}"
+
+
+@pytest.fixture
+def linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "_registered", {})
+    families.register_block("linear", LinearConfig)
+
+
+@pytest.mark.usefixtures("linear")
+def test_a_family_has_a_block_of_keys(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, "a.yaml", "model: {name: linear, linear: {width: 7}}\n")
+    model = load_config([file, "model.linear.names=[a]", "model.hidden_dim=5"]).model
+    assert families.block_of(model) == LinearConfig(width=7, names=["a"])
+    assert model.hidden_dim == 5
+    config = load_config([file])
+    again = yaml_file(tmp_path, "b.yaml", config_to_yaml(config))
+    assert read_config(Path(again)) == config
+    with pytest.raises(FrozenInstanceError):
+        families.block_of(model).width = 3
+
+
+@pytest.mark.usefixtures("linear")
+def test_a_configuration_has_no_blocks_of_families_that_it_does_not_choose() -> None:
+    assert load_config([]) == JobConfig()
+    assert load_config(["model.linear.width=7"]) == JobConfig()
+    assert families.block_of(JobConfig().model) == ModelConfig()
+
+
+@pytest.mark.usefixtures("linear")
+def test_mistakes_in_a_block_are_told_like_others() -> None:
+    text = mistakes(
+        "model.name=linear", "model.linear.widht=7", "model.linear.width=x", "model.linear=4", "model.gpt.k=3"
+    )
+    assert "unknown key 'model.linear.widht'. Did you mean: 'width'?" in text
+    assert "model.linear.width='x': Value 'x' of type 'str' could not be converted to Integer" in text
+    assert "model.linear=4: is a section: set its keys, as in model.linear.KEY=value" in text
+    assert "unknown key 'model.gpt'" in text
+    assert mistakes("model.name=linear", "model.linear.width=0") == "model.linear.width: must be at least 1, is 0"
+
+
+@pytest.mark.usefixtures("linear")
+def test_an_unknown_model_names_the_known_ones() -> None:
+    expected = "model.name: there is no model 'gpt'; there is " + ", ".join([*families.BUILT_IN, "linear"])
+    assert mistakes("model.name=gpt") == expected
+
+
+@pytest.mark.parametrize("name", ["dropout", "two words", "financial_classifier"])
+def test_a_block_cannot_take_the_name_of_another_key(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        families.register_block(name, LinearConfig)
+
+
+def test_a_family_of_an_installed_package_is_imported_when_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other_models.py").write_text(
+        "from dataclasses import dataclass\nfrom torch import nn\n"
+        "from dist_train.models.registry import register_model\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass FlatConfig:\n    scale: float = 2.0\n"
+        "@register_model('flat', FlatConfig)\n"
+        "def build(spec, config):\n    return nn.Linear(spec.num_numeric, int(config.scale))\n"
+    )
+    info = tmp_path / "other_models-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-models\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[dist_train.models]\nflat = other_models:build\ngone = no_such_module\n")
+    monkeypatch.setattr(families, "_registered", {})
+    monkeypatch.syspath_prepend(tmp_path)
+    families._entry_points.cache_clear()
+    try:
+        assert load_config([]) == JobConfig()
+        assert "other_models" not in sys.modules
+        assert "flat" in mistakes("model.name=gpt")
+        assert "other_models" not in sys.modules
+        model = load_config(["model.name=flat", "model.flat.scale=3"]).model
+        assert "other_models" in sys.modules
+        assert build_model(make_spec(4), model, seed=0).get_parameter("weight").shape == (3, 4)
+        assert mistakes("model.name=gone").startswith(
+            "model.name: the package of the model 'gone' cannot be imported: "
+        )
+    finally:
+        families._entry_points.cache_clear()
+        sys.modules.pop("other_models", None)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_train.data.encoder import Encoder, EncoderDescription
 from dist_train.determinism.batch_norm import sync_batch_norm
 from dist_train.determinism.keyed_random import seeded
 from dist_train.determinism.position import Position
@@ -109,23 +108,7 @@ class TheProgress:
         return vars(self.stateful)
 
 
-class TheEncoder:
-    def __init__(self) -> None:
-        description = EncoderDescription(
-            numeric=["a", "b"], categories={"c": ["x", "y"]}, class_names=["no", "yes"], one_hot=True
-        )
-        self.stateful = Encoder(description)
-
-    def act(self) -> None:
-        self.stateful.median += torch.tensor([0.1, 0.2], dtype=torch.float64)
-        self.stateful.seen[2] = True
-
-    def stand(self) -> Any:
-        numbers = torch.tensor([[1.0, torch.nan]], dtype=torch.float64)
-        return self.stateful(numbers, torch.tensor([[2]]))[0].tolist(), self.stateful.median.tolist()
-
-
-SUBJECTS: list[Callable[[], Subject]] = [TheModel, TheOptimizer, TheAverage, TheMeter, TheProgress, TheEncoder]
+SUBJECTS: list[Callable[[], Subject]] = [TheModel, TheOptimizer, TheAverage, TheMeter, TheProgress]
 
 
 def through_a_file(state: Mapping[str, Any]) -> Any:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_train.data.dataset import encode
-from dist_train.data.encoder import MISSING, UNKNOWN, Encoder
-from dist_train.data.fitting import fit_encoder, pieces_of
+from dist_train.data.encoder import Encoder, Pieces, fit_spec
+from dist_train.data.spec import FIRST_CATEGORY, MISSING, NUM_QUANTILES, UNKNOWN, FeatureSpec
 from dist_train.data.table import feature_kinds
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
+from dist_train.models.embeddings import TabularInputs
 from dist_train.system.console import log
 from tests.ranks import on_ranks
 
@@ -46,29 +44,33 @@ def table(num_rows: int = 301) -> pl.DataFrame:
     )
 
 
-def fit(
-    frame: pl.DataFrame, collectives: Collectives | None = None, *, max_categories: int = 256, one_hot: bool = True
-) -> Encoder:
+def fit(frame: pl.DataFrame, collectives: Collectives | None = None, *, max_categories: int = 256) -> Encoder:
     kinds = feature_kinds(frame, [], ["code"] if "code" in frame.columns else [], "t")
     collectives = collectives or Collectives(World())
     begin, end = split_evenly(0, frame.height, collectives.size)[collectives.rank]
-    return fit_encoder(
-        pieces_of(frame[begin:end]), kinds, ["bad", "good"], collectives,
-        max_categories=max_categories, one_hot=one_hot, source="t",
-    )  # fmt: skip
+    pieces = pieces_of(frame[begin:end])
+    return Encoder(fit_spec(pieces, kinds, ["bad", "good"], collectives, max_categories=max_categories, source="t"))
+
+
+def pieces_of(frame: pl.DataFrame) -> Pieces:
+    return lambda names: frame.select(names).iter_slices(100)
 
 
 def features(encoder: Encoder, frame: pl.DataFrame) -> Tensor:
-    return encode(frame, encoder, "t")[0]
+    """What a model with one-hot categories sees."""
+    return TabularInputs(encoder.spec)(*encoder.to_arrays(frame, "t"))  # type: ignore[no-any-return]
 
 
-def image(encoder: Encoder) -> tuple[str, dict[str, bytes]]:
+def categories(encoder: Encoder) -> dict[str, list[str]]:
+    return {column.name: list(column.categories) for column in encoder.spec.categorical}
+
+
+def image(encoder: Encoder) -> str:
     """An encoder to the bit."""
-    tensors = {name: tensor.numpy().tobytes() for name, tensor in encoder.state_dict().items()}
-    return json.dumps(encoder.describe()), tensors
+    return json.dumps(encoder.spec.to_json())
 
 
-def image_on_rank(collectives: Collectives, frame: pl.DataFrame, max_categories: int) -> tuple[str, dict[str, bytes]]:
+def image_on_rank(collectives: Collectives, frame: pl.DataFrame, max_categories: int) -> str:
     return image(fit(frame, collectives, max_categories=max_categories))
 
 
@@ -105,7 +107,7 @@ def test_without_quartiles_half_the_range_is_the_scale_and_a_constant_encodes_to
 def test_missing_numbers_are_the_median_and_flagged_where_training_had_some() -> None:
     frame = table().select("income", "balance")
     encoder = fit(frame)
-    assert encoder.flagged.tolist() == [True, False]
+    assert [column.has_missing_flag for column in encoder.spec.numeric] == [True, False]
     encoded = features(encoder, pl.DataFrame({"income": [None, 5.0], "balance": [0.0, None]}))
     assert encoded.shape == (2, 3)
     assert encoded[0, 0] == 0
@@ -142,48 +144,57 @@ def test_numbers_that_tell_nothing_are_named_once(world_size: int) -> None:
     assert on_ranks(world_size, warnings_on_rank, table()) == [expected] + [[]] * (world_size - 1)
 
 
-def test_categories_have_a_slot_each_the_most_frequent_first() -> None:
+def test_categories_have_a_code_each_the_most_frequent_first() -> None:
     encoder = fit(pl.DataFrame({"x": ["b", "a", "b", "c", "a", "b", None]}))
-    assert encoder.description.categories == {"x": ["b", "a", "c"]}
+    assert categories(encoder) == {"x": ["b", "a", "c"]}
     encoded = features(encoder, pl.DataFrame({"x": ["b", "c", None, "new"]}))
     assert encoded.tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 0, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
 
 
 def test_equally_frequent_categories_are_in_the_order_of_their_names() -> None:
-    assert fit(pl.DataFrame({"x": ["c", "a", "b", "b", "a", "c"]})).description.categories == {"x": ["a", "b", "c"]}
+    assert categories(fit(pl.DataFrame({"x": ["c", "a", "b", "b", "a", "c"]}))) == {"x": ["a", "b", "c"]}
 
 
-def test_categories_beyond_the_limit_share_the_slot_for_unknown_ones() -> None:
+def test_categories_beyond_the_limit_share_the_code_for_unknown_ones() -> None:
     encoder = fit(pl.DataFrame({"x": ["a", "a", "b", "b", "c"]}), max_categories=2)
-    assert encoder.description.categories == {"x": ["a", "b"]}
-    # The slot occurred in training, so an unknown category uses it; a missing cell did not occur.
+    assert categories(encoder) == {"x": ["a", "b"]}
+    # The code occurred in training, so an unknown category uses it; a missing cell did not occur.
     assert features(encoder, pl.DataFrame({"x": ["c", "new", None]})).tolist() == [[0, 1, 0, 0]] * 2 + [[0] * 4]
 
 
-def test_embedded_categories_are_handed_on_as_slots() -> None:
+def test_numbers_flags_and_codes_are_handed_on_apart() -> None:
     frame = table()
-    encoder = fit(frame, one_hot=False)
-    dense, slots = encode(frame, encoder, "t")
-    assert dense.shape == (301, encoder.input_dim)
-    assert encoder.embedded_sizes == [2 + 3, 2 + 5]
-    words = encoder.description.categories["purpose"]
-    expected = [MISSING if word is None else 2 + words.index(word) for word in frame["purpose"]]
-    assert slots[:, 0].tolist() == expected
+    encoder = fit(frame)
+    inputs = encoder.to_arrays(frame, "t")
+    assert inputs.numeric.shape == (301, 5)
+    assert inputs.flags.shape == (301, 2)
+    assert (inputs.numeric.dtype, inputs.flags.dtype, inputs.codes.dtype) == (torch.float32, torch.uint8, torch.uint8)
+    for flag, name in enumerate(("income", "nothing")):
+        assert inputs.flags[:, flag].tolist() == frame[name].is_null().to_list()
+    assert encoder.spec.category_sizes == (2 + 3, 2 + 5)
+    words = categories(encoder)["purpose"]
+    expected = [MISSING if word is None else FIRST_CATEGORY + words.index(word) for word in frame["purpose"]]
+    assert inputs.codes[:, 0].tolist() == expected
     new = frame[:1].with_columns(purpose=pl.lit("new"))
-    assert encode(new, encoder, "t")[1][0, 0] == UNKNOWN
+    assert encoder.to_arrays(new, "t").codes[0, 0] == UNKNOWN
 
 
-def test_one_hot_features_are_the_slots_written_out() -> None:
+@pytest.mark.parametrize(("count", "dtype"), [(254, torch.uint8), (255, torch.int16), (32767, torch.int32)])
+def test_codes_take_the_smallest_type_that_holds_them(count: int, dtype: torch.dtype) -> None:
+    frame = pl.DataFrame({"x": [f"word {i}" for i in range(count)]})
+    codes = fit(frame, max_categories=count).to_arrays(frame, "t").codes
+    assert codes.dtype == dtype
+    assert codes.long().sort(0).values.flatten().tolist() == list(range(2, 2 + count))
+
+
+def test_quantiles_are_those_of_numpy() -> None:
     frame = table()
-    hot, embedded = fit(frame), fit(frame, one_hot=False)
-    dense, slots = encode(frame, embedded, "t")
-    width = dense.shape[1]
-    assert torch.equal(features(hot, frame)[:, :width], dense)
-    assert features(hot, frame).shape[1] == width + sum(embedded.embedded_sizes) == hot.input_dim
-    written_out = torch.cat(
-        [torch.nn.functional.one_hot(slots[:, i], size) for i, size in enumerate(embedded.embedded_sizes)], 1
-    )
-    assert torch.equal(features(hot, frame)[:, width:], written_out.float())
+    for column in fit(frame).spec.numeric:
+        values = frame[column.name].drop_nulls().to_numpy().astype(np.float64)
+        assert len(column.quantiles) == (NUM_QUANTILES if len(values) else 0)
+        if len(values):
+            np.testing.assert_array_equal(column.quantiles, np.quantile(values, np.linspace(0, 1, NUM_QUANTILES)))
+            assert column.median == column.quantiles[NUM_QUANTILES // 2]
 
 
 def test_every_training_row_is_encoded_to_finite_numbers() -> None:
@@ -225,18 +236,14 @@ def test_a_row_is_encoded_the_same_alone_and_among_others() -> None:
     encoder = fit(frame)
     together = features(encoder, frame)
     assert torch.equal(torch.cat([features(encoder, frame[i : i + 1]) for i in range(0, 301, 37)]), together[::37])
-    assert features(encoder, frame[:0]).shape == (0, encoder.input_dim)
+    assert features(encoder, frame[:0]).shape == (0, together.shape[1])
 
 
 def test_it_is_the_same_after_saving_and_loading() -> None:
     frame = table()
     encoder = fit(frame)
-    file = io.BytesIO()
-    torch.save(encoder.state_dict(), file)
-    file.seek(0)
-    tensors: Mapping[str, Tensor] = torch.load(file, weights_only=True)
-    again = Encoder.from_description(json.loads(json.dumps(encoder.describe())), tensors)
-    assert image(again) == image(encoder)
+    again = Encoder(FeatureSpec.from_json(json.loads(json.dumps(encoder.spec.to_json()))))
+    assert again.spec == encoder.spec
     assert torch.equal(features(again, frame), features(encoder, frame))
 
 
@@ -244,10 +251,9 @@ def test_only_categories_and_only_numbers_are_tables_too() -> None:
     for names in (["purpose"], ["balance"]):
         frame = table().select(names)
         encoder = fit(frame)
-        assert features(encoder, frame).shape == (301, encoder.input_dim)
-        dense, *slots = encode(frame, fit(frame, one_hot=False), "t")
-        assert dense.shape[0] == 301
-        assert len(slots) == (names == ["purpose"])
+        inputs = encoder.to_arrays(frame, "t")
+        assert [x.shape[1] for x in inputs] == ([0, 0, 1] if names == ["purpose"] else [1, 0, 0])
+        assert features(encoder, frame).shape == (301, 5 if names == ["purpose"] else 1)
 
 
 def test_a_missing_column_is_named() -> None:
@@ -270,9 +276,7 @@ def _bad_cell_on_one_rank(collectives: Collectives) -> str:
     begin, end = split_evenly(0, 4, collectives.size)[collectives.rank]
     kinds = feature_kinds(pl.DataFrame({"x": [1.0]}), [], [], "t")
     try:
-        fit_encoder(
-            pieces_of(frame[begin:end]), kinds, ["a", "b"], collectives, max_categories=2, one_hot=True, source="t"
-        )
+        fit_spec(pieces_of(frame[begin:end]), kinds, ["a", "b"], collectives, max_categories=2, source="t")
     except UserError as error:
         return str(error)
     return "fitted"

@@ -11,10 +11,10 @@ import torch
 
 from dist_train.config.load import load_config
 from dist_train.data.dataset import Dataset, load_dataset
-from dist_train.data.mapped import MappedRows
 from dist_train.data.sampler import MicroBatchIndices
+from dist_train.data.sources import MappedRows
 from dist_train.data.split import SPLITS
-from dist_train.data.store import MANIFEST, Store, same_encoder
+from dist_train.data.store import MANIFEST, Store
 from dist_train.determinism.batch_context import BatchContext
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
@@ -29,9 +29,7 @@ CPU = torch.device("cpu")
 
 def load(path: Path, arguments: list[str]) -> Dataset:
     config = load_config([*ARGUMENTS, *arguments, f"data.path={path}"])
-    return load_dataset(
-        config.data, ALONE, seed=config.run.seed, one_hot=config.model.embedding_dim is None, dtype=torch.float32
-    )
+    return load_dataset(config.data, ALONE, seed=config.run.seed, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -46,26 +44,25 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "arguments",
     [
         ["data.split_column=part"],
-        ["data.split_column=part", "model.embedding_dim=4"],
         ["data.drop=[client,part]", "run.seed=11"],
         ["data.drop=[client,part]", "data.max_categories=2", "data.validation_fraction=0", "data.test_fraction=0.3"],
     ],
-    ids=["one-hot", "embedded", "fractions", "few categories"],
+    ids=["split column", "fractions", "few categories"],
 )
 def test_a_store_of_many_files_holds_what_one_file_gives_in_memory(arguments: list[str], tmp_path: Path) -> None:
     frame = table()
     frame.write_csv(tmp_path / "whole.csv")
     prepare_on_rank(ALONE, write_parts(frame, tmp_path / "files"), tmp_path / "store", arguments)
     memory, store = load(tmp_path / "whole.csv", arguments), load(tmp_path / "store", arguments)
-    assert same_encoder(memory.encoder, store.encoder)
-    assert "branch" in store.encoder.description.categories
+    assert memory.spec == store.spec
+    assert "branch" in [column.name for column in store.spec.categorical]
     for split in SPLITS:
         ours, theirs = store.splits[split], memory.splits[split]
         assert len(ours) == len(theirs)
         index = torch.randperm(len(ours), generator=torch.Generator().manual_seed(1))[:50]
         share = MicroBatchIndices(index, (20, len(index) - 20), epoch=3, first_row=9, global_rows=100)
         batch, expected = ours.gather(share), theirs.gather(share)
-        assert batch.context == BatchContext(3, 9, expected.slices)
+        assert batch.context == expected.context == BatchContext(3, 9, share.slices)
         assert torch.equal(batch.rows, expected.rows)
         assert torch.equal(batch.targets, expected.targets)
         assert torch.equal(ours.targets, theirs.targets)
@@ -91,14 +88,15 @@ def test_its_bytes_are_the_same_for_any_number_of_ranks(world_size: int, argumen
 def test_one_block_or_many_hold_the_same_rows(sound: Path, tmp_path: Path) -> None:
     files = write_parts(table(), tmp_path / "files")
     prepare_on_rank(ALONE, files, tmp_path / "store", ["data.split_column=part"], block_rows=4096)
-    assert len(Store(tmp_path / "store").files["train.features"].blocks) == 1
-    assert len(Store(sound).files["train.features"].blocks) > 5
+    assert len(Store(tmp_path / "store").files["train.numeric"].blocks) == 1
+    assert len(Store(sound).files["train.numeric"].blocks) > 5
     one, many = contents(tmp_path / "store"), contents(sound)
     assert {n: b for n, b in one.items() if n != MANIFEST} == {n: b for n, b in many.items() if n != MANIFEST}
 
 
 def test_features_become_what_the_precision_asks_for(sound: Path) -> None:
-    rows = MappedRows(Store(sound).tensors("train"), CPU, torch.float64)
+    store = Store(sound)
+    rows = MappedRows(store.tensors("train"), store.to_inputs, CPU, torch.float64)
     share = MicroBatchIndices(torch.tensor([5, 0]), (2,), 0, 0, 2)
     assert rows.gather(share).inputs[0].dtype == torch.float64
     assert rows.slice(0, 3)[0].dtype == torch.float64
@@ -180,12 +178,12 @@ def test_no_change_of_the_manifest_passes(sound: Path, tmp_path: Path) -> None:
 
 def test_a_model_of_another_encoder_is_refused(sound: Path, tmp_path: Path) -> None:
     table().with_columns(pl.col("age") * 3).write_csv(tmp_path / "other.csv")
-    other = load(tmp_path / "other.csv", ["data.split_column=part"]).encoder
+    other = load(tmp_path / "other.csv", ["data.split_column=part"]).spec
     config = load_config([*ARGUMENTS, "data.split_column=part", f"data.path={sound}"])
     with pytest.raises(UserError, match="was encoded by another encoder"):
-        load_dataset(config.data, ALONE, seed=0, one_hot=True, dtype=torch.float32, encoder=other)
-    same = Store(sound).encoder
-    loaded = load_dataset(config.data, ALONE, seed=0, one_hot=True, dtype=torch.float32, encoder=same)
+        load_dataset(config.data, ALONE, seed=0, dtype=torch.float32, spec=other)
+    same = Store(sound).spec
+    loaded = load_dataset(config.data, ALONE, seed=0, dtype=torch.float32, spec=same)
     assert loaded.sha256 == Store(sound).sha256
 
 
@@ -196,7 +194,6 @@ def test_a_model_of_another_encoder_is_refused(sound: Path, tmp_path: Path) -> N
         ("data.drop=[client,age]", "data.drop"),
         ("data.split_column=null", "data.split_column"),
         ("data.max_categories=3", "data.max_categories"),
-        ("model.embedding_dim=4", "model.embedding_dim"),
     ],
 )
 def test_a_configuration_that_asks_for_other_data_is_refused(sound: Path, argument: str, culprit: str) -> None:
@@ -205,4 +202,13 @@ def test_a_configuration_that_asks_for_other_data_is_refused(sound: Path, argume
 
 
 def test_what_does_not_matter_to_the_data_may_differ(sound: Path) -> None:
-    load(sound, ["data.split_column=part", "data.test_fraction=0.4", "run.seed=8", "data.categorical=[code]"])
+    load(
+        sound,
+        [
+            "data.split_column=part",
+            "data.test_fraction=0.4",
+            "run.seed=8",
+            "data.categorical=[code]",
+            "model.embedding_dim=4",
+        ],
+    )

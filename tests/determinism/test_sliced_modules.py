@@ -21,12 +21,14 @@ from dist_train.determinism.sliced_modules import (
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
+from dist_train.models import registry
 from dist_train.models.embeddings import Embedded
 from dist_train.models.financial_classifier import FinancialClassifier
-from dist_train.models.registry import MODELS
+from dist_train.models.financial_classifier import build as build_financial_classifier
 from tests.cli.in_process import command
 from tests.commands import REPOSITORY
 from tests.determinism.contexts import context_at, keep_gradients
+from tests.models.specs import make_inputs, make_spec
 
 LENGTHS = (5, 0, 1, 6)
 
@@ -38,14 +40,13 @@ def many_modules() -> nn.Module:
 
 
 def embedded() -> nn.Module:
-    return Embedded(5, [4, 6], 2, lambda width: FinancialClassifier(width, 8, 3, (0.0, 0.0)))
+    return Embedded(make_spec(5, [4, 6], num_flags=2), 2, lambda width: FinancialClassifier(width, 8, 3, (0.0, 0.0)))
 
 
 def inputs_of(model: nn.Module) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
     if isinstance(model, Embedded):
-        slots = torch.randint(0, 4, (sum(LENGTHS), 2), generator=generator)
-        return torch.randn(sum(LENGTHS), 5, generator=generator, dtype=torch.float64), slots
+        return make_inputs(make_spec(5, [4, 6], num_flags=2), sum(LENGTHS), dtype=torch.float64)
     return (torch.randn(sum(LENGTHS), 7, generator=generator, dtype=torch.float64),)
 
 
@@ -153,8 +154,8 @@ class MinusMean(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.inner(x - x.mean(0))
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        logits: Tensor = self.inner(x - x.mean(0), *others)
         return logits
 
 
@@ -165,7 +166,7 @@ def test_rows_that_are_mixed_between_modules_are_found_out() -> None:
         embedding, _ = converted(embedded())
     rows = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
     check_row_wise(model, [rows], "a model")
-    check_row_wise(embedding, [rows[:, :5], torch.tensor([[0, 1], [2, 3], [3, 5], [1, 1]])], "a model")
+    check_row_wise(embedding, make_inputs(make_spec(5, [4, 6], num_flags=2), 4), "a model")
     assert model.training
     with pytest.raises(UnknownModuleError, match="what a model puts out for a row depends on the rows beside it"):
         check_row_wise(mixing, [rows], "a model")
@@ -174,7 +175,7 @@ def test_rows_that_are_mixed_between_modules_are_found_out() -> None:
 def test_a_run_of_a_model_that_mixes_rows_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = MODELS["financial_classifier"]
+    make = build_financial_classifier
     arguments = [
         f"run.dir={tmp_path}",
         "run.name=run",
@@ -183,7 +184,7 @@ def test_a_run_of_a_model_that_mixes_rows_is_refused_before_anything_is_written(
         "runtime.device=cpu",
     ]
     for wrap, culprit in [(MinusMean, "financial_classifier puts out"), (with_convolution, "0 is a Conv1d")]:
-        monkeypatch.setitem(MODELS, "financial_classifier", lambda *a, wrap=wrap: wrap(make(*a)))
+        monkeypatch.setitem(registry._BUILDS, "financial_classifier", lambda *a, wrap=wrap: wrap(make(*a)))
         done = command("train", REPOSITORY / "configs" / "credit_risk.yaml", *arguments, "train.virtual_ranks=4")
         assert done.code == 2, done.err
         assert culprit in done.err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from dist_train.data.mapped import MappedRows
+from dist_train.data.encoder import Inputs
 from dist_train.data.sampler import MicroBatchIndices
+from dist_train.data.sources import MappedRows
 from dist_train.determinism.batch_norm import sync_batch_norm
 from dist_train.determinism.dropout import KeyedDropout
 from dist_train.determinism.keyed_random import seeded
@@ -180,18 +181,22 @@ def test_a_world_of_one_needs_no_process_group(tmp_path: Path) -> None:
 def test_batches_of_a_store_arrive_whole_by_way_of_pinned_memory() -> None:
     """More batches than buffers, of changing sizes, compared only after all of them were sent off."""
     count = 5000
-    features = torch.arange(count * 50, dtype=torch.float32).view(count, 50)
-    slots, targets = torch.arange(count * 3).view(count, 3).to(torch.int32), (torch.arange(count) % 7).to(torch.uint8)
-    tensors = {"features": features, "slots": slots, "targets": targets, "rows": torch.arange(count) * 2}
-    rows = MappedRows(tensors, torch.device("cuda"), torch.float64)
+    numeric = torch.arange(count * 50, dtype=torch.float32).view(count, 50)
+    codes, targets = torch.arange(count * 3).view(count, 3).to(torch.int32), (torch.arange(count) % 7).to(torch.uint8)
+    tensors = {"numeric": numeric, "codes": codes, "targets": targets, "rows": torch.arange(count) * 2}
+
+    def to_inputs(tensors: Mapping[str, torch.Tensor]) -> Inputs:
+        return Inputs(tensors["numeric"], tensors["codes"][:, :0], tensors["codes"])
+
+    rows = MappedRows(tensors, to_inputs, torch.device("cuda"), torch.float64)
     generator = torch.Generator().manual_seed(0)
     shares = [
         MicroBatchIndices(torch.randperm(count, generator=generator)[:n], (n,), 0, 0, n)
         for n in (900, 7, 4000, 0, 900) * 8
     ]
     for share, batch in zip(shares, [rows.gather(share) for share in shares], strict=True):
-        assert torch.equal(batch.inputs[0].cpu(), features[share.rows].double())
-        assert torch.equal(batch.inputs[1].cpu(), slots[share.rows].long())
+        assert torch.equal(batch.inputs[0].cpu(), numeric[share.rows].double())
+        assert torch.equal(batch.inputs[2].cpu(), codes[share.rows])
         assert torch.equal(batch.targets.cpu(), targets[share.rows].long())
         assert batch.rows.tolist() == (share.rows * 2).tolist()
     assert rows.slice(3, 5)[0].device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Batches from resident rows: one gather is the rows themselves."""
+"""Batches from rows in memory: one gather is the rows themselves."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from itertools import islice
 import pytest
 import torch
 
-from dist_train.data.feed import Feed, ResidentRows, resident
+from dist_train.data.encoder import Inputs
 from dist_train.data.sampler import MicroBatchIndices, PositionSampler
+from dist_train.data.sources import Feed, ResidentRows, resident
 from dist_train.determinism.batch_context import BatchContext
 from dist_train.determinism.position import Position
 
 CPU = torch.device("cpu")
-FEATURES = torch.arange(60.0).view(20, 3)
-SLOTS = torch.arange(40).view(20, 2)
+NUMERIC = torch.arange(60.0).view(20, 3)
+FLAGS = torch.empty((20, 0), dtype=torch.uint8)
+CODES = torch.arange(40, dtype=torch.uint8).view(20, 2)
 TARGETS = torch.arange(20) % 4
 
 
 def rows(*numbers: int, dtype: torch.dtype = torch.float32) -> ResidentRows:
-    return resident((FEATURES, SLOTS), TARGETS, torch.tensor(numbers, dtype=torch.int64), CPU, dtype)
+    chosen = torch.tensor(numbers, dtype=torch.int64)
+    return resident(Inputs(NUMERIC[chosen], FLAGS[chosen], CODES[chosen]), TARGETS[chosen], chosen, 4, CPU, dtype)
 
 
 @pytest.mark.parametrize("index", [[], [4], [0, 4, 2], [1, 1]])
@@ -30,8 +33,10 @@ def test_a_batch_is_direct_indexing(index: list[int]) -> None:
     )
     batch = chosen.gather(share)
     table_rows = [[19, 3, 5, 7, 11][i] for i in index]
-    assert torch.equal(batch.inputs[0], FEATURES[table_rows])
-    assert torch.equal(batch.inputs[1], SLOTS[table_rows])
+    numeric, flags, codes = batch.inputs
+    assert torch.equal(numeric, NUMERIC[table_rows])
+    assert torch.equal(flags, FLAGS[table_rows])
+    assert torch.equal(codes, CODES[table_rows])
     assert torch.equal(batch.targets, TARGETS[table_rows])
     assert batch.rows.tolist() == table_rows
     assert batch.context == BatchContext(2, 7, (len(index),))
@@ -42,13 +47,15 @@ def test_a_batch_is_direct_indexing(index: list[int]) -> None:
 def test_only_floating_point_inputs_change_their_type() -> None:
     batch = rows(1, 2, dtype=torch.float64).gather(MicroBatchIndices(torch.tensor([0]), (1,), 0, 0, 1))
     assert batch.inputs[0].dtype == torch.float64
-    assert batch.inputs[1].dtype == torch.int64
+    assert batch.inputs[1].dtype == batch.inputs[2].dtype == torch.uint8
+    assert batch.targets.dtype == torch.int64
 
 
 def test_a_slice_is_in_the_order_of_the_table() -> None:
-    features, slots = rows(2, 4, 6).slice(1, 3)
-    assert torch.equal(features, FEATURES[[4, 6]])
-    assert torch.equal(slots, SLOTS[[4, 6]])
+    numeric, flags, codes = rows(2, 4, 6).slice(1, 3)
+    assert torch.equal(numeric, NUMERIC[[4, 6]])
+    assert flags.shape == (2, 0)
+    assert torch.equal(codes, CODES[[4, 6]])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

@@ -1,0 +1,127 @@
+"""Families of models: their names, and the block of configuration keys that each of them has.
+
+`model.name` chooses a family. The keys of the default family stand in `model` itself, those of another one in
+`model.<name>`. A family comes with this package (BUILT_IN), is registered by a program (`register_model`), or belongs
+to an installed package that names it as an entry point of the group `dist_train.models`; such a package is imported
+when a configuration names its family, and no sooner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import field, fields, is_dataclass, make_dataclass, replace
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from dist_train.config.schema import JobConfig, ModelConfig
+from dist_train.errors import UserError
+
+DEFAULT = "financial_classifier"
+ENTRY_POINTS = "dist_train.models"
+
+BUILT_IN: dict[str, type[Any] | None] = {DEFAULT: None}
+"""Block of each family of this package, None where the keys of `model` are its own. Its module has the same name."""
+
+_registered: dict[str, type[Any] | None] = {}
+
+
+def register_block(name: str, block: type[Any]) -> None:
+    """Make the fields of a frozen dataclass the keys `model.<name>.<field>`.
+
+    Raises:
+        ValueError: the name is not an identifier, or is taken; the block is not a dataclass.
+    """
+    if not is_dataclass(block):
+        raise ValueError(f"the block of the model {name!r} must be a dataclass, is {block!r}")
+    if not name.isidentifier() or name in {key.name for key in fields(ModelConfig)}:
+        raise ValueError(f"{name!r} cannot name a model with a block: it must be an identifier and no key of `model`")
+    known = _blocks().get(name, block)
+    if known is not block and (known is None or _place(known) != _place(block)):
+        raise ValueError(f"there is a model {name!r} with another block")
+    register_name(name, block)
+
+
+def register_name(name: str, block: type[Any] | None = None) -> None:
+    """Make a family known that has no block of its own, or has it registered already."""
+    if name not in BUILT_IN:
+        _registered[name] = block or _registered.get(name)
+
+
+def find(name: str) -> bool:
+    """Whether there is such a family; an installed package that has it is imported.
+
+    Raises:
+        UserError: the package cannot be imported.
+    """
+    if name not in _blocks() and name in _entry_points():
+        try:
+            _entry_points()[name].load()
+        except ImportError as error:
+            raise UserError(f"model.name: the package of the model {name!r} cannot be imported: {error}") from None
+        register_name(name)
+    return name in _blocks()
+
+
+def names() -> list[str]:
+    """Names of all families."""
+    return [*_blocks(), *(name for name in _entry_points() if name not in _blocks())]
+
+
+def unknown(name: str) -> str:
+    """What to say of a name that no family has."""
+    return f"there is no model {name!r}; there is {', '.join(names())}"
+
+
+def block_of(model: ModelConfig) -> Any:
+    """The block of the chosen family: the `model` section itself where the family has no block."""
+    block = _blocks().get(model.name)
+    return model if block is None else getattr(model, model.name, None) or block()
+
+
+def complete_config(contents: Iterable[Mapping[Any, Any]]) -> JobConfig:
+    """The default configuration with the block of every family that is known, or named in one of these mappings."""
+    for content in contents:
+        section = content.get("model")
+        if isinstance(section, dict):
+            blocks = [key for key, value in section.items() if isinstance(value, dict)]
+            for name in (section.get("name", DEFAULT), *blocks):
+                find(str(name))
+    return JobConfig(model=_with_blocks({name: block() for name, block in _blocks().items() if block}))
+
+
+def without_other_blocks(config: JobConfig) -> JobConfig:
+    """The configuration without the blocks of families that it does not choose."""
+    model, block = config.model, _blocks().get(config.model.name)
+    own = {model.name: getattr(model, model.name)} if block else {}
+    values = {key.name: getattr(model, key.name) for key in fields(ModelConfig)}
+    return replace(config, model=replace(_with_blocks(own), **values))
+
+
+def _with_blocks(blocks: Mapping[str, Any]) -> ModelConfig:
+    """The default `model` section with blocks as further keys."""
+    if not blocks:
+        return ModelConfig()
+    kind: type[ModelConfig] = _section(tuple((name, type(block)) for name, block in blocks.items()))
+    return kind(**blocks)
+
+
+@cache
+def _section(blocks: tuple[tuple[str, type[Any]], ...]) -> type[ModelConfig]:
+    keys = [(name, block, field(default_factory=block)) for name, block in blocks]
+    section: type[ModelConfig] = make_dataclass("ModelConfig", keys, bases=(ModelConfig,), frozen=True, kw_only=True)
+    return section
+
+
+def _blocks() -> dict[str, type[Any] | None]:
+    return BUILT_IN | _registered
+
+
+@cache
+def _entry_points() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+def _place(block: type[Any]) -> tuple[str, str]:
+    """Where a class is defined: a module that was imported anew defines the same one again."""
+    return block.__module__, block.__qualname__

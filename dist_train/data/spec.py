@@ -1,0 +1,159 @@
+"""What a model may know of the columns of a table: plain numbers and names, saved beside the weights as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MISSING, UNKNOWN, FIRST_CATEGORY = 0, 1, 2
+"""Codes of a categorical column: a missing cell, a category that is not in the vocabulary, the first category."""
+
+NUM_QUANTILES = 33
+"""Quantiles kept of a numeric column, evenly spaced from the smallest to the largest training value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumericColumn:
+    """A column of numbers as it was fitted to the training rows.
+
+    A value x is encoded as c / sqrt(1 + (c / 3)^2) with c = (x - median) * scale; a missing cell as 0. A scale of 0
+    means that the training rows hold one value or none. `quantiles` are of x itself, `NUM_QUANTILES` of them, or none
+    where there were no values or the spec was written before they were kept.
+    """
+
+    name: str
+    median: float
+    scale: float
+    has_missing_flag: bool
+    quantiles: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CategoricalColumn:
+    """A column of categories: code 0 is a missing cell, 1 an unknown category, `2 + i` the category `categories[i]`.
+
+    `seen_in_training` says of each code whether it occurred in the training rows, (2 + categories,).
+    """
+
+    name: str
+    categories: tuple[str, ...]
+    seen_in_training: tuple[bool, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of codes."""
+        return FIRST_CATEGORY + len(self.categories)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """The feature columns of a table, and its classes in the order of the logits.
+
+    A model gets three tensors for each batch: numeric (rows, num_numeric) floating point, flags (rows, num_flags)
+    uint8, 1 where the cell of a column with `has_missing_flag` is missing, and codes (rows, num_categorical) integer.
+    """
+
+    FORMAT = 1
+
+    numeric: tuple[NumericColumn, ...]
+    categorical: tuple[CategoricalColumn, ...]
+    class_names: tuple[str, ...]
+
+    @property
+    def num_numeric(self) -> int:
+        """Numeric columns."""
+        return len(self.numeric)
+
+    @property
+    def num_flags(self) -> int:
+        """Numeric columns with a flag for missing cells."""
+        return sum(column.has_missing_flag for column in self.numeric)
+
+    @property
+    def num_categorical(self) -> int:
+        """Categorical columns."""
+        return len(self.categorical)
+
+    @property
+    def category_sizes(self) -> tuple[int, ...]:
+        """Number of codes of each categorical column, those for missing and unknown included."""
+        return tuple(column.size for column in self.categorical)
+
+    @property
+    def num_columns(self) -> int:
+        """Feature columns of the table."""
+        return len(self.numeric) + len(self.categorical)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes."""
+        return len(self.class_names)
+
+    def matches(self, other: FeatureSpec) -> bool:
+        """Whether both encode every table to the same bits. Quantiles count only where both have them."""
+        if len(self.numeric) != len(other.numeric):
+            return False
+        pairs = list(zip(self.numeric, other.numeric, strict=True))
+        known = all(one.quantiles and two.quantiles for one, two in pairs)
+        return self == other if known else self._without_quantiles() == other._without_quantiles()
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types, which keep every bit of a float64; `from_json` reads it."""
+        return {"format": self.FORMAT, **_plain(asdict(self))}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> FeatureSpec:
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError: a later release wrote it.
+        """
+        if content["format"] > cls.FORMAT:
+            raise ValueError(f"a feature spec of format {content['format']}, this program reads up to {cls.FORMAT}")
+        return cls(
+            numeric=tuple(
+                NumericColumn(**{**column, "quantiles": tuple(column["quantiles"])}) for column in content["numeric"]
+            ),
+            categorical=tuple(
+                CategoricalColumn(
+                    name=column["name"],
+                    categories=tuple(column["categories"]),
+                    seen_in_training=tuple(column["seen_in_training"]),
+                )
+                for column in content["categorical"]
+            ),
+            class_names=tuple(content["class_names"]),
+        )
+
+    def _without_quantiles(self) -> tuple[Any, ...]:
+        numeric = [(c.name, c.median, c.scale, c.has_missing_flag) for c in self.numeric]
+        return numeric, self.categorical, self.class_names
+
+
+def spec_of_encoder(description: Mapping[str, Any], tensors: Mapping[str, Sequence[Any]]) -> FeatureSpec:
+    """The spec of an encoder as release 0.1 saved it: its description, and its tensors (or lists of their numbers)."""
+    median, scale, flagged = tensors["median"], tensors["scale"], tensors["flagged"]
+    seen = [bool(flag) for flag in tensors["seen"]]
+    categorical, first = [], 0
+    for name, categories in description["categories"].items():
+        last = first + FIRST_CATEGORY + len(categories)
+        categorical.append(
+            CategoricalColumn(name=name, categories=tuple(categories), seen_in_training=tuple(seen[first:last]))
+        )
+        first = last
+    return FeatureSpec(
+        numeric=tuple(
+            NumericColumn(name=name, median=float(median[i]), scale=float(scale[i]), has_missing_flag=bool(flagged[i]))
+            for i, name in enumerate(description["numeric"])
+        ),
+        categorical=tuple(categorical),
+        class_names=tuple(description["class_names"]),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as JSON gives them back."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
