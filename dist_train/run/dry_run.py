@@ -57,7 +57,8 @@ def profile_session(session: Session, collectives: Collectives, wants_stop: Call
     rows = {name: len(session.task.splits[name]) for name in ("valid", "test")}
     rows_a_second = _evaluate(session, session.task.splits["valid"], collectives)
     if collectives.is_main:
-        encode_parts(session.tensor_parts())  # a checkpoint in memory
+        for _ in encode_parts(session.tensor_parts()).values():
+            pass  # what a checkpoint takes in memory
     unseen = max(0, *(count - _EVALUATED_ROWS for count in rows.values()))
     classes = len(session.task.class_names)
     on_device = collectives.device.type == "cuda"  # metrics are computed on the host

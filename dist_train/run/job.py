@@ -117,6 +117,7 @@ class Job:
             session = self._session(matching)
         if found:
             session.restore(found.parts)
+            found = found.without_tensors()  # they are in the session now
         step, trains_on = session.progress.step, session.trains_on
         changes = changes_since(found, config, matching, collectives)
         collectives.on_rank_zero(

@@ -268,7 +268,8 @@ def matching_task(found: Found | None, config: JobConfig, task: Task, collective
     if not found:
         return task
     state = found.parts["state.json"]
-    _note_other_bits(state, config, collectives)
+    if collectives.is_main:
+        _note_other_bits(state, config, collectives)
     log.info("resuming from the checkpoint of step %d", found.step)
     if state["data_sha256"] == task.fingerprint:
         return task

@@ -20,6 +20,10 @@ class Found:
     step: int
     parts: Parts
 
+    def without_tensors(self) -> Found:
+        """The same, with its JSON parts alone."""
+        return Found(self.step, {name: part for name, part in self.parts.items() if name.endswith(".json")})
+
 
 class Checkpoints:
     """Checkpoints below one folder. Rank 0 alone writes; `confirm` raises where it no longer may."""

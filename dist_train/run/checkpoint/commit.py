@@ -28,6 +28,8 @@ class CorruptCheckpoint(Exception):
 def commit(folder: Path, parts: Mapping[str, bytes], confirm: Callable[[], None] = lambda: None) -> None:
     """Write `parts` (file name -> content): `folder` then holds all of them, or does not change.
 
+    Each content is asked for once and let go before the next one.
+
     `confirm` raises where this process may not write there any more. It is called just before the rename, and after a
     failure: its error may name the cause.
 
@@ -38,16 +40,12 @@ def commit(folder: Path, parts: Mapping[str, bytes], confirm: Callable[[], None]
     with with_path(folder):
         try:
             aside.mkdir()
-            manifest = {
-                name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in parts.items()
-            }
-            for name, data in parts.items():
-                write_synced(aside / name, data)
+            manifest = {name: _write_part(aside / name, parts[name]) for name in parts}
             content = {"parts": manifest, "sha256": _digest(manifest)}
             write_synced(aside / MANIFEST, json.dumps(content, indent=1).encode())
             sync_folder(aside)
             try:
-                read_verified(aside)
+                check_folder(aside)
             except CorruptCheckpoint as damage:
                 raise OSError(f"{folder}: what was written does not read back: {damage}") from None
             confirm()
@@ -60,11 +58,16 @@ def commit(folder: Path, parts: Mapping[str, bytes], confirm: Callable[[], None]
             raise
 
 
-def read_verified(folder: Path) -> dict[str, bytes]:
-    """The bytes of every part of a committed folder.
+def _write_part(file: Path, data: bytes) -> dict[str, Any]:
+    write_synced(file, data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def list_parts(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size in bytes and SHA-256 of every part, by file name, as the manifest of a committed folder says.
 
     Raises:
-        CorruptCheckpoint: a part is missing, or has another size or content than was written.
+        CorruptCheckpoint: the manifest is missing, or has another content than was written.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
@@ -78,26 +81,52 @@ def read_verified(folder: Path) -> dict[str, bytes]:
         raise CorruptCheckpoint(f"{folder / MANIFEST} cannot be read") from None
     if not expected:
         raise CorruptCheckpoint(f"{folder / MANIFEST} names no parts")
-    parts = {}
-    for name, (size, sha256) in expected.items():
+    for name in expected:
         if Path(name).name != name:
             raise CorruptCheckpoint(f"{folder / MANIFEST} names {name!r}, which is not a file of this folder")
-        try:
-            data = (folder / name).read_bytes()
-        except (OSError, ValueError):  # ValueError: a name that no file can have
-            raise CorruptCheckpoint(f"{folder / name} is missing or cannot be read") from None
-        if len(data) != size:
-            raise CorruptCheckpoint(f"{folder / name} has {len(data)} bytes instead of {size}")
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise CorruptCheckpoint(f"{folder / name} has another content than was written (SHA-256 differs)")
-        parts[name] = data
-    return parts
+    return expected
+
+
+def read_part(folder: Path, name: str, size: int, sha256: str) -> bytes:
+    """The bytes of a part.
+
+    Raises:
+        CorruptCheckpoint: it is missing, or has another size or content than was written.
+    """
+    try:
+        data = (folder / name).read_bytes()
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        raise CorruptCheckpoint(f"{folder / name} is missing or cannot be read") from None
+    if len(data) != size:
+        raise CorruptCheckpoint(f"{folder / name} has {len(data)} bytes instead of {size}")
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CorruptCheckpoint(f"{folder / name} has another content than was written (SHA-256 differs)")
+    return data
+
+
+def read_verified(folder: Path) -> dict[str, bytes]:
+    """The bytes of every part of a committed folder.
+
+    Raises:
+        CorruptCheckpoint: a part is missing, or has another size or content than was written.
+    """
+    return {name: read_part(folder, name, *expected) for name, expected in list_parts(folder).items()}
+
+
+def check_folder(folder: Path) -> None:
+    """Read every part of a committed folder, one at a time.
+
+    Raises:
+        CorruptCheckpoint: a part is missing, or has another size or content than was written.
+    """
+    for name, expected in list_parts(folder).items():
+        read_part(folder, name, *expected)
 
 
 def is_whole(folder: Path) -> bool:
     """Whether a folder was committed and still holds what was written."""
     try:
-        read_verified(folder)
+        check_folder(folder)
     except CorruptCheckpoint:
         return False
     return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config.compatibility import require_format
-from dist_train.run.checkpoint.commit import CorruptCheckpoint, read_verified
+from dist_train.run.checkpoint.commit import CorruptCheckpoint, list_parts, read_part
 
 Parts = dict[str, Any]
 """File name -> content: `*.pth` a flat mapping of tensors, `*.json` any JSON value."""
@@ -23,9 +23,26 @@ _FORMAT_PARTS = {"state.json": "checkpoint", "model.json": "trained model"}
 """The part that holds the format number, by name -> the kind of artefact."""
 
 
-def encode_parts(parts: Parts) -> dict[str, bytes]:
+class EncodedParts(Mapping[str, bytes]):
+    """Parts as the bytes of their files, each made when it is asked for: no two need be in memory at once."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> bytes:
+        value = self._parts[name]
+        return pack_tensors(value) if name.endswith(".pth") else pack_json(value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def encode_parts(parts: Parts) -> EncodedParts:
     """Parts as the bytes of their files."""
-    return {name: pack_tensors(value) if name.endswith(".pth") else pack_json(value) for name, value in parts.items()}
+    return EncodedParts(parts)
 
 
 def read_parts(folder: Path) -> Parts:
@@ -35,15 +52,17 @@ def read_parts(folder: Path) -> Parts:
         CorruptCheckpoint: the folder does not verify, or a part is not what its name says.
         UserError: its format is not one that this version reads.
     """
-    files = read_verified(folder)
+    listed = list_parts(folder)
+
+    def read(name: str) -> Any:
+        unpack = unpack_tensors if name.endswith(".pth") else unpack_json
+        return unpack(read_part(folder, name, *listed[name]), str(folder / name))
+
     for name, kind in _FORMAT_PARTS.items():
-        if name in files:  # checked first: another version may encode the other parts differently
-            content = unpack_json(files[name], str(folder / name))
+        if name in listed:  # checked first: another version may encode the other parts differently
+            content = read(name)
             require_format(kind, content.get("format", 1) if isinstance(content, dict) else None, str(folder))
-    return {
-        name: (unpack_tensors if name.endswith(".pth") else unpack_json)(data, str(folder / name))
-        for name, data in files.items()
-    }
+    return {name: read(name) for name in listed}
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
