@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -61,16 +61,17 @@ def bind(model: nn.Module, shared: ModelContext) -> Forward:
 
 
 class GuardedStep:
-    """A step after which no global random generator may have moved."""
+    """A step in which no global random generator may move."""
 
-    def __init__(self, step: Step, guard: Callable[[], GeneratorGuard]) -> None:
+    def __init__(self, step: Step, guard: GeneratorGuard) -> None:
         self.inner = step
-        self._make_guard = guard
-        self._guard: GeneratorGuard | None = None
+        self._guard = guard
 
     def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> StepResult:
-        """Take the step, then check."""
-        self._guard = self._guard or self._make_guard()
-        result = self.inner(batches, step, wants_stop=wants_stop)
-        self._guard.check(step + 1)
-        return result
+        """Take the step.
+
+        Raises:
+            UserError: it has drawn from a global generator.
+        """
+        with self._guard.watching(step + 1):
+            return self.inner(batches, step, wants_stop=wants_stop)

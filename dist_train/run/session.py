@@ -82,7 +82,7 @@ class Session:
             max_grad_norm=config.optim.max_grad_norm,
             autocast_dtype=autocast_dtype_of(train.precision),
         )
-        self.step: Step = GuardedStep(self.execution.step(eager), lambda: GeneratorGuard(collectives.device))
+        self.step: Step = GuardedStep(self.execution.step(eager), GeneratorGuard(collectives.device))
         self._tensors: dict[str, Stateful] = {
             "model.pth": self.model,
             "optimizer.pth": self.optimizer,

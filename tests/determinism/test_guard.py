@@ -36,23 +36,26 @@ MODES = [(), ("train.virtual_ranks=2",), ("train.precision=bf16",)]
 )
 def test_a_draw_is_named_with_its_step(draw: Callable[[], object], named: str) -> None:
     guard = GeneratorGuard(CPU)
-    guard.check(1)
-    draw()
-    with pytest.raises(UserError, match="step 2 has drawn from") as refused:
-        guard.check(2)
+    with guard.watching(1):
+        pass
+    draw()  # between steps
+    with pytest.raises(UserError, match="step 2 has drawn from") as refused, guard.watching(2):
+        draw()
     assert named in str(refused.value)
-    guard.check(3)
+    with guard.watching(3):
+        pass
 
 
 def test_torch_is_watched_in_every_step_and_a_private_generator_is_no_draw() -> None:
     guard = GeneratorGuard(CPU)
     for step in range(1, 60):
-        torch.rand(2, generator=torch.Generator().manual_seed(step))
-        np.random.default_rng(step).random()
-        guard.check(step)
-    torch.rand(1)
-    with pytest.raises(UserError, match="step 60"):
-        guard.check(60)
+        with guard.watching(step):
+            torch.rand(2, generator=torch.Generator().manual_seed(step))
+            np.random.default_rng(step).random()
+    with pytest.raises(UserError, match="step 60"), guard.watching(60):
+        torch.rand(1)
+    with pytest.raises(UserError, match="step 100"), guard.watching(100):
+        random.random()
 
 
 class Unkeyed(nn.Module):
