@@ -9,7 +9,7 @@ two ranks on a laptop's CPU:
 one process, for debugging (CPU or one GPU, seconds):
     dist-train train configs/credit_risk.yaml configs/debug.yaml
 
-the plan and a trial of some seconds: memory, rows per second, time to the end; nothing is written:
+the plan and a dry run of some seconds: memory, rows per second, time to the end; nothing is written:
     dist-train train configs/credit_risk.yaml --dry-run
 
 Arguments that end in .yaml are merged from left to right, then key=value. Every key: docs/configuration.md.

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dist_train.determinism.batch_norm import GatheredBatchNorm1d
-from dist_train.determinism.sliced_modules import Sliced, SlicedSequential, UnknownModuleError
+from dist_train.determinism.sliced_modules import Sliced, SlicedSequential, UnknownModuleError, is_row_wise
 
 # Operations that move numbers.
 _MOVING = {
@@ -39,57 +40,101 @@ _EXACT = _MOVING | _ROUNDED_CORRECTLY
 
 
 def check_own_operations(model: nn.Module, inputs: Sequence[Tensor], name: str) -> None:
-    """Look at what a converted model computes outside of modules that are computed slice by slice.
+    """Look at what a converted model computes in training outside of modules that are computed slice by slice.
 
-    `inputs` are its arguments, each (rows, ...); `name` is what the message calls it.
+    `inputs` are its arguments, each (rows, ...); `name` is what the message calls it. In evaluation every world size
+    sees the same rows together, so what a container computes then is its own affair.
 
     Raises:
-        UnknownModuleError: an operation there may round a row in another way when other rows are beside it.
+        UnknownModuleError: an operation there may round a row in another way when other rows are beside it, or reads a
+            trainable parameter, whose gradient would be that of all slices of a rank together.
     """
-    watch = _OwnOperations()
-    was_training = model.training
-    model.eval()
-    with _marking(model, watch), torch.no_grad(), watch:
+    operations = _OwnOperations(model)
+    with _containers_in_training(model), _counted_depth(model, operations), torch.no_grad(), operations:
         model(*inputs)
-    model.train(was_training)
-    if watch.inexact:
+    if operations.inexact:
         raise UnknownModuleError(
-            f"train.virtual_ranks: the forward of {name} itself computes {', '.join(watch.inexact)}, which may round a "
-            "row in another way when other rows are beside it: put it into a module that declares row_wise = True, "
-            "or leave train.virtual_ranks null"
+            f"train.virtual_ranks: the forward of {name} itself computes {', '.join(operations.inexact)}, which may "
+            "round a row in another way when other rows are beside it: put it into a module that declares "
+            "row_wise = True, or leave train.virtual_ranks null"
+        )
+    if operations.parameters:
+        raise UnknownModuleError(
+            f"train.virtual_ranks: the forward of {name} itself uses the parameter {', '.join(operations.parameters)} "
+            "of one of its modules: put that into a module that declares row_wise = True, or leave train.virtual_ranks "
+            "null"
         )
 
 
 class _OwnOperations(TorchDispatchMode):
-    """Notes inexact operations outside of the modules that are marked; `depth` counts those that are being called."""
+    """Notes what is called outside of modules that are computed slice by slice.
 
-    def __init__(self) -> None:
+    `inexact` are the names of operations, `parameters` those of trainable parameters. `depth` counts the modules
+    computed slice by slice that are being called.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.depth = 0
         self.inexact: dict[str, None] = {}
+        self.parameters: dict[str, None] = {}
+        self._trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = func.overloadpacket.__name__
-        if not self.depth and name not in _EXACT:
-            self.inexact[name] = None
+        if not self.depth:
+            if name not in _EXACT:
+                self.inexact[name] = None
+            read = [leaf.data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            # By memory: a view of a parameter is the parameter.
+            self.parameters |= {
+                n: None for n, p in self._trainable if any(0 <= at - p.data_ptr() < p.nbytes for at in read)
+            }
         return func(*args, **(kwargs or {}))
 
 
+def _slice_by_slice(model: nn.Module) -> list[nn.Module]:
+    """The modules of a converted model that see one slice at a time, or gather what crosses slices in a fixed order.
+
+    A SlicedSequential is a container like others: it takes runs of its row-wise modules through slice by slice.
+    """
+    found: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, (Sliced, GatheredBatchNorm1d)):
+            found.append(module)
+        elif isinstance(module, SlicedSequential):
+            found += [child for child in module if is_row_wise(child)]
+    return found
+
+
 @contextmanager
-def _marking(model: nn.Module, watch: _OwnOperations) -> Iterator[None]:
+def _containers_in_training(model: nn.Module) -> Iterator[None]:
+    """Containers believe to be in training; dropout and BatchNorm, which would draw and count, are in evaluation."""
+    was_training = model.training
+    model.eval()
+    inside = {module for outer in _slice_by_slice(model) for module in outer.modules()}
+    for module in model.modules():
+        module.training = module not in inside
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _counted_depth(model: nn.Module, operations: _OwnOperations) -> Iterator[None]:
     def enter(_module: nn.Module, _inputs: Any) -> None:
-        watch.depth += 1
+        operations.depth += 1
 
     def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-        watch.depth -= 1
+        operations.depth -= 1
 
     handles: list[Callable[[], None]] = []
-    for module in model.modules():
-        if isinstance(module, (Sliced, SlicedSequential, GatheredBatchNorm1d)):
-            handles.append(module.register_forward_pre_hook(enter).remove)
-            handles.append(module.register_forward_hook(leave).remove)
+    for module in _slice_by_slice(model):
+        handles.append(module.register_forward_pre_hook(enter).remove)
+        handles.append(module.register_forward_hook(leave).remove)
     try:
         yield
     finally:

@@ -110,7 +110,8 @@ class Collectives:
         if self.size == 1:
             return own
         lengths = self.all_gather(torch.tensor(len(own))).tolist()
-        per_message = max(1, _MESSAGE_BYTES // max(1, own[:1].nbytes))
+        row_bytes = own.element_size() * own.shape[1:].numel()  # not of a row: this rank may have none
+        per_message = max(1, _MESSAGE_BYTES // max(1, row_bytes))
         if not self.is_main:
             for start in range(0, len(own), per_message):
                 with self.heartbeat.waiting("gather_rows"):

@@ -36,7 +36,7 @@ class DryRunReport:
     evaluation_seconds: float
 
     def lines(self) -> Iterator[str]:
-        """The trial in words."""
+        """The report in words."""
         yield (
             f"peak       about {self.peak_memory_bytes / 2**20:,.0f} MiB a rank, with all that Python and torch take "
             f"(tried with {self.steps} steps)"
@@ -66,7 +66,7 @@ def profile_session(session: Session, collectives: Collectives, wants_stop: Call
     def most_memory() -> int:
         if on_device:
             return peak_memory_bytes(collectives.device)
-        # Of a store the trial has touched some pages, and the run will touch all.
+        # The dry run has touched some pages of a store, and the run will touch all.
         touched = mapped_memory_bytes() - mapped
         whole = sum(split.mapped_bytes for split in session.task.splits.values())
         return peak_memory_bytes(collectives.device) + max(0, whole - touched)
@@ -141,8 +141,8 @@ def _rows_to_train(session: Session) -> int:
 
 
 def _no_save(_step: int) -> None:
-    """A trial leaves no checkpoint."""
+    """A dry run leaves no checkpoint."""
 
 
 def _no_track(_record: Record) -> None:
-    """A trial leaves no metrics."""
+    """A dry run leaves no metrics."""

@@ -105,7 +105,7 @@ class Job:
         session = self._session(task)  # what it refuses is refused before anything is written
         if dry_run:
             _announce(session.plan(world))
-            with heartbeat.phase("trial"):
+            with heartbeat.phase("dry run"):
                 _announce(profile_session(session, collectives, self._stop.wanted))
             return
         if self._already_finished(session):

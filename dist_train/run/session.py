@@ -37,7 +37,7 @@ STEPS_AHEAD = 8
 class Session:
     """The objects of one training run on this rank, wired together.
 
-    `scored` is the model whose weights are evaluated and shipped: the moving average where there is one.
+    `scored` is the model whose weights are evaluated and exported: the moving average where there is one.
     """
 
     def __init__(self, config: JobConfig, task: Task, collectives: Collectives) -> None:
@@ -173,7 +173,7 @@ def build_loop(
     track: Track,
     wants_stop: Callable[[], bool],
 ) -> Loop:
-    """The training loop of a session, in the rhythm of its configuration."""
+    """The training loop of a session; its configuration says what is due at which step."""
     return Loop(
         session.step,
         session.feed,
@@ -197,7 +197,7 @@ def build_loop(
 
 
 def scored_weights(parts: Parts) -> dict[str, Tensor]:
-    """The weights of a checkpoint that are evaluated and shipped, under the names of the plain model."""
+    """The weights of a checkpoint that are evaluated and exported, under the names of the plain model."""
     if "average.pth" not in parts:
         return dict(parts["model.pth"])
     prefix = "module."

@@ -231,15 +231,49 @@ class Residual(nn.Module):
         return out
 
 
+class OwnProductIn(OwnProduct):
+    """The product is computed in training alone, or in evaluation alone."""
+
+    def __init__(self, *, training: bool) -> None:
+        super().__init__()
+        self.computed_in_training = training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training is self.computed_in_training else x[:, :4] + 0
+
+
+class OwnUseOfParameter(nn.Module):
+    """A container that uses a parameter of a module inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x) * self.inner.weight[0]
+        return out
+
+
 ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 
 
 def test_what_a_container_computes_itself_is_refused_unless_it_rounds_alike_in_any_company() -> None:
-    with pytest.raises(UnknownModuleError, match="the forward of a model itself computes bmm"):
-        check_own_operations(converted(OwnProduct())[0], [ROWS], "a model")
-    for allowed in (Residual(), DeclaredProduct(), nn.Sequential(DeclaredProduct(), nn.Linear(4, 3))):
+    for refused in (OwnProduct(), nn.Sequential(OwnProduct(), nn.Linear(4, 3)), OwnProductIn(training=True)):
+        with pytest.raises(UnknownModuleError, match="the forward of a model itself computes bmm"):
+            check_own_operations(converted(refused)[0], [ROWS], "a model")
+    sequence = nn.Sequential(DeclaredProduct(), nn.Dropout(0.5), nn.Linear(4, 3))
+    for allowed in (Residual(), DeclaredProduct(), sequence, OwnProductIn(training=False)):
         check_own_operations(converted(allowed)[0], [ROWS], "a model")
     check_own_operations(converted(FinancialClassifier(6, 8, 3))[0], [ROWS], "a model")
+
+
+def test_a_container_that_uses_a_parameter_of_another_module_is_refused() -> None:
+    model = converted(OwnUseOfParameter())[0]
+    with pytest.raises(UnknownModuleError, match=r"itself uses the parameter inner\.weight"):
+        check_own_operations(model, [ROWS], "a model")
+    assert all(module.training for module in model.modules())
+    model.inner.weight.requires_grad_(False)  # type: ignore[union-attr]
+    check_own_operations(model, [ROWS], "a model")
 
 
 def test_a_declared_module_is_computed_slice_by_slice_as_a_whole() -> None:

@@ -244,6 +244,16 @@ def test_rows_are_gathered_in_pieces() -> None:
     assert on_ranks(3, gathered_in_pieces) == [expected, None, None]
 
 
+def gathered_by_a_rank_without_rows(c: Collectives) -> list[list[int]] | None:
+    collectives._MESSAGE_BYTES = 16  # one row
+    rows = c.gather_rows(torch.arange(4).view(2, 2)[: 2 * c.rank])
+    return None if rows is None else rows.tolist()
+
+
+def test_rank_0_without_rows_expects_the_pieces_that_others_send() -> None:
+    assert on_ranks(2, gathered_by_a_rank_without_rows) == [[[0, 1], [2, 3]], None]
+
+
 def same_bits(c: Collectives) -> bytes:
     values = torch.from_numpy(np.random.default_rng(c.rank).normal(size=1000)).float()
     return c.all_reduce(values).numpy().tobytes()
