@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor
-
 from dist_train import __version__
 from dist_train.config.compatibility import FORMATS
 from dist_train.config.schema import JobConfig
@@ -20,8 +18,8 @@ from dist_train.errors import os_errors_as_faults
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.commit import commit
 from dist_train.run.checkpoint.run_folder import RunFolder
-from dist_train.run.checkpoint.state import Parts, encode_parts, pack_json, weights_sha256
-from dist_train.run.checkpoint.trained_model import trained_model_parts
+from dist_train.run.checkpoint.state import Parts, encode_parts, pack_json
+from dist_train.run.checkpoint.trained_model import DESCRIPTION, trained_model_parts
 from dist_train.run.session import Session, scored_weights
 from dist_train.run.tracking.console_tracker import describe_scores
 from dist_train.system.console import log
@@ -57,29 +55,31 @@ def export_best(
     checkpoints: Checkpoints,
     world: World,
 ) -> dict[str, Any]:
-    """Score the best weights, commit `model/`, write the summary and return it."""
+    """Score the best weights, commit `model/`, write the summary and return it on every rank."""
     best = session.progress.best_step
     if best is not None and best != session.progress.step:
-        parts = collectives.on_rank_zero(lambda: checkpoints.read(best))
-        session.scored.load_state_dict(scored_weights(parts))
+        # The weights alone: no rank but 0 reads the moments.
+        session.scored.load_state_dict(collectives.on_rank_zero(lambda: scored_weights(checkpoints.read(best))))
     scores = {split: session.score(split, collectives) for split in ("valid", "test")}
-    weights = dict(session.scored.state_dict())
     peak = max(collectives.all_gather_object(lambda: peak_memory_bytes(world.device)))
-    summary = _summary(config, session, world, weights) | {"peak_memory_bytes": peak} | scores
-    model = trained_model_parts(
-        config,
-        session.task.description(),
-        session.task.class_names,
-        weights,
-        step=best or session.progress.step,
-        data_sha256=session.task.fingerprint,
-    )
 
-    def write() -> None:
+    def write() -> dict[str, Any]:
+        weights = dict(session.scored.state_dict())
+        model = trained_model_parts(
+            config,
+            session.task.description(),
+            session.task.class_names,
+            weights,
+            step=best or session.progress.step,
+            data_sha256=session.task.fingerprint,
+        )
+        digest = model[DESCRIPTION]["weights_sha256"]
+        summary = _summary(config, session, world, digest) | {"peak_memory_bytes": peak} | scores
         commit(folder.model, encode_parts(model), folder.confirm)
         write_atomically(folder.summary, pack_json(summary))
+        return summary
 
-    collectives.on_rank_zero(lambda: os_errors_as_faults(write, "the trained model"))
+    summary = collectives.on_rank_zero(lambda: os_errors_as_faults(write, "the trained model"))
     for split, metrics in scores.items():
         if metrics:
             log.info("%s  %s  (weights of step %d)", split, describe_scores(metrics), best or session.progress.step)
@@ -105,8 +105,11 @@ def _warn_of_base_rate(split: str, metrics: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
-def _summary(config: JobConfig, session: Session, world: World, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """`samples_per_second` is `samples` / `train_seconds`: all steps, and compilation in the first ones."""
+def _summary(config: JobConfig, session: Session, world: World, digest: str) -> dict[str, Any]:
+    """Content of summary.json without scores; `digest` is the weights' SHA-256.
+
+    `samples_per_second` is `samples` / `train_seconds`: all steps, and compilation in the first ones.
+    """
     progress = session.progress
     samples = progress.samples(session.feed.num_rows)
     return {
@@ -124,7 +127,7 @@ def _summary(config: JobConfig, session: Session, world: World, weights: Mapping
         "classes": session.task.class_names,
         "best_step": progress.best_step,
         "seed": config.run.seed,
-        "weights_sha256": weights_sha256(weights),
+        "weights_sha256": digest,
         "data_sha256": session.task.fingerprint,
         "dist_train": __version__,
         "machine": describe_machine(world.device),

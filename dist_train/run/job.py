@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from dist_train.accel.host_memory import use_host_memory
@@ -162,18 +162,24 @@ class Job:
         return self._stack.enter_context(trackers)
 
     def _already_finished(self, session: Session) -> bool:
-        line = self.collectives.on_rank_zero(
-            lambda: finished_line(
-                self.folder,
-                self.config,
-                self.checkpoints,
-                total_steps=session.total_steps,
-                data_sha256=session.task.fingerprint,
-            )
-        )
+        line = self.collectives.on_rank_zero(lambda: self._finished_line(session))
         if line:
             log.info("%s", line)
         return line is not None
+
+    def _finished_line(self, session: Session) -> str | None:
+        """`finished_line`; removes the marker that a job leaves which was stopped while it read the data."""
+        line = finished_line(
+            self.folder,
+            self.config,
+            self.checkpoints,
+            total_steps=session.total_steps,
+            data_sha256=session.task.fingerprint,
+        )
+        if line:
+            with suppress(OSError):  # of a folder that cannot be written it is said all the same
+                self.folder.requeue.unlink(missing_ok=True)
+        return line
 
     def _session(self, task: Task) -> Session:
         session = Session(self.config, task, self.collectives)

@@ -237,6 +237,15 @@ def test_a_command_on_a_finished_run_touches_nothing(runs: Path, go_on: Callable
     assert _snapshot(run_dir) == before
 
 
+def test_a_finished_run_does_not_ask_for_another_start(runs: Path, go_on: Callable[..., Any], tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(runs / "whole", tmp_path / "run"))
+    before = _snapshot(run_dir)
+    (run_dir / "requeue").write_text("{}")  # of a job that was stopped while it read the data
+    assert go_on().code == 0
+    after = _snapshot(run_dir)
+    assert (after | {str(run_dir): before[str(run_dir)]}) == before
+
+
 def test_a_finished_run_of_two_ranks_is_finished_for_one(table: Path, tmp_path: Path) -> None:
     arguments = tiny_job(table, tmp_path / "run", "train.epochs=2")
     finish(arguments, 2)
