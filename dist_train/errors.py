@@ -12,10 +12,10 @@ EXIT_FAULT = 1
 EXIT_INTERRUPTED = 130  # as shells count: 128 + SIGINT
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake that the user can mend: the message says what is wrong, where, and what to do.
 
-    Ends the process with exit code 2 and no traceback.
+    A command ends with exit code 2 and no traceback. It is a ValueError, which callers of scikit-learn expect.
     """
 
 

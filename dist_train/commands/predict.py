@@ -47,8 +47,7 @@ def main(program: str, argv: Sequence[str]) -> None:
     # One process: the environment of a launcher is not read.
     world = world_from_environment({}, device=device_here(runtime.device))
     predictor = Predictor(arguments.run_dir, Collectives(world), arguments.checkpoint)
-    scores = predictor.predict(locate(str(arguments.input)))
-    assert scores is not None  # in a world of one
+    scores = predictor.table(locate(str(arguments.input)))
     _write(scores, output)
     log.info("%d rows scored into %s", scores.height, output)
 

@@ -24,13 +24,14 @@ from dist_train.errors import UserError
 Setting = tuple[str, str, Any]  # (where it was written, dotted key, value)
 
 
-def load_config(arguments: Sequence[str]) -> JobConfig:
-    """Configuration from `file.yaml ... key=value ...`.
+def load_config(arguments: Sequence[str], base: JobConfig | None = None) -> JobConfig:
+    """Configuration from `file.yaml ... key=value ...`, on top of `base` or the defaults.
 
     Raises:
         UserError: There is a mistake; the message lists all of them.
     """
-    contents = list(_contents(arguments))
+    given = [("the configuration", asdict(base), list[str]())] if base else []
+    contents = [*given, *_contents(arguments)]
     tree = _tree(content for _, content, _ in contents)
     problems: list[str] = []
     return _resolved(_settings(contents, tree, problems), tree, problems)

@@ -118,6 +118,8 @@ class TrainConfig:
     """Null: the fast mode, results agree between world sizes to rounding. V: the exact mode, the global batch is computed in V fixed slices and the result is the same bits on every world size that divides V (docs/same-bits.md)."""
     precision: Literal["float32", "float64", "bf16"] = "float32"
     """`bf16`: weights stay float32, the forward pass runs under bfloat16 autocast."""
+    loss: str = "cross_entropy"
+    """Name of the loss: `cross_entropy`, or one that a program or an installed package registers (docs/python.md)."""
     class_weights: Any = None
     """Null, `balanced` (inverse class frequency), or a mapping from class name to weight."""
     label_smoothing: float = 0.0
@@ -134,6 +136,8 @@ class EvaluationConfig:
 
     every_steps: int | None = None
     """Optimizer steps between evaluations; null: at the end of each epoch."""
+    metrics: list[str] = field(default_factory=list)
+    """Further metrics, by the names under which a program or an installed package registers them (docs/python.md)."""
     batch_size: int = 2048
     """Rows of one forward pass. Passes are cut by row number, the same for every world size."""
 

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,7 +102,13 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Handle the stop signals inside the block; put back the former handlers after it."""
+        """Handle the stop signals inside the block; put back the former handlers after it.
+
+        Python lets only the main thread handle signals: elsewhere none are handled.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
         former = {s: signal.signal(s, self._handle) for s in STOP_SIGNALS}
         try:
             if self.launcher:

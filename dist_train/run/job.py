@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -40,8 +41,13 @@ def train(
     *,
     launcher: Launcher | None = None,
     dry_run: bool = False,
-) -> None:
-    """Train a run to its end, to an agreed stop, or (`dry_run`) print its plan, try it, and write nothing."""
+    handle_signals: bool = True,
+) -> dict[str, Any] | None:
+    """Train a run to its end and return its summary, the same on every rank.
+
+    None where the ranks have agreed to stop, and where a `dry_run` has printed the plan, tried it, and written nothing.
+    Signals ask a run to stop unless `handle_signals` is false.
+    """
     if config.train.virtual_ranks:
         require_world_size(config.train.virtual_ranks, world.size)
         pin_arithmetic(world.device)
@@ -55,7 +61,8 @@ def train(
         launcher=launcher,
     )
     with ExitStack() as stack:
-        stack.enter_context(stop.listening())
+        if handle_signals:
+            stack.enter_context(stop.listening())
         store = stack.enter_context(process_group(world, timeout))
         collectives = use_host_memory(Collectives(world, stop.wanted))
         job = Job(config, world, environ, folder, collectives, stop, stack)
@@ -69,10 +76,11 @@ def train(
             title=title,
         ):
             try:
-                job.run(dry_run=dry_run)
+                return job.run(dry_run=dry_run)
             except Stopped:
                 if not dry_run:
                     job.leave_marker(attempt)
+    return None
 
 
 class Job:
@@ -97,8 +105,8 @@ class Job:
         self._stop = stop
         self._stack = stack
 
-    def run(self, *, dry_run: bool) -> None:
-        """Train to the end; raises Stopped when all ranks have agreed to stop, and everything is saved by then."""
+    def run(self, *, dry_run: bool) -> dict[str, Any] | None:
+        """Train to the end and return the summary; raises Stopped when all ranks have agreed to stop, saved by then."""
         config, world, collectives, heartbeat = self.config, self.world, self.collectives, self.collectives.heartbeat
         folder, checkpoints = self.folder, self.checkpoints
         task = load_task(config, collectives)
@@ -107,9 +115,9 @@ class Job:
             _announce(session.plan(world))
             with heartbeat.phase("dry run"):
                 _announce(profile_session(session, collectives, self._stop.wanted))
-            return
+            return None
         if self._already_finished(session):
-            return
+            return collectives.on_rank_zero(lambda: dict(json.loads(folder.summary.read_bytes())))
         with heartbeat.phase("opening the run folder"):
             found = open_run(folder, config, checkpoints, self._stack, self.variables, collectives)
         matching = matching_task(found, config, task, collectives)
@@ -145,7 +153,9 @@ class Job:
             raise Stopped
         log.info("%s after %d steps", ending.value, session.progress.step)
         with heartbeat.phase("exporting the model"):
-            trackers.track_summary(export_best(config, session, collectives, folder, checkpoints, world))
+            summary = export_best(config, session, collectives, folder, checkpoints, world)
+            trackers.track_summary(summary)
+        return summary
 
     def _open_trackers(self, session: Session, state: Mapping[str, Any] | None) -> Trackers | NullTrackers:
         if not self.collectives.is_main:

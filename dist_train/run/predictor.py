@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 from torch import Tensor, nn
 
 from dist_train.config.load import config_from_tree
 from dist_train.config.schema import JobConfig, RuntimeConfig
+from dist_train.data.frames import Table, frame_of
 from dist_train.data.split import SPLITS
-from dist_train.data.table import read_table
+from dist_train.data.table import locate, read_table
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.run.checkpoint.checkpoints import Checkpoints
@@ -25,16 +32,23 @@ from dist_train.run.checkpoint.trained_model import (
     is_trained_model,
     read_trained_model,
 )
+from dist_train.run.labels import Labels, labels_of
 from dist_train.run.session import scored_weights
+from dist_train.system.console import log
 from dist_train.tasks.registry import description_in, restore_task
 from dist_train.training.evaluation import evaluate, probabilities
+from dist_train.training.metrics import is_metric
+
+Rows = Table | str | os.PathLike[str]
+"""A table in memory, or the path of a CSV or Parquet file."""
 
 
 class Predictor:
     """A trained classifier with its preprocessing and the configuration that it was trained with.
 
     `folder` is a run folder, or a trained model: `model/` of a run, or a copy of it. `checkpoint` is `best` (the
-    trained model), `last`, or a step.
+    trained model), `last`, or a step. Tables are DataFrames (polars, pandas), lists of records, dicts of columns, or
+    paths of CSV and Parquet files. They need the feature columns, in any order; other columns are ignored.
 
     Raises:
         UserError: `folder` is neither of both, or what is asked for is not there, does not verify, or is of a format
@@ -42,48 +56,82 @@ class Predictor:
     """
 
     def __init__(self, folder: Path, collectives: Collectives, checkpoint: str = "best") -> None:
+        self._load(collectives.on_rank_zero(lambda: _read(folder, checkpoint)), collectives)
+
+    @classmethod
+    def of_parts(cls, parts: Parts, collectives: Collectives) -> Predictor:
+        """The classifier in the parts of a trained model (`read_trained_model`)."""
+        predictor = cls.__new__(cls)
+        predictor._load(_of_parts(parts, "the trained model") | {"has_data": False}, collectives)
+        return predictor
+
+    def _load(self, found: Parts, collectives: Collectives) -> None:
         self.collectives = collectives
-        parts = collectives.on_rank_zero(lambda: _read(folder, checkpoint))
-        self.config: JobConfig = parts["config"]
-        self.step: int = parts["origin"]["step"]
-        self._has_data: bool = parts["has_data"]
-        self.task = restore_task(self.config, collectives, parts["task"], parts["origin"]["data_sha256"])
-        self.model = self._model(parts["weights"])
+        self.config = _with_known_metrics(found["config"])
+        self.step: int = found["origin"]["step"]
+        self._has_data: bool = found["has_data"]
+        self.task = restore_task(self.config, collectives, found["task"], found["origin"]["data_sha256"])
+        self.model = self._model(found["weights"])
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of the probabilities."""
         return self.task.class_names
 
-    def evaluate(self, split: str, file: Path | None = None) -> dict[str, Any]:
-        """Metrics on a split of the run's own data, or on another file (all of it unless it has the split column).
+    @property
+    def classes_(self) -> Labels:
+        """Labels of the classes, in the order of the probabilities, (classes,): whole numbers, booleans, or text."""
+        return labels_of(self.class_names)
+
+    def predict_proba(self, rows: Rows) -> npt.NDArray[np.float64]:
+        """Probabilities, (rows, classes) float64: a row for each row of the table, in its order.
+
+        Raises:
+            UserError: a column is missing, or a cell cannot be read.
+        """
+        if isinstance(rows, (str, os.PathLike)):
+            frame = read_table(locate(os.fspath(rows)), self.config.data.missing_values)
+            return self._probabilities(frame, os.fspath(rows)).numpy()
+        return self._probabilities(frame_of(rows), "the table").numpy()
+
+    def predict(self, rows: Rows) -> Labels:
+        """The label of the most probable class of each row, (rows,). Raises as `predict_proba`."""
+        return np.asarray(self.classes_[self.predict_proba(rows).argmax(1)])
+
+    def evaluate(self, split: str = "test", data: Rows | None = None) -> dict[str, Any]:
+        """Metrics on a split of the run's own data, or on another table that has the target column.
+
+        All rows of another table count unless it has the split column.
 
         Raises:
             UserError: there is no such split, it has no rows, or a trained model without its run folder is given no
-                file.
+                table.
         """
         if split not in SPLITS:
             raise UserError(f"--split {split}: there is {', '.join(SPLITS)}")
-        if file is None and not self._has_data:
+        if data is None and not self._has_data:
             raise UserError("a trained model outside of its run folder has no data of its own: give --data FILE")
-        rows = self.task.labelled(split, file)
-        metrics = evaluate(self.model, rows, self.task, self.config.evaluation.batch_size, self.collectives)
-        if metrics is None:
-            raise UserError(f"{file or self.config.data.path}: there are no {split} rows")
+        with _file_of(data) as file:
+            labelled = self.task.labelled(split, file)
+            batch_size = self.config.evaluation.batch_size
+            metrics = evaluate(self.model, labelled, self.task, batch_size, self.collectives)
+            if metrics is None:
+                raise UserError(f"{file or self.config.data.path}: there are no {split} rows")
         return metrics
 
-    def predict(self, file: Path) -> pl.DataFrame | None:
-        """`probability_<class>` for each class and `predicted_class`: a row for each row of the file, in its order.
-
-        None on ranks other than 0.
-        """
-        rows = self.task.unlabelled(read_table(file, self.config.data.missing_values), str(file))
-        predicted = probabilities(self.model, rows, self.config.evaluation.batch_size, self.task, self.collectives)
-        if predicted is None:
-            return None
+    def table(self, file: Path) -> pl.DataFrame:
+        """`probability_<class>` for each class and `predicted_class`: a row for each row of a file, in its order."""
+        frame = read_table(file, self.config.data.missing_values)
+        predicted = self._probabilities(frame, str(file))
         columns = {f"probability_{name}": predicted[:, i].numpy() for i, name in enumerate(self.class_names)}
         winners = [self.class_names[i] for i in predicted.argmax(1).tolist()]
         return pl.DataFrame(columns).with_columns(pl.Series("predicted_class", winners, dtype=pl.String))
+
+    def _probabilities(self, frame: pl.DataFrame, source: str) -> Tensor:
+        rows = self.task.unlabelled(frame, source)
+        predicted = probabilities(self.model, rows, self.config.evaluation.batch_size, self.task, self.collectives)
+        assert predicted is not None  # in a world of one
+        return predicted
 
     def _model(self, weights: dict[str, Tensor]) -> nn.Module:
         model = self.task.model()
@@ -94,6 +142,30 @@ class Predictor:
                 f"the weights do not fit the architecture that was saved with them: {str(error).splitlines()[0]}"
             ) from None
         return model.eval()
+
+
+@contextmanager
+def _file_of(data: Rows | None) -> Iterator[Path | None]:
+    """The file of a table, one that lives as long as the block for a table in memory; None where there is none."""
+    if data is None or isinstance(data, (str, os.PathLike)):
+        yield None if data is None else locate(os.fspath(data))
+        return
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "table.parquet"
+        frame_of(data).write_parquet(file)
+        try:
+            yield file
+        except UserError as error:
+            raise UserError(str(error).replace(str(file), "the table")) from None
+
+
+def _with_known_metrics(config: JobConfig) -> JobConfig:
+    """A configuration without the metrics that a program registered which is another one than this."""
+    known = [name for name in config.evaluation.metrics if is_metric(name)]
+    left_out = [name for name in config.evaluation.metrics if name not in known]
+    if left_out:
+        log.warning("left out, because this program has not registered them: the metrics %s", ", ".join(left_out))
+    return replace(config, evaluation=replace(config.evaluation, metrics=known))
 
 
 def runtime_of(folder: Path) -> RuntimeConfig:
@@ -119,15 +191,18 @@ def _read(folder: Path, checkpoint: str) -> Parts:
 
 def _of_model(folder: Path) -> Parts:
     try:
-        parts = read_trained_model(folder)
-        return {
-            "config": config_of_model(parts, str(folder)),
-            "task": description_in(parts),
-            "weights": parts["model.pth"],
-            "origin": {name: parts[DESCRIPTION][name] for name in ("step", "data_sha256")},
-        }
+        return _of_parts(read_trained_model(folder), str(folder))
     except (CorruptCheckpoint, KeyError) as damage:
         raise UserError(f"the trained model is damaged: {damage}") from None
+
+
+def _of_parts(parts: Parts, source: str) -> Parts:
+    return {
+        "config": config_of_model(parts, source),
+        "task": description_in(parts),
+        "weights": parts["model.pth"],
+        "origin": {name: parts[DESCRIPTION][name] for name in ("step", "data_sha256")},
+    }
 
 
 def _of_checkpoint(run: RunFolder, checkpoint: str) -> Parts:

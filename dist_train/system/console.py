@@ -32,8 +32,8 @@ def set_up_logging(rank: int, *, has_peers: bool) -> None:
 
 
 def terminal() -> Console:
-    """A rich console on stderr."""
-    return Console(stderr=True, highlight=False)
+    """A rich console on stderr; it shows nothing where log lines of INFO are not shown, as in a program of Python."""
+    return Console(stderr=True, highlight=False, quiet=not log.isEnabledFor(logging.INFO))
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

@@ -24,7 +24,7 @@ def progress_bar(what: str, total: int | None, unit: str, *, shown: bool) -> Ite
     if not shown:
         yield lambda _count: None
         return
-    if console.is_terminal:
+    if console.is_terminal and not console.quiet:
         columns = (TextColumn(what), BarColumn(), DownloadColumn() if unit == "bytes" else MofNCompleteColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task(what, total=total)

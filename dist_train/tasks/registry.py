@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
 
 from dist_train.config.schema import JobConfig
 from dist_train.distributed.collectives import Collectives
-from dist_train.errors import UserError
+from dist_train.plugins import Registry
 from dist_train.tasks.base import Description, Task
 from dist_train.tasks.tabular import TabularTask, tabular_description_of_format_1
 
@@ -22,7 +22,26 @@ class TaskType(Protocol):
         """The task of a trained model, without data; `fingerprint` is that of the data that it was trained on."""
 
 
-TASKS: dict[str, TaskType] = {"tabular": TabularTask}
+_TypeOfTask = TypeVar("_TypeOfTask", bound=TaskType)
+
+_TASKS: Registry[TaskType] = Registry("task", "task.name", "dist_train.tasks", {"tabular": TabularTask})
+
+
+def register_task(name: str) -> Callable[[_TypeOfTask], _TypeOfTask]:
+    """Decorator that makes a class the task `name`, for `task.name=<name>`.
+
+    The class has the two functions of `TaskType`, and its objects are a `Task`. Its description holds its name under
+    `task`.
+
+    Raises:
+        ValueError: the name is empty, or a task of this package has it.
+    """
+
+    def register(task_type: _TypeOfTask) -> _TypeOfTask:
+        _TASKS.register(name, task_type)
+        return task_type
+
+    return register
 
 
 def task_type(name: str) -> TaskType:
@@ -31,9 +50,7 @@ def task_type(name: str) -> TaskType:
     Raises:
         UserError: there is none.
     """
-    if name not in TASKS:
-        raise UserError(f"task.name: there is no task {name!r}; there is {', '.join(TASKS)}")
-    return TASKS[name]
+    return _TASKS.find(name)
 
 
 def load_task(config: JobConfig, collectives: Collectives, fitted: Description | None = None) -> Task:

@@ -30,8 +30,8 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.models.registry import build_model
 from dist_train.system.console import log
 from dist_train.tasks.base import Description
-from dist_train.training.loss import CrossEntropy, Objective, balanced_weights, class_probabilities
-from dist_train.training.metrics import classification_metrics
+from dist_train.training.loss import Objective, balanced_weights, class_probabilities, objective_of
+from dist_train.training.metrics import check_metrics, classification_metrics, registered_metrics
 from dist_train.training.precision import dtype_of
 
 
@@ -59,6 +59,7 @@ class TabularTask:
             UserError: the table, or the configuration for it, has a mistake.
             Stopped: the ranks have agreed to stop.
         """
+        check_metrics(config.evaluation.metrics)  # before the data are read
         dataset = load_dataset(
             config.data,
             collectives,
@@ -89,16 +90,17 @@ class TabularTask:
         return model.to(self._collectives.device, self._dtype)
 
     def objective(self) -> Objective:
-        """Cross-entropy with the class weights and the label smoothing of the configuration."""
-        return CrossEntropy(self._class_weights(), self._config.train.label_smoothing)
+        """The loss of the configuration with its class weights."""
+        return objective_of(self._config.train, self._class_weights())
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over the classes, mean over the members of an ensemble: (rows, classes) float64."""
         return class_probabilities(logits)
 
     def metrics(self, probabilities: Tensor, targets: Tensor) -> dict[str, Any]:
-        """`classification_metrics` of the rows."""
-        return classification_metrics(probabilities.numpy(), targets.numpy(), self.class_names)
+        """`classification_metrics` of the rows, and the metrics of `evaluation.metrics`."""
+        rows = (probabilities.numpy(), targets.numpy(), self.class_names)
+        return classification_metrics(*rows) | registered_metrics(self._config.evaluation.metrics, *rows)
 
     def description(self) -> Description:
         """The spec of the columns."""

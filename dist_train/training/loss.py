@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_train.config.schema import TrainConfig
 from dist_train.determinism.slices import split_slices
+from dist_train.errors import UserError
+from dist_train.plugins import Registry
 
 
 class LossSum(NamedTuple):
@@ -65,6 +69,90 @@ class CrossEntropy:
             logits, targets, self.class_weights, label_smoothing=self.label_smoothing, reduction="sum"
         )
         return loss / members if members > 1 else loss
+
+
+RowLoss = Callable[[Tensor, Tensor], Tensor]
+"""Logits, (rows, classes), and class indices, (rows,) int64 -> the loss of each row, (rows,)."""
+_AnyRowLoss = TypeVar("_AnyRowLoss", bound=RowLoss)
+
+_LOSSES: Registry[RowLoss | None] = Registry("loss", "train.loss", "dist_train.losses", {"cross_entropy": None})
+
+
+def register_loss(name: str) -> Callable[[_AnyRowLoss], _AnyRowLoss]:
+    """Decorator that makes a function the loss `name`, for `train.loss=<name>`.
+
+    The function gets logits, (rows, classes) float32 or float64, and class indices, (rows,) int64, on the device, and
+    returns the loss of each row, (rows,); the rows must not depend on each other. `train.class_weights` weigh the rows
+    as they do in cross-entropy. Of an ensemble of members each row and member counts as a row.
+
+        >>> import torch
+        >>> from dist_train import register_loss
+        >>> @register_loss("brier")
+        ... def brier(logits, targets):
+        ...     hot = torch.nn.functional.one_hot(targets, logits.shape[1])
+        ...     return (logits.softmax(1) - hot).square().sum(1)
+
+    Raises:
+        ValueError: the name is empty, or a loss of this package has it.
+    """
+
+    def register(loss: _AnyRowLoss) -> _AnyRowLoss:
+        _LOSSES.register(name, loss)
+        return loss
+
+    return register
+
+
+def objective_of(train: TrainConfig, class_weights: Tensor | None) -> Objective:
+    """The loss that `train.loss` names, with class weights, (classes,).
+
+    Raises:
+        UserError: there is no such loss, or it has no label smoothing.
+    """
+    loss = _LOSSES.find(train.loss)
+    if loss is None:
+        return CrossEntropy(class_weights, train.label_smoothing)
+    if train.label_smoothing:
+        raise UserError(f"train.label_smoothing: only cross_entropy has it, and train.loss is {train.loss}")
+    return RegisteredLoss(train.loss, loss, class_weights)
+
+
+class RegisteredLoss:
+    """A loss from outside this package, summed per slice; the mean is over the weights of the rows' classes."""
+
+    def __init__(self, name: str, row_loss: RowLoss, class_weights: Tensor | None = None) -> None:
+        self.name = name
+        self.class_weights = class_weights
+        self._row_loss = row_loss
+
+    def __call__(self, logits: Tensor, targets: Tensor, slices: tuple[int, ...]) -> LossSum:
+        """Sums over the rows of each slice; a slice without rows has loss 0 and weight 0."""
+        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+        parts = zip(split_slices(logits, slices), targets.split(slices), strict=True)
+        losses, weights = zip(*(self._sums(own, targets) for own, targets in parts), strict=True)
+        return LossSum(torch.stack(losses), torch.stack(weights))
+
+    def _sums(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        members = logits.shape[1] if logits.ndim == 3 else 1
+        if len(targets) == 0:
+            return logits.sum(), logits.new_zeros(())
+        by_member = logits.flatten(0, 1) if logits.ndim == 3 else logits
+        losses = self._losses(by_member, targets.repeat_interleave(members)).view(-1, members).mean(1)
+        weights = torch.ones_like(losses) if self.class_weights is None else self.class_weights[targets]
+        return (losses * weights).sum(), weights.sum().detach()
+
+    def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        try:
+            losses = self._row_loss(logits, targets)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"train.loss: the loss {self.name!r} failed: {reason}") from error
+        if not isinstance(losses, Tensor) or losses.shape != targets.shape:
+            found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise UserError(
+                f"train.loss: the loss {self.name!r} must give one number a row, {tuple(targets.shape)}, not {found}"
+            )
+        return losses
 
 
 def class_probabilities(logits: Tensor) -> Tensor:

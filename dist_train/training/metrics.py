@@ -2,16 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from dist_train.errors import UserError
+from dist_train.plugins import Registry
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 NUM_CALIBRATION_BINS = 15
+
+Metric = Callable[[Floats, Integers, Sequence[str]], Any]
+"""Probabilities, (rows, classes), class indices, (rows,), and class names -> a number, or another JSON value."""
+_AnyMetric = TypeVar("_AnyMetric", bound=Metric)
+
+_METRICS: Registry[Metric] = Registry("metric", "evaluation.metrics", "dist_train.metrics", {})
+# Names in a line of metrics.jsonl that a registered metric cannot have.
+_TAKEN = frozenset((
+    "step", "epoch", "samples", "split", "learning_rate", "grad_norm", "samples_per_second", "rows", "loss", "accuracy",
+    "balanced_accuracy", "macro_f1", "auroc", "brier", "ece", "per_class", "confusion_matrix",
+))  # fmt: skip
+
+
+def register_metric(name: str) -> Callable[[_AnyMetric], _AnyMetric]:
+    """Decorator that makes a function the metric `name`, for `evaluation.metrics=[<name>]`.
+
+    The function gets the probabilities of all rows of a split, (rows, classes) float64, their class indices, (rows,)
+    int64, and the class names in the order of the columns; all of them in numpy, on rank 0. It returns a number, or
+    another JSON value; None where the metric is not defined. A NaN and an infinite number become None.
+
+        >>> from dist_train import register_metric
+        >>> @register_metric("worst_case")
+        ... def worst_case(probabilities, targets, class_names):
+        ...     return 1 - probabilities[range(len(targets)), targets].min()
+
+    Raises:
+        ValueError: the name is empty, or that of a metric or number that a line of metrics.jsonl has anyway.
+    """
+    if name in _TAKEN:
+        raise ValueError(f"{name!r} cannot name a metric: a line of metrics.jsonl has it anyway")
+
+    def register(metric: _AnyMetric) -> _AnyMetric:
+        _METRICS.register(name, metric)
+        return metric
+
+    return register
+
+
+def check_metrics(names: Iterable[str]) -> None:
+    """Find every metric of `evaluation.metrics`.
+
+    Raises:
+        UserError: there is no such metric.
+    """
+    for name in names:
+        _METRICS.find(name)
+
+
+def is_metric(name: str) -> bool:
+    """Whether `evaluation.metrics` may name it."""
+    return name in _METRICS.names()
+
+
+def registered_metrics(
+    names: Iterable[str], probabilities: Floats, targets: Integers, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """The metrics of `evaluation.metrics`, as JSON types.
+
+    Raises:
+        UserError: there is no such metric, it raised an exception, or what it returned is no JSON value.
+    """
+    return {name: _value(name, _METRICS.find(name), probabilities, targets, class_names) for name in names}
+
+
+def _value(name: str, metric: Metric, probabilities: Floats, targets: Integers, class_names: Sequence[str]) -> Any:
+    probabilities, targets = _read_only(probabilities), _read_only(targets)  # the next metric gets them too
+    try:
+        value = metric(probabilities, targets, list(class_names))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"evaluation.metrics: the metric {name!r} failed: {reason}") from error
+    value = value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"evaluation.metrics: the metric {name!r} gave no JSON value: {error}") from None
+    return value
 
 
 def classification_metrics(probabilities: Floats, targets: Integers, class_names: Sequence[str]) -> dict[str, Any]:
@@ -46,6 +130,12 @@ def classification_metrics(probabilities: Floats, targets: Integers, class_names
         },
         "confusion_matrix": sk.confusion_matrix(targets, predicted, labels=classes).tolist(),
     }
+
+
+def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def calibration_error(probabilities: Floats, targets: Integers, num_bins: int = NUM_CALIBRATION_BINS) -> float:

@@ -55,7 +55,7 @@ def describe_model(config: JobConfig, class_names: Sequence[str]) -> dict[str, A
         "data": tree["data"],
         "model": tree["model"],
         "train": {"precision": config.train.precision},
-        "evaluation": {"batch_size": config.evaluation.batch_size},
+        "evaluation": {"batch_size": config.evaluation.batch_size, "metrics": config.evaluation.metrics},
     }
     return {"classes": list(class_names), "config": kept}
 

@@ -27,7 +27,7 @@ class ConsoleTracker:
         self._num_epochs = num_epochs
         self._best_loss = best_loss
         self._bar: Progress | None = None
-        if console.is_terminal:
+        if console.is_terminal and not console.quiet:
             console.file = cast(IO[str], _ErrorTolerantStream(console.file))
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
