@@ -231,7 +231,7 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             split_column=config.data.split_column if config.data.split_column in frame.columns else None,
             test_fraction=0.0,
         )
-        run = replace(config.run, dir=str(folder.parent), name=folder.name, resume="never")
+        run = replace(config.run, dir=str(folder.parent), name=folder.name, resume="auto")
         wandb = replace(config.wandb, mode="disabled" if config.wandb.mode == "auto" else config.wandb.mode)
         config = replace(config, data=data, run=run, wandb=wandb)
         said = {setting.partition("=")[0] for setting in (*settings, *self.overrides)}
