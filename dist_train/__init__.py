@@ -20,33 +20,42 @@ if TYPE_CHECKING:
     from dist_train.api.classifier import Classifier
     from dist_train.api.jobs import load, load_config, train
     from dist_train.config.schema import JobConfig
+    from dist_train.data.spec import FeatureSpec
     from dist_train.errors import TrainingFault, UserError
+    from dist_train.models.embeddings import TabularInputs
+    from dist_train.models.registry import register_model
     from dist_train.tasks.registry import register_task
     from dist_train.training.loss import register_loss
     from dist_train.training.metrics import register_metric
 
 __all__ = [
     "Classifier",
+    "FeatureSpec",
     "JobConfig",
+    "TabularInputs",
     "TrainingFault",
     "UserError",
     "load",
     "load_config",
     "register_loss",
     "register_metric",
+    "register_model",
     "register_task",
     "train",
 ]
 
 _MODULES = {
     "Classifier": "dist_train.api.classifier",
+    "FeatureSpec": "dist_train.data.spec",
     "JobConfig": "dist_train.config.schema",
+    "TabularInputs": "dist_train.models.embeddings",
     "TrainingFault": "dist_train.errors",
     "UserError": "dist_train.errors",
     "load": "dist_train.api.jobs",
     "load_config": "dist_train.api.jobs",
     "register_loss": "dist_train.training.loss",
     "register_metric": "dist_train.training.metrics",
+    "register_model": "dist_train.models.registry",
     "register_task": "dist_train.tasks.registry",
     "train": "dist_train.api.jobs",
 }

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from dist_train.config.schema import JobConfig, ModelConfig
-from dist_train.errors import UserError
+from dist_train.plugins import declared, load_declared
 
 DEFAULT = "financial_classifier"
 ENTRY_POINTS = "dist_train.models"
@@ -54,18 +53,15 @@ def find(name: str) -> bool:
     Raises:
         UserError: the package cannot be imported.
     """
-    if name not in _blocks() and name in _entry_points():
-        try:
-            _entry_points()[name].load()
-        except ImportError as error:
-            raise UserError(f"model.name: the package of the model {name!r} cannot be imported: {error}") from None
+    if name not in _blocks() and name in declared(ENTRY_POINTS):
+        load_declared(ENTRY_POINTS, name, "model.name: the model")
         register_name(name)
     return name in _blocks()
 
 
 def names() -> list[str]:
     """Names of all families."""
-    return [*_blocks(), *(name for name in _entry_points() if name not in _blocks())]
+    return [*_blocks(), *(name for name in declared(ENTRY_POINTS) if name not in _blocks())]
 
 
 def unknown(name: str) -> str:
@@ -115,11 +111,6 @@ def _section(blocks: tuple[tuple[str, type[Any]], ...]) -> type[ModelConfig]:
 
 def _blocks() -> dict[str, type[Any] | None]:
     return BUILT_IN | _registered
-
-
-@cache
-def _entry_points() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
 
 
 def _place(block: type[Any]) -> tuple[str, str]:

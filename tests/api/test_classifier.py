@@ -140,7 +140,13 @@ def test_a_predictor_reads_any_table(fitted: tuple[Classifier, Path], tmp_path: 
     table.write_csv(tmp_path / "clients.csv")
     table.write_parquet(tmp_path / "clients.parquet")
     shuffled = table.select("branch", "income", pl.lit("x").alias("more"), "purpose")
-    for rows in (shuffled, table.to_dicts(), table.to_dict(), str(tmp_path / "clients.csv"), tmp_path / "clients.parquet"):
+    for rows in (
+        shuffled,
+        table.to_dicts(),
+        table.to_dict(),
+        str(tmp_path / "clients.csv"),
+        tmp_path / "clients.parquet",
+    ):
         assert np.array_equal(predictor.predict_proba(rows), expected)
     assert set(predictor.predict(table)) <= set(risk)
     assert predictor.classes_.tolist() == predictor.class_names == ["high", "low", "medium"]
@@ -196,7 +202,7 @@ def test_mistakes_in_arguments(arguments: dict[str, Any], message: str) -> None:
     ("change", "message"),
     [
         (lambda x, y: (x, y[:5]), "inconsistent numbers of samples"),
-        (lambda x, y: (x, None), "requires y"),
+        (lambda x, _: (x, None), "requires y"),
         (lambda x, y: (x, ["one"] * len(y)), "only one class"),
         (lambda x, y: (x, [None, *y[1:]]), "the label of row 1 is missing"),
         (lambda x, y: (x, np.linspace(0, 1, len(y))), "continuous"),
@@ -294,7 +300,7 @@ def test_the_program_around_it_stays_as_it_was() -> None:
 @pytest.mark.usefixtures("two_threads")
 def test_an_interrupt_ends_it_at_once_and_leaves_all_as_it_was() -> None:
     @register_metric("interrupting")
-    def interrupting(probabilities: Any, targets: Any, class_names: Any) -> float:
+    def interrupting(*_: Any) -> float:
         raise KeyboardInterrupt
 
     before = Kept().state

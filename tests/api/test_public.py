@@ -13,13 +13,16 @@ from tests.patience import PATIENCE_SECONDS
 
 NAMES = [
     "Classifier",
+    "FeatureSpec",
     "JobConfig",
+    "TabularInputs",
     "TrainingFault",
     "UserError",
     "load",
     "load_config",
     "register_loss",
     "register_metric",
+    "register_model",
     "register_task",
     "train",
 ]
@@ -60,5 +63,5 @@ def test_the_import_loads_no_library() -> None:
 
 
 def test_a_mistake_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match="optim.lr"):
+    with pytest.raises(ValueError, match=r"optim\.lr"):
         dist_train.load_config(overrides=["optim.lr=-1"])

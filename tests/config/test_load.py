@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_train import plugins
 from dist_train.config import families
 from dist_train.config.compatibility import ADDED, RENAMED
 from dist_train.config.load import config_to_yaml, load_config, read_config
@@ -297,7 +298,7 @@ def test_a_family_of_an_installed_package_is_imported_when_it_is_named(
     (info / "entry_points.txt").write_text("[dist_train.models]\nflat = other_models:build\ngone = no_such_module\n")
     monkeypatch.setattr(families, "_registered", {})
     monkeypatch.syspath_prepend(tmp_path)
-    families._entry_points.cache_clear()
+    plugins.declared.cache_clear()
     try:
         assert load_config([]) == JobConfig()
         assert "other_models" not in sys.modules
@@ -307,8 +308,8 @@ def test_a_family_of_an_installed_package_is_imported_when_it_is_named(
         assert "other_models" in sys.modules
         assert build_model(make_spec(4), model, seed=0).get_parameter("weight").shape == (3, 4)
         assert mistakes("model.name=gone").startswith(
-            "model.name: the package of the model 'gone' cannot be imported: "
+            "model.name: the model 'gone' of an installed package (no_such_module) cannot be loaded: "
         )
     finally:
-        families._entry_points.cache_clear()
+        plugins.declared.cache_clear()
         sys.modules.pop("other_models", None)
