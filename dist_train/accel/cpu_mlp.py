@@ -60,7 +60,7 @@ class FusedSequential(nn.Sequential):
         """Outputs of the rows."""
         if not (self.training and torch.is_grad_enabled() and self._takes(input)):
             return self.plain_forward(self, input)
-        # Autograd comes to each of these, empty-handed; one is enough for it to see that there are gradients at all.
+        # Autograd gets no gradient for these inputs. One parameter is enough for the output to require a gradient.
         parameters = self.trained if self.context.visit_all_parameters else self.trained[:1]
         return cast(Tensor, _Fused.apply(input, self, *parameters))
 

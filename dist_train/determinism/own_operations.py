@@ -111,7 +111,7 @@ def _slice_by_slice(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _containers_in_training(model: nn.Module) -> Iterator[None]:
-    """Containers believe to be in training; dropout and BatchNorm, which would draw and count, are in evaluation."""
+    """Containers are in training mode; what is computed slice by slice, and BatchNorm, is in evaluation mode."""
     was_training = model.training
     model.eval()
     inside = {module for outer in _slice_by_slice(model) for module in outer.modules()}

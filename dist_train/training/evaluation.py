@@ -30,7 +30,7 @@ def probabilities(
     num_passes = -(-len(rows) // batch_size)
     first, last = split_evenly(0, num_passes, collectives.size)[collectives.rank]
     ends = [min(len(rows), number * batch_size) for number in range(first, last + 1)]
-    # One tensor for all: many small ones that stay, made between large ones that go, tear the heap to pieces.
+    # One tensor for all passes: small ones that stay, made between large ones that are freed, fragment the heap.
     num_classes = len(scorer.class_names)
     own = torch.empty((ends[-1] - ends[0], num_classes), dtype=torch.float64, device=collectives.device)
     for number in range(-(-num_passes // collectives.size)):  # the same for every rank; one may have a pass less

@@ -41,7 +41,7 @@ class Trackers:
             config=asdict(config),
             last_step=self.jsonl.last_step,
         )
-        self.jsonl.load_state_dict(state["journal"] if state else {"bytes": 0})
+        self.jsonl.load_state_dict(_metrics_state(state) if state else {"bytes": 0})
         self.console = ConsoleTracker(
             terminal(),
             total_steps=total_steps,
@@ -56,7 +56,7 @@ class Trackers:
         Raises:
             OSError: the disk does not have every line that was appended to it.
         """
-        return {"journal": self.jsonl.state_dict()}
+        return {"metrics": self.jsonl.state_dict()}
 
     def track(self, record: Mapping[str, Any]) -> None:
         """Write a line of metrics everywhere; what fails there does not end training."""
@@ -101,3 +101,9 @@ class NullTrackers:
 
     def track_summary(self, summary: Mapping[str, Any]) -> None:
         """Do nothing."""
+
+
+def _metrics_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where metrics.jsonl ended; format 1 has it under another name."""
+    found: Mapping[str, Any] = state["metrics"] if "metrics" in state else state["journal"]
+    return found
