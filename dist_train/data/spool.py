@@ -272,7 +272,7 @@ class Spool:
         self.kinds = kinds
         self._found = found
         self._folder = folder
-        self._class_names = class_names
+        self._class_index = {name: index for index, name in enumerate(class_names)}
         self._open: tuple[int, Any] | None = None
         self._batch: tuple[int, pa.RecordBatch] | None = None
 
@@ -298,7 +298,7 @@ class Spool:
     def targets(self, chunk: Chunk) -> Tensor:
         """Class indices, (rows,) int64."""
         names = self._found[chunk.unit][1].classes  # in the order of the unit's own codes
-        indices = torch.tensor([self._class_names.index(name) for name in names])
+        indices = torch.tensor([self._class_index[name] for name in names])
         return indices[torch.from_numpy(self._column(chunk, _TARGET).to_numpy().astype(np.int64))]
 
     def split_codes(self, chunk: Chunk) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -14,11 +16,12 @@ from dist_train.data.dataset import Dataset, load_dataset
 from dist_train.data.sampler import MicroBatchIndices
 from dist_train.data.sources import MappedRows
 from dist_train.data.split import SPLITS
-from dist_train.data.store import MANIFEST, Store
+from dist_train.data.store import MANIFEST, Store, _inputs_of_format_1, pack_manifest
 from dist_train.determinism.batch_context import BatchContext
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
+from dist_train.models.embeddings import TabularInputs
 from tests.cli.in_process import contents
 from tests.data.stores import ARGUMENTS, prepare_on_rank, table, write_parts
 from tests.ranks import on_ranks
@@ -212,3 +215,30 @@ def test_what_does_not_matter_to_the_data_may_differ(sound: Path) -> None:
             "model.embedding_dim=4",
         ],
     )
+
+
+def test_a_store_of_a_later_format_is_refused_in_one_line(sound: Path, tmp_path: Path) -> None:
+    folder = copied(sound, tmp_path / "store")
+    content = json.loads((folder / MANIFEST).read_text())
+    del content["sha256"], content["data_sha256"]
+    (folder / MANIFEST).write_bytes(pack_manifest(content | {"format": 3}))
+    with pytest.raises(UserError, match=r"manifest\.json: is of format 3, this program reads up to 2: ") as refused:
+        Store(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("embedded", [False, True], ids=["one-hot", "codes"])
+def test_a_store_of_format_1_gives_the_inputs_of_format_2(sound: Path, embedded: bool) -> None:
+    """Its dense features, made as they were then, come back as numbers, flags and the codes that give them."""
+    store = Store(sound)
+    unseen = replace(
+        store.spec.categorical[0], seen_in_training=(False, *store.spec.categorical[0].seen_in_training[1:])
+    )
+    spec = replace(store.spec, categorical=(unseen, *store.spec.categorical[1:]))
+    inputs = store.to_inputs(store.tensors("train"))
+    dense = TabularInputs(spec, one_hot=not embedded)(*inputs)
+    tensors = {"features": dense} | ({"slots": inputs.codes.to(torch.int32)} if embedded else {})
+    found = _inputs_of_format_1(tensors, spec)
+    assert torch.equal(found.numeric, inputs.numeric)
+    assert torch.equal(found.flags, inputs.flags)
+    assert torch.equal(TabularInputs(spec)(*found), TabularInputs(spec)(*inputs))
