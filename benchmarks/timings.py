@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from benchmarks import workload
 from benchmarks.report import Report, cell, measured, table, take_turns
 from dist_train.accel.host_memory import use_host_memory
-from dist_train.data.dataset import load_labelled
 from dist_train.data.encoder import fit_spec
 from dist_train.data.table import ColumnKinds
 from dist_train.distributed.collectives import Collectives
@@ -44,15 +45,15 @@ def measure(report: Report, rounds: int) -> None:
         checkpoints = Checkpoints(folder / "checkpoints", keep=2)
         _train(["run.name=run", f"run.dir={folder}", *arguments, *QUIET, "train.max_steps=20"])
         predictor = Predictor(folder / "run", collectives)
-        labelled = load_labelled(config.data, seed=0)
-        train_rows = labelled.frame[labelled.split["train"].numpy()]
+        whole = pl.read_parquet(folder / "table.parquet")
+        train_rows = whole.filter(pl.col("split") == "train")
         kinds = ColumnKinds(numeric=tuple(f"x{i}" for i in range(workload.NUM_FEATURES)), categorical=())
 
         def save() -> None:
             checkpoints.write(1, checkpoint_parts(config, session, {}, world, environ), None)
 
         def fit() -> None:
-            names = labelled.class_names
+            names = workload.CLASS_NAMES
             fit_spec(
                 lambda columns: [train_rows.select(columns)],
                 kinds,
@@ -64,7 +65,7 @@ def measure(report: Report, rounds: int) -> None:
 
         save()
         num_rows = {"encoder fit": workload.NUM_ROWS, "evaluation": workload.NUM_ROWS // 4}
-        num_rows["predict a file"] = labelled.frame.height
+        num_rows["predict a file"] = whole.height
         racers: dict[str, Callable[[], float]] = {
             "to the end of step 1": _seconds_to_first_step,
             "encoder fit": _seconds(fit),

@@ -1,55 +1,48 @@
-"""The data of a run: read, checked, split, encoded, resident. Read `load_dataset` to see the order of things."""
+"""The data of a run: read, checked, split, encoded, in memory or in a store. `load_dataset` is the order of things."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import polars as pl
 import torch
 from torch import Tensor
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.classes import (
-    check_training_rows,
-    check_whole,
-    class_indices,
-    first_rows,
-    ordered_names,
-    target_text,
-)
-from dist_train.data.encoder import Encoder, Inputs, fit_spec
+from dist_train.data.encoder import Encoder, Inputs, smallest_int
+from dist_train.data.inputs import columns_of, whole_file
+from dist_train.data.prepare import TableSplit, counted_split, fit_table, split_table
+from dist_train.data.readers import read_header
 from dist_train.data.sources import MappedRows, ResidentRows, resident
 from dist_train.data.spec import FeatureSpec
-from dist_train.data.split import SPLITS, Split, split_by_column, split_by_fraction
-from dist_train.data.store import Settings, Store, is_store
-from dist_train.data.table import (
-    ColumnKinds,
-    feature_kinds,
-    locate,
-    numbers,
-    read_table,
-    require_columns,
-    sha256_of,
+from dist_train.data.split import SPLITS
+from dist_train.data.spool import (
+    Columns,
+    InMemory,
+    Spool,
+    Unit,
+    UnitFacts,
+    check_classes,
+    class_places,
+    kinds_of,
+    read_in_memory,
 )
-from dist_train.determinism.position import split_evenly
+from dist_train.data.store import Settings, Store, is_store
+from dist_train.data.table import ColumnKinds, locate, no_number, require_names, sha256_of
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.system.console import log
 from dist_train.system.progress_bar import progress_bar
 
-_ROWS_AT_ONCE = 1 << 16
-
 
 @dataclass(frozen=True)
-class LabelledTable:
-    """A table with its targets as class indices, (rows,), its splits, and the fingerprint of its file."""
+class Table:
+    """A table in memory, as it was read. `batches` gives back what was encoded; `sha256` is the file's."""
 
-    frame: pl.DataFrame
-    targets: Tensor
+    spool: Spool
+    batches: InMemory
     class_names: list[str]
-    split: Split
     source: str
     sha256: str
 
@@ -73,7 +66,9 @@ def load_dataset(
 ) -> Dataset:
     """Read the table, fit a spec to the training rows unless one is given, and encode all splits.
 
-    Raises Stopped when the ranks have agreed to stop.
+    Raises:
+        UserError: the table, or the configuration for it, has a mistake.
+        Stopped: the ranks have agreed to stop.
     """
     heartbeat = collectives.heartbeat
     if data.shuffle_block_rows and collectives.is_main:
@@ -86,28 +81,126 @@ def load_dataset(
         with heartbeat.phase("opening the store"):
             return _load_store(data, collectives, seed=seed, dtype=dtype, spec=spec)
     with heartbeat.phase("reading the data"):
-        table = collectives.run_on_all(lambda: load_labelled(data, seed))
+        table = collectives.run_on_all(lambda: read_labelled(data, spec))
+        split = split_table(table.spool, data, table.class_names, collectives, seed=seed, source=table.source)
     collectives.raise_if_stop_agreed()
     if spec is None:
         with heartbeat.phase("encoder fitting"):
-            spec = _fit(table, data, collectives)
-    encoder = Encoder(spec)
+            spec = fit_table(table.spool, split, data, table.class_names, collectives, source=table.source)
+    fitted = spec
     with heartbeat.phase("encoding the data"):
-        inputs = collectives.run_on_all(lambda: encoder.to_arrays(table.frame, table.source))
+        splits = collectives.run_on_all(lambda: encoded_rows(table, split, fitted, SPLITS, collectives.device, dtype))
     collectives.raise_if_stop_agreed()
-    targets = remap_targets(table, spec.class_names)
-    splits: dict[str, ResidentRows | MappedRows] = {
-        name: rows_of(inputs, targets, table.split[name], spec, collectives.device, dtype) for name in SPLITS
-    }
-    return Dataset(splits, spec, table.sha256)
+    return Dataset({**splits}, fitted, table.sha256)
 
 
-def rows_of(
-    inputs: Inputs, targets: Tensor, rows: Tensor, spec: FeatureSpec, device: torch.device, dtype: torch.dtype
-) -> ResidentRows:
-    """The given rows of an encoded table, on the device."""
-    chosen = Inputs(*(x[rows] for x in inputs))
-    return resident(chosen, targets[rows], rows, spec.num_classes, device, dtype)
+def read_labelled(data: DataConfig, spec: FeatureSpec | None = None) -> Table:
+    """Read the table of a configuration and check what training relies on.
+
+    Columns are numbers or categories as `spec` says, or else by all of their cells.
+
+    Raises:
+        UserError: the table, or the configuration for it, has a mistake.
+    """
+    file, source = locate(data.path), data.path
+    header = read_header(file)
+    if not header:
+        raise UserError(f"{source}: the table has no rows")
+    columns = columns_of(header, data, source)
+    if spec:
+        columns = _columns_of_spec(columns, header, spec, source)
+    unit = whole_file(file, source)
+    facts, batches = read_in_memory(unit, columns)
+    if not facts.batches:
+        raise UserError(f"{source}: the table has no rows")
+    found = [(unit, facts)]
+    class_names = check_classes(found, data.target)
+    if spec:
+        unknown = [name for name in class_names if name not in spec.class_names]
+        if unknown:
+            raise UserError(f"{source}: class {unknown[0]!r} was not there when the encoder was fitted")
+        class_names = list(spec.class_names)
+    kinds = _kinds_of_spec(found, spec) if spec else kinds_of(found, columns)
+    held = InMemory(batches)
+    return Table(Spool(held, found, kinds, class_names), held, class_names, source, sha256_of(file))
+
+
+def read_for_evaluation(file: Path, data: DataConfig, spec: FeatureSpec, split: str) -> tuple[Table, TableSplit]:
+    """Read another file, with the classes of the model, and say which of its rows are to be evaluated on.
+
+    Those are the rows of `split` where the file has the split column, else all.
+
+    Raises:
+        UserError: the file does not fit the model, or has no such rows.
+    """
+    source, header = str(file), read_header(file)
+    require_names(header, [data.target], source, "the target")
+    column = data.split_column if data.split_column in header else None
+    wanted = Columns([], data.target, column, data.categorical, data.missing_values)
+    unit = whole_file(file, source)
+    facts, batches = read_in_memory(unit, _columns_of_spec(wanted, header, spec, source))
+    found = [(unit, facts)]
+    places = class_places(found, data.target)
+    unknown = [(row, text) for text, (_, row) in places.items() if text not in spec.class_names]
+    if unknown:
+        row, text = min(unknown)
+        raise UserError(
+            f"{file}: column {data.target!r}, data row {row + 1}: {text!r} is not a class; "
+            f"the model knows {', '.join(spec.class_names)}"
+        )
+    held = InMemory(batches)
+    spool = Spool(held, found, _kinds_of_spec(found, spec), spec.class_names)
+    chosen = counted_split(spool, None, None if column else SPLITS.index(split))
+    if not chosen.num_rows[split]:
+        raise UserError(f"{file}: no rows to evaluate on")
+    return Table(spool, held, list(spec.class_names), source, ""), chosen
+
+
+def encoded_rows(
+    table: Table,
+    split: TableSplit,
+    spec: FeatureSpec,
+    names: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, ResidentRows]:
+    """Encode a table, whose batches are released on the way; the rows of the named splits are put on the device.
+
+    All rows are encoded, so that a bad cell is found in any of them.
+    """
+    encoder = Encoder(spec)
+    parts = {name: _Rows(encoder, split.num_rows[name]) for name in names}
+    for chunk in table.spool.chunks:
+        codes, targets = split.codes(table.spool, chunk), table.spool.targets(chunk)
+        inputs = encoder.to_arrays(table.spool.frame(chunk, encoder.names), table.source, chunk.first_row)
+        table.batches.release(chunk.batch)
+        for name, part in parts.items():
+            part.add((codes == SPLITS.index(name)).nonzero().squeeze(1), inputs, targets, chunk.first_row)
+    return {name: part.on(device, dtype) for name, part in parts.items()}
+
+
+class _Rows:
+    """Encoded rows of a split in the making."""
+
+    def __init__(self, encoder: Encoder, count: int) -> None:
+        spec = encoder.spec
+        self._num_classes = spec.num_classes
+        self._inputs = encoder.empty(count)
+        self._targets = torch.empty(count, dtype=smallest_int(spec.num_classes))
+        self._numbers = torch.empty(count, dtype=torch.int64)
+        self._done = 0
+
+    def add(self, chosen: Tensor, inputs: Inputs, targets: Tensor, first_row: int) -> None:
+        """The rows `chosen` of a chunk."""
+        place = slice(self._done, self._done + len(chosen))
+        for own, of_chunk in zip(self._inputs, inputs, strict=True):
+            own[place] = of_chunk[chosen]
+        self._targets[place] = targets[chosen]
+        self._numbers[place] = chosen + first_row
+        self._done += len(chosen)
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> ResidentRows:
+        return resident(self._inputs, self._targets, self._numbers, self._num_classes, device, dtype)
 
 
 def open_store(
@@ -158,93 +251,19 @@ def _load_store(
     return Dataset(splits, store.spec, store.sha256)
 
 
-def load_labelled(data: DataConfig, seed: int) -> LabelledTable:
-    """Read the table of a configuration and check what training relies on; UserError says what is wrong."""
-    file = locate(data.path)
-    frame = read_table(file, data.missing_values)
-    source = data.path
-    if frame.height == 0:
-        raise UserError(f"{source}: the table has no rows")
-    named = [data.target, *data.drop, *data.categorical, *([data.split_column] if data.split_column else [])]
-    require_columns(frame, named, source, "named in the configuration")
-    targets, class_names = _targets(frame[data.target], source)
-    split = (
-        split_by_column(frame[data.split_column], source)
-        if data.split_column
-        else split_by_fraction(
-            targets, validation_fraction=data.validation_fraction, test_fraction=data.test_fraction, seed=seed
-        )
-    )
-    counts = torch.bincount(targets[split["train"]], minlength=len(class_names))
-    check_training_rows(counts, class_names, source)
-    return LabelledTable(frame, targets, class_names, split, source, sha256_of(file))
+def _columns_of_spec(columns: Columns, header: Sequence[str], spec: FeatureSpec, source: str) -> Columns:
+    """The columns of a model's spec; its categories are read as text."""
+    categorical = [column.name for column in spec.categorical]
+    features = [*(column.name for column in spec.numeric), *categorical]
+    require_names(header, features, source, "the model was trained on it")
+    return replace(columns, features=features, categorical=categorical)
 
 
-def read_for_evaluation(
-    file: Path, data: DataConfig, class_names: Sequence[str], split: str
-) -> tuple[pl.DataFrame, Tensor, Tensor]:
-    """Another file, its class indices, and the numbers of the rows to evaluate on.
-
-    Those are the rows of `split` where the file has the split column, else all.
-    """
-    frame = read_table(file, data.missing_values)
-    require_columns(frame, [data.target], str(file), "the target")
-    rows = torch.arange(frame.height)
-    if data.split_column and data.split_column in frame.columns:
-        rows = split_by_column(frame[data.split_column], str(file))[split]
-    if len(rows) == 0:
-        raise UserError(f"{file}: no rows to evaluate on")
-    text = _whole_target(frame[data.target], str(file))
-    unknown = ~text.is_in(class_names)
-    if unknown.any():
-        row = int(unknown.arg_max() or 0)
-        raise UserError(
-            f"{file}: column {data.target!r}, data row {row + 1}: {text[row]!r} is not a class; "
-            f"the model knows {', '.join(class_names)}"
-        )
-    return frame, class_indices(text, class_names), rows
-
-
-def remap_targets(table: LabelledTable, class_names: Sequence[str]) -> Tensor:
-    """Class indices of a table in the order of an encoder's class names."""
-    unknown = [name for name in table.class_names if name not in class_names]
-    if unknown:
-        raise UserError(f"{table.source}: class {unknown[0]!r} was not there when the encoder was fitted")
-    return torch.tensor([class_names.index(name) for name in table.class_names])[table.targets]
-
-
-def _fit(table: LabelledTable, data: DataConfig, collectives: Collectives) -> FeatureSpec:
-    not_features = [data.target, *data.drop, *([data.split_column] if data.split_column else [])]
-    frame, kinds = collectives.run_on_all(lambda: _features(table, not_features, data.categorical))
-    rows = table.split["train"]
-    begin, end = split_evenly(0, len(rows), collectives.size)[collectives.rank]
-    own = frame[rows[begin:end].numpy()]
-    return fit_spec(
-        lambda names: own.select(names).iter_slices(_ROWS_AT_ONCE),
-        kinds,
-        table.class_names,
-        collectives,
-        max_categories=data.max_categories,
-        source=table.source,
-    )
-
-
-def _features(
-    table: LabelledTable, not_features: list[str], categorical: list[str]
-) -> tuple[pl.DataFrame, ColumnKinds]:
-    """Feature columns by kind, numbers already parsed: from the whole table, so that a bad cell is named by its row."""
-    kinds = feature_kinds(table.frame, not_features, categorical, table.source)
-    parsed = [pl.Series(name, numbers(table.frame[name], table.source).numpy()) for name in kinds.numeric]
-    return pl.DataFrame([*parsed, *(table.frame[name] for name in kinds.categorical)]), kinds
-
-
-def _targets(column: pl.Series, source: str) -> tuple[Tensor, list[str]]:
-    text = _whole_target(column, source)
-    names = ordered_names(text.unique().to_list(), column.name, source)
-    return class_indices(text, names), names
-
-
-def _whole_target(column: pl.Series, source: str) -> pl.Series:
-    text = target_text(column, source)
-    check_whole({name: (source, row) for name, row in first_rows(text).items()}, column.name)
-    return text
+def _kinds_of_spec(found: Sequence[tuple[Unit, UnitFacts]], spec: FeatureSpec) -> ColumnKinds:
+    numeric = tuple(column.name for column in spec.numeric)
+    for unit, facts in found:
+        for name in numeric:
+            stray = facts.columns[name].stray if facts.batches else None
+            if stray:
+                raise no_number(name, unit.source, *stray)
+    return ColumnKinds(numeric, tuple(column.name for column in spec.categorical))

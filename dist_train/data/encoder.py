@@ -62,7 +62,7 @@ class Encoder:
 
     def __init__(self, spec: FeatureSpec) -> None:
         self.spec = spec
-        self.code_dtype = smallest_int(max(spec.category_sizes, default=1))
+        self._code_dtype = smallest_int(max(spec.category_sizes, default=1))
 
     @property
     def names(self) -> list[str]:
@@ -79,9 +79,7 @@ class Encoder:
         """
         spec = self.spec
         require_columns(frame, self.names, source, "the model was trained on it")
-        numeric = torch.empty((frame.height, spec.num_numeric), dtype=torch.float32)
-        flags = torch.empty((frame.height, spec.num_flags), dtype=torch.uint8)
-        codes = torch.empty((frame.height, spec.num_categorical), dtype=self.code_dtype)
+        numeric, flags, codes = inputs = self.empty(frame.height)
         flag = 0
         for index, column in enumerate(spec.numeric):
             values = numbers(frame[column.name], source, first_row)
@@ -92,7 +90,15 @@ class Encoder:
                 flag += 1
         for index, words in enumerate(spec.categorical):
             codes[:, index] = _codes(frame[words.name], words, source)
-        return Inputs(numeric, flags, codes)
+        return inputs
+
+    def empty(self, num_rows: int) -> Inputs:
+        """Memory for so many encoded rows."""
+        return Inputs(
+            torch.empty((num_rows, self.spec.num_numeric), dtype=torch.float32),
+            torch.empty((num_rows, self.spec.num_flags), dtype=torch.uint8),
+            torch.empty((num_rows, self.spec.num_categorical), dtype=self._code_dtype),
+        )
 
 
 def smallest_int(count: int) -> torch.dtype:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.readers import read_header, read_parts
+from dist_train.data.readers import Part, read_header, read_parts
 from dist_train.data.spool import Columns, Unit
 from dist_train.data.table import BUILTIN, locate, require_names
 from dist_train.errors import UserError
@@ -38,12 +38,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 def plan_columns(files: Sequence[Path], data: DataConfig) -> Columns:
     """What is taken of each row; UserError names a file that has other columns than the first one."""
     first = read_header(files[0])
-    named = [data.target, *data.drop, *data.categorical, *([data.split_column] if data.split_column else [])]
-    require_names(first, named, str(files[0]), "named in the configuration")
-    others = {data.target, data.split_column, *data.drop}
-    features = [name for name in first if name not in others]
-    if not features:
-        raise UserError(f"{files[0]}: no feature columns are left besides {', '.join(sorted(filter(None, others)))}")
+    columns = columns_of(first, data, str(files[0]))
     for file in files[1:]:
         names = read_header(file)
         require_names(names, [n for n in first if n not in data.drop], str(file), f"{files[0]} has it")
@@ -52,6 +47,17 @@ def plan_columns(files: Sequence[Path], data: DataConfig) -> Columns:
             raise UserError(
                 f"{file}: column {strange[0]!r} is not in {files[0]}: name it in data.drop, or mend the file"
             )
+    return columns
+
+
+def columns_of(header: Sequence[str], data: DataConfig, source: str) -> Columns:
+    """What is taken of each row of a file with such columns; UserError when one that is named is not there."""
+    named = [data.target, *data.drop, *data.categorical, *([data.split_column] if data.split_column else [])]
+    require_names(header, named, source, "named in the configuration")
+    others = {data.target, data.split_column, *data.drop}
+    features = [name for name in header if name not in others]
+    if not features:
+        raise UserError(f"{source}: no feature columns are left besides {', '.join(sorted(filter(None, others)))}")
     return Columns(features, data.target, data.split_column, data.categorical, data.missing_values)
 
 
@@ -63,6 +69,12 @@ def plan_units(files: Sequence[Path]) -> list[Unit]:
         for part in read_parts(file, _ROWS_OF_A_UNIT):
             units.append(Unit(len(units), file, found.st_size, found.st_mtime_ns, part))
     return units
+
+
+def whole_file(file: Path, shown_as: str) -> Unit:
+    """A file to be read in one go."""
+    found = file.stat()
+    return Unit(0, file, found.st_size, found.st_mtime_ns, Part(), shown_as)
 
 
 def _file(path: str) -> Path:

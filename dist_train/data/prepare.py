@@ -29,21 +29,54 @@ _TRAIN = SPLITS.index("train")
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """What was fitted to a table.
+class TableSplit:
+    """Which rows of a table are in which split.
 
-    `fraction_split` is None where a column says it; `before` counts, for each chunk, the rows of each split that come
-    before it, and those of all rows in the end, (chunks + 1, splits).
+    `by_fraction` is None where a column says it; `all_in` is the index of the split that all rows are in, if they are.
+    `before` counts, for each chunk, the rows of each split that come before it, and those of all rows in the end,
+    (chunks + 1, splits).
     """
 
-    spec: FeatureSpec
-    fraction_split: FractionSplit | None
+    by_fraction: FractionSplit | None
     before: Tensor
+    all_in: int | None = None
 
     @property
     def num_rows(self) -> dict[str, int]:
         """Rows of each split."""
         return dict(zip(SPLITS, self.before[-1].tolist(), strict=True))
+
+    def codes(self, spool: Spool, chunk: Chunk) -> Tensor:
+        """Index in SPLITS of each row of a chunk."""
+        return _split_codes(spool, chunk, self.by_fraction, self.all_in)
+
+
+def _split_codes(spool: Spool, chunk: Chunk, by_fraction: FractionSplit | None, all_in: int | None = None) -> Tensor:
+    if all_in is not None:
+        return torch.full((chunk.num_rows,), all_in, dtype=torch.uint8)
+    return by_fraction.codes(chunk.first_row, spool.targets(chunk)) if by_fraction else spool.split_codes(chunk)
+
+
+def counted_split(spool: Spool, by_fraction: FractionSplit | None, all_in: int | None = None) -> TableSplit:
+    """A split, its rows counted by this rank alone."""
+    counts = [
+        torch.bincount(_split_codes(spool, chunk, by_fraction, all_in), minlength=len(SPLITS)) for chunk in spool.chunks
+    ]
+    before = torch.stack([torch.zeros(len(SPLITS), dtype=torch.int64), *counts]).cumsum(0)
+    return TableSplit(by_fraction, before, all_in)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was fitted to a table."""
+
+    spec: FeatureSpec
+    split: TableSplit
+
+    @property
+    def num_rows(self) -> dict[str, int]:
+        """Rows of each split."""
+        return self.split.num_rows
 
     @property
     def block_rows(self) -> int:
@@ -52,21 +85,17 @@ class Fitted:
 
     def pack(self) -> dict[str, Any]:
         """As JSON types; `unpack` reads it."""
-        split = self.fraction_split
+        split = self.split.by_fraction
         packed = split and {"seed": split.seed, "last": split.last_keys.tolist(), "any": split.any_rows.tolist()}
-        return {"spec": self.spec.to_json(), "split": packed, "before": self.before.tolist()}
+        return {"spec": self.spec.to_json(), "split": packed, "before": self.split.before.tolist()}
 
     @classmethod
     def unpack(cls, packed: Mapping[str, Any]) -> Fitted:
         """What `pack` packed."""
         split = packed["split"]
         fraction_split = split and FractionSplit(split["seed"], torch.tensor(split["last"]), torch.tensor(split["any"]))
-        return cls(FeatureSpec.from_json(packed["spec"]), fraction_split, torch.tensor(packed["before"]))
-
-
-def _split_codes(spool: Spool, chunk: Chunk, targets: Tensor, split: FractionSplit | None) -> Tensor:
-    """Index in SPLITS of each row of a chunk."""
-    return spool.split_codes(chunk) if split is None else split.codes(chunk.first_row, targets)
+        split = TableSplit(fraction_split, torch.tensor(packed["before"]))
+        return cls(FeatureSpec.from_json(packed["spec"]), split)
 
 
 def fit(
@@ -78,18 +107,30 @@ def fit(
     seed: int,
     show: Callable[[int], None],
 ) -> Fitted:
-    """Split the table and fit the encoder to its training rows.
+    """Split the table and fit a spec to its training rows.
 
     `show` is told of the rows that this rank has gone through, each of them several times. Raises Stopped when the
     ranks have agreed to stop.
     """
-    begin, end = split_evenly(0, len(spool.chunks), collectives.size)[collectives.rank]
+    split = split_table(spool, data, class_names, collectives, seed=seed, source="the table", show=show)
+    spec = fit_table(
+        spool, split, data, class_names, collectives, source="the table", max_distinct=MAX_DISTINCT, show=show
+    )
+    return Fitted(spec, split)
 
-    def own() -> Iterator[Chunk]:
-        for chunk in spool.chunks[begin:end]:
-            yield chunk
-            show(chunk.num_rows)
 
+def split_table(
+    spool: Spool,
+    data: DataConfig,
+    class_names: Sequence[str],
+    collectives: Collectives,
+    *,
+    seed: int,
+    source: str,
+    show: Callable[[int], None] = lambda _rows: None,
+) -> TableSplit:
+    """Split the table as its column says, or by fractions; UserError when there is too little to train on."""
+    begin, own = _own_chunks(spool, collectives, show)
     split = None
     if data.split_column is None:
         split = FractionSplit.fit(
@@ -106,31 +147,61 @@ def fit(
     def count() -> Iterator[int]:
         for index, chunk in enumerate(own(), begin):
             targets = spool.targets(chunk)
-            codes = _split_codes(spool, chunk, targets, split)
+            codes = _split_codes(spool, chunk, split)
             of_chunks[index] = torch.bincount(codes, minlength=len(SPLITS))
             of_classes.add_(torch.bincount(targets[codes == _TRAIN], minlength=len(class_names)))
             yield chunk.num_rows
 
     collectives.lockstep(count())
-    check_training_rows(collectives.all_reduce(of_classes), class_names, "the table")
+    occurring = [index for index, name in enumerate(class_names) if name in spool.classes]
+    of_classes = collectives.all_reduce(of_classes)[occurring]
+    check_training_rows(of_classes, [class_names[index] for index in occurring], source)
     ends = collectives.all_reduce(of_chunks).cumsum(0)
-    before = torch.cat([torch.zeros_like(ends[:1]), ends])
+    return TableSplit(split, torch.cat([torch.zeros_like(ends[:1]), ends]))
+
+
+def fit_table(
+    spool: Spool,
+    split: TableSplit,
+    data: DataConfig,
+    class_names: Sequence[str],
+    collectives: Collectives,
+    *,
+    source: str,
+    max_distinct: int | None = None,
+    show: Callable[[int], None] = lambda _rows: None,
+) -> FeatureSpec:
+    """Fit a spec to the training rows, each rank to its share of them; see `fit_spec`."""
+    _, own = _own_chunks(spool, collectives, show)
 
     def pieces(names: Sequence[str]) -> Iterator[pl.DataFrame]:
         for chunk in own():
-            codes = _split_codes(spool, chunk, spool.targets(chunk), split)
+            codes = split.codes(spool, chunk)
             yield spool.frame(chunk, names).filter(pl.Series((codes == _TRAIN).numpy()))
 
-    spec = fit_spec(
+    return fit_spec(
         pieces,
         spool.kinds,
         class_names,
         collectives,
         max_categories=data.max_categories,
-        source="the table",
-        max_distinct=MAX_DISTINCT,
+        source=source,
+        max_distinct=max_distinct,
     )
-    return Fitted(spec, split, before)
+
+
+def _own_chunks(
+    spool: Spool, collectives: Collectives, show: Callable[[int], None]
+) -> tuple[int, Callable[[], Iterator[Chunk]]]:
+    """This rank's share of the chunks: the index of the first, and what goes through them."""
+    begin, end = split_evenly(0, len(spool.chunks), collectives.size)[collectives.rank]
+
+    def own() -> Iterator[Chunk]:
+        for chunk in spool.chunks[begin:end]:
+            yield chunk
+            show(chunk.num_rows)
+
+    return begin, own
 
 
 @dataclass(frozen=True)
@@ -154,12 +225,11 @@ def encode_blocks(
     block_rows, encoder = fitted.block_rows, Encoder(fitted.spec)
     shares = [_BlockWriter(split, fitted, index, set(wanted[split]), write) for index, split in enumerate(SPLITS)]
     for number, chunk in enumerate(spool.chunks):
-        starts, stops = fitted.before[number].tolist(), fitted.before[number + 1].tolist()
+        starts, stops = fitted.split.before[number].tolist(), fitted.split.before[number + 1].tolist()
         if not any(share.wants(start, stop) for share, start, stop in zip(shares, starts, stops, strict=True)):
             continue
-        targets = spool.targets(chunk)
-        codes = _split_codes(spool, chunk, targets, fitted.fraction_split)
-        tensors = _encoded(spool, chunk, encoder, targets)
+        codes = fitted.split.codes(spool, chunk)
+        tensors = _encoded(spool, chunk, encoder)
         for index, share in enumerate(shares):
             rows = (codes == index).nonzero().squeeze(1)
             share.take(starts[index], {name: values[rows.numpy()] for name, values in tensors.items()})
@@ -167,10 +237,10 @@ def encode_blocks(
     assert not any(share.pending for share in shares), f"blocks of {block_rows} rows were left unfinished"
 
 
-def _encoded(spool: Spool, chunk: Chunk, encoder: Encoder, targets: Tensor) -> dict[str, np.ndarray[Any, Any]]:
+def _encoded(spool: Spool, chunk: Chunk, encoder: Encoder) -> dict[str, np.ndarray[Any, Any]]:
     inputs = encoder.to_arrays(spool.frame(chunk, encoder.names), spool.source(chunk))
     rows = torch.arange(chunk.first_row, chunk.first_row + chunk.num_rows)
-    tensors = inputs._asdict() | {"targets": targets, "rows": rows}
+    tensors = inputs._asdict() | {"targets": spool.targets(chunk), "rows": rows}
     return {name: tensors[name].numpy().astype(dtype) for name, (dtype, _) in tensor_files(encoder.spec).items()}
 
 
@@ -183,7 +253,7 @@ class _BlockWriter:
         self.pending: list[dict[str, np.ndarray[Any, Any]]] = []
         self._split = split
         self._block_rows = fitted.block_rows
-        self._num_rows = int(fitted.before[-1, index])
+        self._num_rows = int(fitted.split.before[-1, index])
         self._wanted = wanted
         self._write = write
 

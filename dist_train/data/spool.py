@@ -1,6 +1,8 @@
-"""The rows of many files, read and checked once: typed columns in Arrow files, which the passes of a fit map to memory.
+"""The rows of a table, read and checked once: typed columns in batches, which the passes of a fit and an encoding read.
 
-Numbers of CSV files are parsed here and nowhere else. A file that changes later does no harm: nobody reads it again.
+The batches are held in memory, or in Arrow files that are mapped to memory. Numbers of CSV files are parsed here and
+nowhere else, and here alone a column is found to hold numbers or categories. A file that changes later does no harm:
+nobody reads it again.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -25,12 +27,12 @@ from dist_train.data.split import codes_of_column
 from dist_train.data.table import (
     ColumnKinds,
     as_text,
-    is_text,
+    float32_range,
     no_number,
-    numbers,
     numbers_with_stray_text,
     parse_numbers,
     require_columns,
+    require_numbers_or_text,
 )
 from dist_train.errors import UserError
 from dist_train.system.files import TMP_PREFIX, write_atomically
@@ -53,13 +55,22 @@ class Columns:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one rank reads in one go: a file, or a part of one. `number` counts them in the order of the table."""
+    """What one rank reads in one go: a file, or a part of one. `number` counts them in the order of the table.
+
+    `shown_as` is how messages name the file, where not by its path.
+    """
 
     number: int
     file: Path
     size: int
     modified_ns: int
     part: Part
+    shown_as: str | None = None
+
+    @property
+    def source(self) -> str:
+        """What messages call it."""
+        return self.shown_as or str(self.file)
 
     def check_unchanged(self) -> None:
         """UserError when the file is no longer the one that was found first."""
@@ -131,7 +142,7 @@ def spool_unit(unit: Unit, columns: Columns, folder: Path, as_text: frozenset[st
         spooling = _Spooling(unit, columns, text)
         try:
             with aside.open("wb") as stream:
-                yield from spooling.run(stream)
+                yield from _write_batches(spooling.run(), stream)
                 stream.flush()
                 os.fsync(stream.fileno())
         except _TurnsOutText:
@@ -142,33 +153,64 @@ def spool_unit(unit: Unit, columns: Columns, folder: Path, as_text: frozenset[st
     write_atomically(_facts_file(folder, unit), json.dumps(asdict(spooling.facts) | {"unit": _identity(unit)}).encode())
 
 
+def read_in_memory(unit: Unit, columns: Columns) -> tuple[UnitFacts, list[pa.RecordBatch]]:
+    """Read a unit; categories are dictionaries, which take the least memory.
+
+    Raises:
+        UserError: a cell cannot be read; file, column and row are named.
+    """
+    text = set(columns.categorical)
+    while True:
+        spooling = _Spooling(unit, columns, text)
+        try:
+            batches = [_with_dictionaries(batch) for _, batch in spooling.run() if batch is not None]
+        except _TurnsOutText:
+            continue  # from the start: `text` has grown
+        return spooling.facts, batches
+
+
+def _write_batches(batches: Iterator[tuple[int, pa.RecordBatch | None]], stream: Any) -> Iterator[int]:
+    writer = None
+    for num_rows, batch in batches:
+        if batch is not None:
+            writer = writer or pa.ipc.new_file(stream, batch.schema)
+            writer.write_batch(batch)
+        yield num_rows
+    if writer:
+        writer.close()
+
+
+def _with_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
+    columns = {
+        name: column.dictionary_encode() if pa.types.is_large_string(column.type) else column
+        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+    }
+    return pa.record_batch(columns)
+
+
 class _Spooling:
     """One go through a unit."""
 
     def __init__(self, unit: Unit, columns: Columns, text: set[str]) -> None:
         self.facts = UnitFacts()
         self._unit = unit
-        self._source = str(unit.file)
+        self._source = unit.source
         self._columns = columns
         self._text = text
         self._codes: dict[str, int] = {}
 
-    def run(self, stream: Any) -> Iterator[int]:
+    def run(self) -> Iterator[tuple[int, pa.RecordBatch | None]]:
+        """Rows that were read, and the batch of them; None for no rows."""
         row = self._unit.part.first_row
-        writer = None
         for frame in read_rows(self._unit.file, self._columns.missing_values, self._unit.part):
             wanted = [*self._columns.features, self._columns.target]
             wanted += [self._columns.split_column] if self._columns.split_column else []
             require_columns(frame, wanted, self._source, "the first file has it, or the configuration names it")
+            batch = self._batch(frame, row) if frame.height else None
             if frame.height:
-                batch = self._batch(frame, row)
-                writer = writer or pa.ipc.new_file(stream, batch.schema)
-                writer.write_batch(batch)
                 self.facts.batches.append(frame.height)
             row += frame.height
-            yield frame.height
-        if writer:
-            writer.close()
+            yield frame.height, batch
 
     def _batch(self, frame: pl.DataFrame, row: int) -> pa.RecordBatch:
         arrays: dict[str, pa.Array] = {_TARGET: pa.array(self._target(frame[self._columns.target], row))}
@@ -198,7 +240,8 @@ class _Spooling:
         facts = self.facts.columns.setdefault(name, ColumnFacts(name in self._text))
         if name in self._columns.categorical:
             return _texts(column, self._source)
-        parsed = parse_numbers(column) if is_text(column, self._source) else column
+        require_numbers_or_text(column, self._source)
+        parsed = parse_numbers(column)
         present, found = len(column) - column.null_count(), len(parsed) - parsed.null_count()
         if found < present:
             self._text.add(name)
@@ -210,7 +253,7 @@ class _Spooling:
         facts.numbers += found
         if name in self._text:
             return _texts(column, self._source)
-        values = numbers(parsed, self._source, row).numpy()
+        values = float32_range(parsed, column, self._source, row).numpy()
         return pa.array(values.astype(np.float32) if column.dtype in _SMALL else values)
 
 
@@ -218,14 +261,20 @@ def _texts(column: pl.Series, source: str) -> pa.Array:
     return as_text(column, source).to_arrow().cast(pa.large_string())
 
 
-def check_classes(found: Sequence[tuple[Unit, UnitFacts]], target: str) -> list[str]:
-    """Class names of the table, in their order; UserError when the target is none."""
+def class_places(found: Sequence[tuple[Unit, UnitFacts]], target: str) -> dict[str, tuple[str, int]]:
+    """Source and row of each class's first cell; UserError when the target is a quantity."""
     places: dict[str, tuple[str, int]] = {}
     for unit, facts in found:
         for text, (_, row) in facts.classes.items():
-            places.setdefault(text, (str(unit.file), row))
+            places.setdefault(text, (unit.source, row))
     check_whole(places, target)
-    return ordered_names(places, target, str(found[0][0].file) if len(found) == 1 else "the table")
+    return places
+
+
+def check_classes(found: Sequence[tuple[Unit, UnitFacts]], target: str) -> list[str]:
+    """Class names of the table, in their order; UserError when the target is none."""
+    places = class_places(found, target)
+    return ordered_names(places, target, found[0][0].source if len(found) == 1 else "the table")
 
 
 def kinds_of(found: Sequence[tuple[Unit, UnitFacts]], columns: Columns) -> ColumnKinds:
@@ -238,7 +287,7 @@ def kinds_of(found: Sequence[tuple[Unit, UnitFacts]], columns: Columns) -> Colum
             continue
         if numbers_with_stray_text(count, present):
             unit, stray = next((unit, f.stray) for unit, f in facts if f.stray)
-            raise no_number(name, str(unit.file), *stray)
+            raise no_number(name, unit.source, *stray)
         if count == present:
             numeric.append(name)
     return ColumnKinds(tuple(numeric), tuple(name for name in columns.features if name not in numeric))
@@ -263,18 +312,60 @@ class Chunk:
     num_rows: int
 
 
+class Batches(Protocol):
+    """Gives a batch of a unit, both by their index."""
+
+    def __call__(self, unit: int, batch: int) -> pa.RecordBatch: ...
+
+
+class InMemory:
+    """The batches of the only unit of a table. One that was released is gone."""
+
+    def __init__(self, batches: list[pa.RecordBatch]) -> None:
+        self._batches: list[pa.RecordBatch | None] = list(batches)
+
+    def __call__(self, unit: int, batch: int) -> pa.RecordBatch:
+        assert unit == 0
+        return self._batches[batch]
+
+    def release(self, batch: int) -> None:
+        """Give the memory of a batch back."""
+        self._batches[batch] = None
+
+
+class InFiles:
+    """Batches that `spool_unit` wrote, mapped to memory."""
+
+    def __init__(self, folder: Path, units: Sequence[Unit]) -> None:
+        self._folder = folder
+        self._units = units
+        self._open: tuple[int, Any] | None = None
+        self._batch: tuple[int, pa.RecordBatch] | None = None
+
+    def __call__(self, unit: int, batch: int) -> pa.RecordBatch:
+        if self._open is None or self._open[0] != unit:
+            file = _rows_file(self._folder, self._units[unit])
+            self._open = unit, pa.ipc.open_file(pa.memory_map(str(file)))
+            self._batch = None
+        if self._batch is None or self._batch[0] != batch:
+            self._batch = batch, self._open[1].get_batch(batch)
+        return self._batch[1]
+
+
 class Spool:
     """The table as it was read, on every rank."""
 
     def __init__(
-        self, folder: Path, found: Sequence[tuple[Unit, UnitFacts]], kinds: ColumnKinds, class_names: Sequence[str]
+        self,
+        batches: Batches,
+        found: Sequence[tuple[Unit, UnitFacts]],
+        kinds: ColumnKinds,
+        class_names: Sequence[str],
     ) -> None:
         self.kinds = kinds
+        self._batches = batches
         self._found = found
-        self._folder = folder
         self._class_index = {name: index for index, name in enumerate(class_names)}
-        self._open: tuple[int, Any] | None = None
-        self._batch: tuple[int, pa.RecordBatch] | None = None
 
     @cached_property
     def chunks(self) -> list[Chunk]:
@@ -291,9 +382,14 @@ class Spool:
         """Rows of the table."""
         return sum(sum(facts.batches) for _, facts in self._found)
 
+    @property
+    def classes(self) -> set[str]:
+        """Names of the classes that occur."""
+        return {name for _, facts in self._found for name in facts.classes}
+
     def source(self, chunk: Chunk) -> str:
         """The file that a chunk's rows come from."""
-        return str(self._found[chunk.unit][0].file)
+        return self._found[chunk.unit][0].source
 
     def targets(self, chunk: Chunk) -> Tensor:
         """Class indices, (rows,) int64."""
@@ -315,13 +411,7 @@ class Spool:
             return pl.Series(name, column.to_numpy().astype(np.float64))
         if pa.types.is_floating(column.type):  # without any value in this unit, or it would have been read as text
             return pl.Series(name, [None] * len(column), dtype=pl.String)
-        return pl.Series(name, column)
+        return pl.Series(name, column.dictionary_decode() if pa.types.is_dictionary(column.type) else column)
 
     def _column(self, chunk: Chunk, name: str) -> pa.Array:
-        if self._open is None or self._open[0] != chunk.unit:
-            file = _rows_file(self._folder, self._found[chunk.unit][0])
-            self._open = chunk.unit, pa.ipc.open_file(pa.memory_map(str(file)))
-            self._batch = None
-        if self._batch is None or self._batch[0] != chunk.batch:
-            self._batch = chunk.batch, self._open[1].get_batch(chunk.batch)
-        return self._batch[1].column(name)
+        return self._batches(chunk.unit, chunk.batch).column(name)

@@ -59,17 +59,6 @@ def read_table(file: Path, missing_values: Sequence[str]) -> pl.DataFrame:
     return pl.concat(read_rows(file, missing_values))
 
 
-def feature_kinds(
-    frame: pl.DataFrame, not_features: Sequence[str], categorical: Sequence[str], source: str
-) -> ColumnKinds:
-    """Tell numbers from categories: text is categorical unless all of it reads as numbers."""
-    features = [name for name in frame.columns if name not in not_features]
-    if not features:
-        raise UserError(f"{source}: no feature columns are left besides {', '.join(not_features)}")
-    numeric = [name for name in features if name not in categorical and _is_numeric(frame[name], source)]
-    return ColumnKinds(tuple(numeric), tuple(name for name in features if name not in numeric))
-
-
 def require_columns(frame: pl.DataFrame, names: Sequence[str], source: str, why: str) -> None:
     """UserError when a column is not there, with the nearest hint there is: the columns that are."""
     require_names(frame.columns, names, source, why)
@@ -94,6 +83,11 @@ def numbers(column: pl.Series, source: str, first_row: int = 0) -> Tensor:
     if stray.any():
         row = int(stray.arg_max() or 0)
         raise no_number(column.name, source, first_row + row, column[row])
+    return float32_range(parsed, column, source, first_row)
+
+
+def float32_range(parsed: pl.Series, column: pl.Series, source: str, first_row: int) -> Tensor:
+    """The `parsed` numbers of a column as float64, NaN where missing; UserError on those that float32 cannot hold."""
     values = torch.from_numpy(parsed.fill_null(float("nan")).to_numpy(writable=True))
     too_large = values.abs() > FLOAT32_MAX
     if too_large.any():
@@ -131,26 +125,13 @@ def as_text(column: pl.Series, source: str) -> pl.Series:
     return text.str.replace(r"^(-?[0-9]+)\.0+$", "$1")
 
 
-def _is_numeric(column: pl.Series, source: str) -> bool:
-    if not is_text(column, source):
-        return True
-    parsed, present = parse_numbers(column), column.drop_nulls()
-    num_numbers = len(parsed) - parsed.null_count()
-    if numbers_with_stray_text(num_numbers, len(present)):
-        numbers(column, source)  # raises, naming the stray cell
-    return num_numbers == len(present)
-
-
-def is_text(column: pl.Series, source: str) -> bool:
-    """Whether a feature's cells are text, which may be numbers to read; UserError when they are neither."""
-    if column.dtype.is_numeric() or column.dtype == pl.Null:
-        return False
-    if column.dtype != pl.String:
+def require_numbers_or_text(column: pl.Series, source: str) -> None:
+    """UserError when a feature's cells are neither numbers nor text."""
+    if not column.dtype.is_numeric() and column.dtype not in (pl.Null, pl.String):
         raise UserError(
             f"{source}: column {column.name!r} has type {column.dtype}: turn it into numbers or text, "
             "or name it in data.drop"
         )
-    return True
 
 
 def numbers_with_stray_text(num_numbers: int, num_present: int) -> bool:

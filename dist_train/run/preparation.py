@@ -22,6 +22,7 @@ from dist_train.data.prepare import Fitted, encode_blocks, fit
 from dist_train.data.split import SPLITS
 from dist_train.data.spool import (
     Columns,
+    InFiles,
     Spool,
     Unit,
     UnitFacts,
@@ -118,7 +119,7 @@ class Preparation:
         with heartbeat.phase("reading the data"):
             found, kinds = self._read(units, columns)
         class_names = check_classes(found, columns.target)
-        spool = Spool(self._spool, found, kinds, class_names)
+        spool = Spool(InFiles(self._spool, [unit for unit, _ in found]), found, kinds, class_names)
         with heartbeat.phase("encoder fitting"):
             fitted = self._fitted(spool, class_names)
         with heartbeat.phase("encoding the data"):

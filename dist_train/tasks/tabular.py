@@ -14,14 +14,14 @@ from dist_train.config.rules import given_class_weights
 from dist_train.config.schema import JobConfig
 from dist_train.data.dataset import (
     Dataset,
+    encoded_rows,
     load_dataset,
-    load_labelled,
     open_store,
     read_for_evaluation,
-    remap_targets,
-    rows_of,
+    read_labelled,
 )
 from dist_train.data.encoder import Encoder
+from dist_train.data.prepare import split_table
 from dist_train.data.sources import MappedRows, ResidentRows, resident
 from dist_train.data.spec import FeatureSpec, spec_of_encoder
 from dist_train.data.store import is_store
@@ -116,10 +116,20 @@ class TabularTask:
         path = str(file or self._config.data.path)
         if is_store(path):
             return self._stored(path, split)
-        frame, targets, chosen, source = self._collectives.run_on_all(lambda: self._rows(split, file))
-        # The whole table is encoded, so that a bad cell is named by its row in the file.
-        inputs = self._collectives.run_on_all(lambda: self._encoder.to_arrays(frame, source))
-        return rows_of(inputs, targets, chosen, self.spec, self._collectives.device, self._dtype)
+        data, collectives = self._config.data, self._collectives
+        if file is not None:
+            table, chosen = collectives.run_on_all(
+                lambda: read_for_evaluation(locate(str(file)), data, self.spec, split)
+            )
+        else:
+            table = collectives.run_on_all(lambda: read_labelled(data, self.spec))
+            seed = self._config.run.seed
+            chosen = split_table(table.spool, data, table.class_names, collectives, seed=seed, source=table.source)
+            if table.sha256 != self.fingerprint:
+                log.warning("%s is not the file that the model was trained on", table.source)
+        return collectives.run_on_all(
+            lambda: encoded_rows(table, chosen, self.spec, [split], collectives.device, self._dtype)
+        )[split]
 
     def unlabelled(self, table: pl.DataFrame, source: str) -> ResidentRows:
         """Rows to score."""
@@ -133,16 +143,6 @@ class TabularTask:
         if store.sha256 != self.fingerprint:
             log.warning("%s is not the store that the model was trained on", path)
         return MappedRows(store.tensors(split), store.to_inputs, self._collectives.device, self._dtype)
-
-    def _rows(self, split: str, file: Path | None) -> tuple[pl.DataFrame, Tensor, Tensor, str]:
-        """Table, class indices of its rows, the rows to evaluate on, and where they come from."""
-        data = self._config.data
-        if file is not None:
-            return *read_for_evaluation(locate(str(file)), data, self.class_names, split), str(file)
-        table = load_labelled(data, self._config.run.seed)
-        if table.sha256 != self.fingerprint:
-            log.warning("%s is not the file that the model was trained on", table.source)
-        return table.frame, remap_targets(table, self.class_names), table.split[split], table.source
 
     def _class_weights(self) -> Tensor | None:
         train = self._config.train

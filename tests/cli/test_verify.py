@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dist_train.config.load import read_config
-from dist_train.data.dataset import load_labelled
+from dist_train.data.dataset import load_dataset
+from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.world import World
 from dist_train.run.checkpoint.commit import commit
 from dist_train.run.checkpoint.state import encode_parts, read_parts, weights_sha256
 from tests.cli.in_process import command, command_on_ranks
@@ -145,9 +148,10 @@ def edit_line(number: int, edit: Callable[[dict[str, Any]], dict[str, Any] | Non
 def altered_row(run_dir: Path, split: str) -> None:
     """Another income in one row of a split; the row keeps its place, and so do all the others."""
     table = run_dir.parent / "clients.csv"
-    data = load_labelled(read_config(run_dir / "config.yaml").data, seed=0)
+    config = read_config(run_dir / "config.yaml")
+    data = load_dataset(config.data, Collectives(World()), seed=0, dtype=torch.float32)
     lines = table.read_text().splitlines()
-    number = int(data.split[split][7]) + 1
+    number = int(data.splits[split].row_numbers[7]) + 1
     income, rest = lines[number].split(",", 1)
     lines[number] = f"{float(income) + 0.5},{rest}"
     table.write_text("\n".join(lines) + "\n")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.dataset import Dataset, load_dataset, load_labelled, read_for_evaluation
+from dist_train.data.dataset import Dataset, encoded_rows, load_dataset, read_for_evaluation, read_labelled
+from dist_train.data.sources import ResidentRows
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
@@ -118,7 +119,7 @@ def test_classes_keep_their_names(name: str, tmp_path: Path) -> None:
     frame.write_csv(tmp_path / "t.csv")
     frame.write_parquet(tmp_path / "t.parquet")
     for file in ("t.csv", "t.parquet"):
-        labelled = load_labelled(DataConfig(path=str(tmp_path / file), target="tier"), seed=0)
+        labelled = read_labelled(DataConfig(path=str(tmp_path / file), target="tier"))
         assert labelled.class_names == names
 
 
@@ -132,20 +133,27 @@ def test_a_bad_cell_is_named_by_its_row_in_the_file_whichever_rows_train(tmp_pat
         load(tmp_path / "t.csv")
 
 
+def evaluated(file: Path, trained_on: Path, split: str) -> ResidentRows:
+    spec = load(trained_on).spec
+    read, chosen = read_for_evaluation(file, config(trained_on), spec, split)
+    return encoded_rows(read, chosen, spec, [split], torch.device("cpu"), torch.float32)[split]
+
+
 def test_another_file_is_evaluated_on_the_rows_of_the_split_or_on_all(tmp_path: Path) -> None:
     frame = table()
     frame.write_csv(tmp_path / "t.csv")
     frame.drop("part").write_csv(tmp_path / "all.csv")
-    data, classes = config(tmp_path / "t.csv"), ["high", "low"]
-    _, targets, rows = read_for_evaluation(tmp_path / "t.csv", data, classes, "valid")
-    assert rows.tolist() == [i for i, part in enumerate(frame["part"]) if part == "val"]
-    assert [classes[i] for i in targets.tolist()] == frame["tier"].to_list()
-    assert len(read_for_evaluation(tmp_path / "all.csv", data, classes, "valid")[2]) == frame.height
+    rows = evaluated(tmp_path / "t.csv", tmp_path / "t.csv", "valid")
+    assert rows.row_numbers.tolist() == [i for i, part in enumerate(frame["part"]) if part == "val"]
+    assert [["high", "low"][i] for i in rows.targets.tolist()] == frame["tier"][rows.row_numbers.numpy()].to_list()
+    assert len(evaluated(tmp_path / "all.csv", tmp_path / "t.csv", "valid")) == frame.height
 
 
 def test_a_file_without_all_classes_is_evaluated_in_the_order_of_the_model(tmp_path: Path) -> None:
-    table().filter(pl.col("tier") == "low").write_csv(tmp_path / "t.csv")
-    _, targets, _ = read_for_evaluation(tmp_path / "t.csv", config(tmp_path / "t.csv"), ["high", "low"], "test")
+    table().write_csv(tmp_path / "t.csv")
+    table().filter(pl.col("tier") == "low").write_csv(tmp_path / "low.csv")
+    targets = evaluated(tmp_path / "low.csv", tmp_path / "t.csv", "test").targets
+    assert len(targets)
     assert (targets == 1).all()
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from dist_train.data.encoder import Encoder, Pieces, fit_spec
 from dist_train.data.spec import FIRST_CATEGORY, MISSING, NUM_QUANTILES, UNKNOWN, FeatureSpec
-from dist_train.data.table import feature_kinds
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
 from dist_train.models.embeddings import TabularInputs
 from dist_train.system.console import log
+from tests.data.kinds import feature_kinds
 from tests.ranks import on_ranks
 
 
@@ -45,7 +45,7 @@ def table(num_rows: int = 301) -> pl.DataFrame:
 
 
 def fit(frame: pl.DataFrame, collectives: Collectives | None = None, *, max_categories: int = 256) -> Encoder:
-    kinds = feature_kinds(frame, [], ["code"] if "code" in frame.columns else [], "t")
+    kinds = feature_kinds(frame, [], ["code"] if "code" in frame.columns else [])
     collectives = collectives or Collectives(World())
     begin, end = split_evenly(0, frame.height, collectives.size)[collectives.rank]
     pieces = pieces_of(frame[begin:end])
@@ -274,7 +274,7 @@ def test_a_column_of_another_type_is_named() -> None:
 def _bad_cell_on_one_rank(collectives: Collectives) -> str:
     frame = pl.DataFrame({"x": ["1", "2", "3", "four"]})
     begin, end = split_evenly(0, 4, collectives.size)[collectives.rank]
-    kinds = feature_kinds(pl.DataFrame({"x": [1.0]}), [], [], "t")
+    kinds = feature_kinds(pl.DataFrame({"x": [1.0]}), [], [])
     try:
         fit_spec(pieces_of(frame[begin:end]), kinds, ["a", "b"], collectives, max_categories=2, source="t")
     except UserError as error:

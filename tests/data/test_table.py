@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.table import as_text, feature_kinds, locate, numbers, read_table, sha256_of
+from dist_train.data.table import as_text, locate, numbers, read_table, sha256_of
 from dist_train.errors import UserError
+from tests.data.kinds import feature_kinds
 
 MISSING = DataConfig().missing_values
 
@@ -62,7 +63,7 @@ def test_numbers_are_the_same_from_csv_and_parquet(name: str, tmp_path: Path) ->
     from_csv, from_parquet = both(frame, tmp_path)
     expected = NUMBERS[name].cast(pl.Float64).fill_null(float("nan"))
     for table in (from_csv, from_parquet):
-        assert feature_kinds(table, ["y"], [], "t").numeric == ("x",)
+        assert feature_kinds(table, ["y"], []).numeric == ("x",)
     torch.testing.assert_close(numbers(from_parquet["x"], "t"), expected.to_torch(), rtol=0, atol=0, equal_nan=True)
     # float32 cells are written as the shortest text that reads back as the same float32.
     tolerance = 1e-7 if name == "float32" else 0
@@ -87,7 +88,7 @@ def test_categories_are_the_same_from_csv_and_parquet(name: str, tmp_path: Path)
     frame = pl.DataFrame({"x": CATEGORIES[name], "y": pl.Series([1] * len(CATEGORIES[name]))})
     from_csv, from_parquet = both(frame, tmp_path)
     for table in (from_csv, from_parquet):
-        assert feature_kinds(table, [], ["x"], "t").categorical == ("x",)
+        assert feature_kinds(table, [], ["x"]).categorical == ("x",)
     assert as_text(from_csv["x"], "t").to_list() == as_text(from_parquet["x"], "t").to_list()
 
 
@@ -168,12 +169,12 @@ def test_spaces_around_numbers_are_no_stray_text(tmp_path: Path) -> None:
 def test_stray_text_in_a_column_of_numbers_is_named_by_row(tmp_path: Path) -> None:
     frame = read_csv(tmp_path / "t.csv", "a\n1\n\n2\nabout 3\n4\n")
     with pytest.raises(UserError, match="t: column 'a', data row 3: 'about 3' is not a number"):
-        feature_kinds(frame, [], [], "t")
+        feature_kinds(frame, [], [])
 
 
 def test_numbers_among_text_are_categories(tmp_path: Path) -> None:
     frame = read_csv(tmp_path / "t.csv", "a\ncar\nhouse\n3\n")
-    assert feature_kinds(frame, [], [], "t").categorical == ("a",)
+    assert feature_kinds(frame, [], []).categorical == ("a",)
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), 3.5e38, -1e300])
@@ -191,13 +192,13 @@ def test_the_largest_float32_is_held() -> None:
 def test_dates_are_refused_unless_dropped(dtype: pl.DataType) -> None:
     frame = pl.DataFrame({"a": [1], "when": pl.Series([1], dtype=pl.Int64).cast(dtype)})
     with pytest.raises(UserError, match=r"column 'when' has type .* data\.drop"):
-        feature_kinds(frame, [], [], "t")
-    assert feature_kinds(frame, ["when"], [], "t").numeric == ("a",)
+        feature_kinds(frame, [], [])
+    assert feature_kinds(frame, ["when"], []).numeric == ("a",)
 
 
 def test_kinds_keep_the_order_of_the_table() -> None:
     frame = pl.DataFrame({"z": [1], "b": ["x"], "a": [2], "c": ["y"], "code": [3]})
-    kinds = feature_kinds(frame, [], ["code"], "t")
+    kinds = feature_kinds(frame, [], ["code"])
     assert kinds.numeric == ("z", "a")
     assert kinds.categorical == ("b", "c", "code")
 
