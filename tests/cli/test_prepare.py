@@ -105,12 +105,12 @@ def test_verify_says_that_all_is_sound_or_names_the_block(store: Path, tmp_path:
     damaged.mkdir()
     for file in store.iterdir():
         (damaged / file.name).write_bytes(file.read_bytes())
-    data = bytearray((store / "train.features").read_bytes())
+    data = bytearray((store / "train.numeric").read_bytes())
     data[1000] ^= 4
-    (damaged / "train.features").write_bytes(data)
-    assert_one_message(command("prepare", damaged, "--verify"), "train.features: block 0 (rows 1 to 17,979 of train)")
+    (damaged / "train.numeric").write_bytes(data)
+    assert_one_message(command("prepare", damaged, "--verify"), "train.numeric: block 0 (rows 1 to 17,979 of train)")
     arguments = (CREDIT_RISK, *SHORT, "wandb.mode=disabled", f"run.dir={tmp_path / 'runs'}", f"data.path={damaged}")
-    assert_one_message(command("train", *arguments), "train.features: block 0 ")
+    assert_one_message(command("train", *arguments), "train.numeric: block 0 ")
     assert not (tmp_path / "runs").exists()
 
 
@@ -309,9 +309,9 @@ def test_a_block_that_a_crash_has_torn_is_made_again(tmp_path: Path) -> None:
     assert prepare_and_die(20, files, output, arguments, ("pwrite",)) is None
     unfinished = tmp_path / ".partial-store" / "store"
     assert not (unfinished / MANIFEST).exists()
-    data = np.fromfile(unfinished / "train.features", dtype=np.uint8)
+    data = np.fromfile(unfinished / "train.numeric", dtype=np.uint8)
     data[10] ^= 255
-    data.tofile(unfinished / "train.features")
+    data.tofile(unfinished / "train.numeric")
     prepare_on_rank(Collectives(World()), files, output, arguments)
     assert contents(output) == contents(tmp_path / "whole")
 
