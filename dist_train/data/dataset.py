@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config.schema import DataConfig
+from dist_train.data.batches import InMemory
 from dist_train.data.encoder import Encoder, Inputs, smallest_int
 from dist_train.data.inputs import columns_of, whole_file
 from dist_train.data.prepare import TableSplit, counted_split, fit_table, split_table
@@ -19,7 +20,6 @@ from dist_train.data.spec import FeatureSpec
 from dist_train.data.split import SPLITS
 from dist_train.data.spool import (
     Columns,
-    InMemory,
     Spool,
     Unit,
     UnitFacts,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -21,6 +21,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from dist_train.data.batches import Batches
 from dist_train.data.classes import MAX_CLASSES, check_whole, first_rows, ordered_names, target_text
 from dist_train.data.readers import Part, read_rows
 from dist_train.data.split import codes_of_column
@@ -121,7 +122,8 @@ def _facts_file(folder: Path, unit: Unit) -> Path:
     return folder / f"{unit.number:06d}.json"
 
 
-def _rows_file(folder: Path, unit: Unit) -> Path:
+def rows_file(folder: Path, unit: Unit) -> Path:
+    """Where `spool_unit` puts the rows of a unit."""
     return folder / f"{unit.number:06d}.arrow"
 
 
@@ -149,7 +151,7 @@ def spool_unit(unit: Unit, columns: Columns, folder: Path, as_text: frozenset[st
             continue  # from the start: `text` has grown
         break
     unit.check_unchanged()
-    aside.replace(_rows_file(folder, unit))
+    aside.replace(rows_file(folder, unit))
     write_atomically(_facts_file(folder, unit), json.dumps(asdict(spooling.facts) | {"unit": _identity(unit)}).encode())
 
 
@@ -310,46 +312,6 @@ class Chunk:
     batch: int
     first_row: int
     num_rows: int
-
-
-class Batches(Protocol):
-    """Gives a batch of a unit, both by their index."""
-
-    def __call__(self, unit: int, batch: int) -> pa.RecordBatch: ...
-
-
-class InMemory:
-    """The batches of the only unit of a table. One that was released is gone."""
-
-    def __init__(self, batches: list[pa.RecordBatch]) -> None:
-        self._batches: list[pa.RecordBatch | None] = list(batches)
-
-    def __call__(self, unit: int, batch: int) -> pa.RecordBatch:
-        assert unit == 0
-        return self._batches[batch]
-
-    def release(self, batch: int) -> None:
-        """Give the memory of a batch back."""
-        self._batches[batch] = None
-
-
-class InFiles:
-    """Batches that `spool_unit` wrote, mapped to memory."""
-
-    def __init__(self, folder: Path, units: Sequence[Unit]) -> None:
-        self._folder = folder
-        self._units = units
-        self._open: tuple[int, Any] | None = None
-        self._batch: tuple[int, pa.RecordBatch] | None = None
-
-    def __call__(self, unit: int, batch: int) -> pa.RecordBatch:
-        if self._open is None or self._open[0] != unit:
-            file = _rows_file(self._folder, self._units[unit])
-            self._open = unit, pa.ipc.open_file(pa.memory_map(str(file)))
-            self._batch = None
-        if self._batch is None or self._batch[0] != batch:
-            self._batch = batch, self._open[1].get_batch(batch)
-        return self._batch[1]
 
 
 class Spool:

@@ -16,19 +16,20 @@ from typing import Any
 
 from dist_train.accel.host_memory import use_host_memory
 from dist_train.config.schema import JobConfig
+from dist_train.data.batches import InFiles
 from dist_train.data.blocks import Blocks, Records
 from dist_train.data.inputs import find_files, plan_columns, plan_units
 from dist_train.data.prepare import Fitted, encode_blocks, fit
 from dist_train.data.split import SPLITS
 from dist_train.data.spool import (
     Columns,
-    InFiles,
     Spool,
     Unit,
     UnitFacts,
     check_classes,
     kinds_of,
     read_facts,
+    rows_file,
     spool_unit,
     units_to_read_as_text,
 )
@@ -119,7 +120,7 @@ class Preparation:
         with heartbeat.phase("reading the data"):
             found, kinds = self._read(units, columns)
         class_names = check_classes(found, columns.target)
-        spool = Spool(InFiles(self._spool, [unit for unit, _ in found]), found, kinds, class_names)
+        spool = Spool(InFiles([rows_file(self._spool, unit) for unit, _ in found]), found, kinds, class_names)
         with heartbeat.phase("encoder fitting"):
             fitted = self._fitted(spool, class_names)
         with heartbeat.phase("encoding the data"):
