@@ -1,0 +1,112 @@
+"""Training from Python: one process, several ranks, and runs that are stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_train import UserError, load_config, register_metric, train
+from tests.api.tables import QUICK, loans
+from tests.commands import REPOSITORY, environment
+from tests.patience import PATIENCE_SECONDS
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> list[str]:
+    """A job on a small table."""
+    table, risk = loans()
+    table.with_columns(risk).write_parquet(tmp_path / "loans.parquet")
+    return [
+        *QUICK,
+        f"data.path={tmp_path / 'loans.parquet'}",
+        "data.target=risk",
+        f"run.dir={tmp_path}",
+        "runtime.device=cpu",
+        "wandb.mode=disabled",
+        "train.epochs=2",
+        "train.global_batch_size=16",
+    ]
+
+
+def test_a_job_and_its_result(settings: list[str], tmp_path: Path) -> None:
+    config = load_config(overrides=settings)
+    result = train(config, ["optim.lr=0.01"], verbose=False)
+    assert result.finished
+    assert result.run_dir == tmp_path / "run"
+    assert result.summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert result.model().predict_proba(loans()[0]).shape == (120, 3)
+    assert train(config, ["optim.lr=0.01"], verbose=False) == result, "a run that is finished is left alone"
+    with pytest.raises(UserError, match=r"optim\.lr: was 0\.01, is 0\.001"):
+        train(config, verbose=False)
+
+
+def test_a_file_and_overrides(settings: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("optim: {lr: 0.1}\nrun: {name: of_file}\n")
+    assert load_config(file).optim.lr == 0.1
+    assert load_config([str(file)], ["optim.lr=0.2"]).optim.lr == 0.2
+    assert load_config(load_config(file), ["run.seed=4"]).optim.lr == 0.1
+    assert train(file, settings, verbose=False).run_dir == tmp_path / "of_file"
+    with pytest.raises(UserError, match="must be a list of key=value"):
+        load_config(file, "optim.lr=1")
+
+
+def test_a_signal_stops_it_and_the_same_call_continues(settings: list[str]) -> None:
+    register_metric("quiet")(lambda *_: 0)
+    whole = train(overrides=[*settings, "run.name=whole", "evaluation.metrics=[quiet]"], verbose=False)
+
+    @register_metric("quiet")
+    def terminating(*_: Any) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    job = [*settings, "run.name=stopped", "evaluation.metrics=[quiet]", "evaluation.every_steps=3"]
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    stopped = train(overrides=job, verbose=False)
+    assert not stopped.finished
+    assert (stopped.run_dir / "requeue").exists()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    register_metric("quiet")(lambda *_: 0)
+    continued = train(overrides=job, verbose=False)
+    assert continued.finished
+    assert continued.summary["steps"] == whole.summary["steps"]
+
+
+RANKS = """
+import json, sys
+import torch, torch.distributed as dist
+from dist_train import train
+threads = torch.get_num_threads()
+result = train(overrides=sys.argv[2:], verbose=False)
+assert not dist.is_initialized()
+assert torch.get_num_threads() == threads
+with open(f"{sys.argv[1]}/{__import__('os').environ['RANK']}.json", "w") as file:
+    json.dump(dict(result.summary), file)
+"""
+
+
+def test_ranks_of_torchrun_train_together(settings: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(RANKS)
+    job = [*settings, "train.virtual_ranks=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path, *job],
+        env=environment(PYTHONPATH=str(REPOSITORY)),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    summaries = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert summaries[0] == summaries[1]
+    assert summaries[0]["world_size"] == 2
+    alone = train(overrides=[*job, "run.name=alone"], verbose=False)
+    assert alone.summary["weights_sha256"] == summaries[0]["weights_sha256"]
