@@ -124,7 +124,7 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 collectives = Collectives(world_from_environment({}, device=config.runtime.device))
                 self.summary_ = _run(config, folder, frame, target)
                 self._parts = read_trained_model(RunFolder(folder).model)
-                self._predictor = Predictor.of_parts(self._parts, collectives)
+                self._predictor = Predictor.of_parts(self._parts, collectives, config)
         self.classes_ = target.labels
         self._order = target.order(self._predictor.class_names)
         return self

@@ -59,10 +59,11 @@ class Predictor:
         self._load(collectives.on_rank_zero(lambda: _read(folder, checkpoint)), collectives)
 
     @classmethod
-    def of_parts(cls, parts: Parts, collectives: Collectives) -> Predictor:
-        """The classifier in the parts of a trained model (`read_trained_model`)."""
+    def of_parts(cls, parts: Parts, collectives: Collectives, config: JobConfig | None = None) -> Predictor:
+        """The classifier in the parts of a trained model; its configuration is read from them where it is not given."""
+        config = config or config_of_model(parts, "the trained model")
         predictor = cls.__new__(cls)
-        predictor._load(_of_parts(parts, "the trained model") | {"has_data": False}, collectives)
+        predictor._load(_of_parts(parts, config) | {"has_data": False}, collectives)
         return predictor
 
     def _load(self, found: Parts, collectives: Collectives) -> None:
@@ -191,14 +192,15 @@ def _read(folder: Path, checkpoint: str) -> Parts:
 
 def _of_model(folder: Path) -> Parts:
     try:
-        return _of_parts(read_trained_model(folder), str(folder))
+        parts = read_trained_model(folder)
+        return _of_parts(parts, config_of_model(parts, str(folder)))
     except (CorruptCheckpoint, KeyError) as damage:
         raise UserError(f"the trained model is damaged: {damage}") from None
 
 
-def _of_parts(parts: Parts, source: str) -> Parts:
+def _of_parts(parts: Parts, config: JobConfig) -> Parts:
     return {
-        "config": config_of_model(parts, source),
+        "config": config,
         "task": description_in(parts),
         "weights": parts["model.pth"],
         "origin": {name: parts[DESCRIPTION][name] for name in ("step", "data_sha256")},

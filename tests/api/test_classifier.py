@@ -26,7 +26,7 @@ from tests.api.tables import QUICK, loans, quick
 
 def test_rows_of_text_numbers_and_missing_cells() -> None:
     table, risk = loans()
-    classifier = quick(epochs=30, batch_size=16, categorical=["branch"]).fit(table, risk)
+    classifier = quick(epochs=20, batch_size=16, categorical=["branch"]).fit(table, risk)
     probabilities = classifier.predict_proba(table)
     assert classifier.classes_.tolist() == ["high", "low", "medium"]
     assert classifier.feature_names_in_.tolist() == ["income", "purpose", "branch"]
@@ -329,5 +329,5 @@ def test_it_works_outside_of_the_main_thread(tmp_path: Path) -> None:
 def test_cross_validation() -> None:
     rng = np.random.default_rng(0)
     features: npt.NDArray[np.float64] = rng.normal(size=(90, 2))
-    scores = cross_val_score(quick(epochs=20), features, features[:, 0] > 0, cv=3, scoring="neg_log_loss")
+    scores = cross_val_score(quick(epochs=12), features, features[:, 0] > 0, cv=3, scoring="neg_log_loss")
     assert (scores > -0.6).all()

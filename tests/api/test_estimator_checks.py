@@ -10,7 +10,7 @@ from dist_train import Classifier
 
 # Few steps, and one evaluation at the end.
 ESTIMATOR = Classifier(
-    epochs=10,
+    epochs=6,
     batch_size=32,
     learning_rate=1e-2,
     device="cpu",
