@@ -24,7 +24,7 @@ from dist_train.api.target import Target
 from dist_train.config.schema import JobConfig
 from dist_train.data.frames import frame_of, is_dataframe
 from dist_train.distributed.collectives import Collectives
-from dist_train.distributed.world import world_from_environment
+from dist_train.distributed.world import device_here, world_from_environment
 from dist_train.errors import TrainingFault, UserError
 from dist_train.run import job
 from dist_train.run.checkpoint.run_folder import RunFolder
@@ -189,7 +189,8 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
     def _connect(self) -> None:
-        collectives = Collectives(world_from_environment({}, device=self.device or "auto"))
+        # It may have been fitted on another machine.
+        collectives = Collectives(world_from_environment({}, device=device_here(self.device or "auto")))
         self._predictor = Predictor.of_parts(self._parts, collectives)
 
     def _frame(self, X: Any, *, reset: bool) -> pl.DataFrame:  # noqa: N803

@@ -109,9 +109,11 @@ class Predictor:
                 table.
         """
         if split not in SPLITS:
-            raise UserError(f"--split {split}: there is {', '.join(SPLITS)}")
+            raise UserError(f"there is no split {split!r} (--split {split}); there is {', '.join(SPLITS)}")
         if data is None and not self._has_data:
-            raise UserError("a trained model outside of its run folder has no data of its own: give --data FILE")
+            raise UserError(
+                "a trained model outside of its run folder has no data of its own: give a table (--data FILE)"
+            )
         with _file_of(data) as file:
             labelled = self.task.labelled(split, file)
             batch_size = self.config.evaluation.batch_size

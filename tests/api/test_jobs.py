@@ -79,6 +79,16 @@ def test_a_signal_stops_it_and_the_same_call_continues(settings: list[str]) -> N
     assert continued.summary["steps"] == whole.summary["steps"]
 
 
+OWN = """
+import torch
+from dist_train import register_loss, register_metric
+
+@register_loss("own")
+def own(logits, targets):
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none") ** 2
+
+register_metric("own")(lambda probabilities, targets, class_names: probabilities[:, 0].max())
+"""
 RANKS = """
 import json, sys
 import torch, torch.distributed as dist
@@ -92,10 +102,10 @@ with open(f"{sys.argv[1]}/{__import__('os').environ['RANK']}.json", "w") as file
 """
 
 
-def test_ranks_of_torchrun_train_together(settings: list[str], tmp_path: Path) -> None:
+def test_ranks_of_torchrun_give_the_bits_of_one_process(settings: list[str], tmp_path: Path) -> None:
     script = tmp_path / "job.py"
-    script.write_text(RANKS)
-    job = [*settings, "train.virtual_ranks=2"]
+    script.write_text(OWN + RANKS)
+    job = [*settings, "train.virtual_ranks=2", "train.loss=own", "evaluation.metrics=[own]"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path, *job],
         env=environment(PYTHONPATH=str(REPOSITORY)),
@@ -108,5 +118,8 @@ def test_ranks_of_torchrun_train_together(settings: list[str], tmp_path: Path) -
     summaries = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert summaries[0] == summaries[1]
     assert summaries[0]["world_size"] == 2
+    exec(OWN, {})
     alone = train(overrides=[*job, "run.name=alone"], verbose=False)
+    assert alone.summary["valid"] == summaries[0]["valid"]
+    assert "own" in alone.summary["valid"]
     assert alone.summary["weights_sha256"] == summaries[0]["weights_sha256"]
