@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train.accel.host_memory import use_host_memory
 from dist_train.commands.parser import command_parser
 
 if TYPE_CHECKING:
@@ -34,21 +33,12 @@ def main(program: str, argv: Sequence[str]) -> None:
     )
     arguments = parser.parse_args(argv)
 
-    from dist_train.distributed.collectives import Collectives
-    from dist_train.distributed.supervision import watched
-    from dist_train.distributed.world import device_here, process_group, world_from_environment
-    from dist_train.run.predictor import Predictor, runtime_of
+    from dist_train.run.predictor import open_predictor
     from dist_train.system.console import terminal
 
-    runtime = runtime_of(arguments.run_dir)
-    world = world_from_environment(os.environ, device=device_here(runtime.device))
-    timeout = runtime.timeout_seconds
-    with process_group(world, timeout) as store:
-        collectives = use_host_memory(Collectives(world))
-        with watched(collectives, store, timeout_seconds=timeout, report_file=None):
-            predictor = Predictor(arguments.run_dir, collectives, arguments.checkpoint)
-            metrics = predictor.evaluate(arguments.split, arguments.data)
-    if world.rank == 0:
+    with open_predictor(arguments.run_dir, arguments.checkpoint, os.environ) as predictor:
+        metrics = predictor.evaluate(arguments.split, arguments.data)
+    if predictor.collectives.is_main:
         title = f"{arguments.run_dir}, weights of step {predictor.step}, {arguments.data or arguments.split}"
         terminal().print(_table(metrics, title))
         print(json.dumps({arguments.split: metrics}, ensure_ascii=False), flush=True)
@@ -65,7 +55,7 @@ def _table(metrics: dict[str, Any], title: str) -> Table:
             table.add_row(name, f"{value:.4f}")
         elif not isinstance(value, (dict, list)):
             table.add_row(name, "-" if value is None else f"{value:,}")
-    for name, scores in metrics["per_class"].items():
+    for name, scores in metrics.get("per_class", {}).items():
         row = f"precision {scores['precision']:.3f}  recall {scores['recall']:.3f}  f1 {scores['f1']:.3f}"
         table.add_row(f"class {name} ({scores['rows']:,} rows)", row)
     return table

@@ -2,6 +2,7 @@
 
     dist-train predict runs/credit_risk clients.csv scores.csv
     dist-train predict runs/credit_risk clients.parquet scores.parquet --checkpoint last
+    torchrun --standalone --nproc_per_node=2 -m dist_train predict runs/credit_risk clients.csv scores.csv
 
 The input needs the feature columns that the run was trained on, in any order. Other columns, the target among them,
 are ignored. A missing cell and an unknown category have codes of their own. The output has one row for each input row,
@@ -10,6 +11,7 @@ in the same order: probability_<class> for each class, and predicted_class.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -38,21 +40,18 @@ def main(program: str, argv: Sequence[str]) -> None:
         raise UserError(f"{output}: the name must end in .csv or .parquet")
 
     from dist_train.data.table import locate
-    from dist_train.distributed.collectives import Collectives
-    from dist_train.distributed.world import device_here, world_from_environment
-    from dist_train.run.predictor import Predictor, runtime_of
+    from dist_train.run.predictor import open_predictor
     from dist_train.system.console import log
 
-    runtime = runtime_of(arguments.run_dir)
-    # One process: the environment of a launcher is not read.
-    world = world_from_environment({}, device=device_here(runtime.device))
-    predictor = Predictor(arguments.run_dir, Collectives(world), arguments.checkpoint)
-    scores = predictor.table(locate(str(arguments.input)))
-    _write(scores, output)
-    log.info("%d rows scored into %s", scores.height, output)
+    with open_predictor(arguments.run_dir, arguments.checkpoint, os.environ) as predictor:
+        scores = predictor.table(locate(str(arguments.input)))
+        predictor.collectives.on_rank_zero(lambda: _write(scores, output))
+    if scores is not None:
+        log.info("%d rows scored into %s", scores.height, output)
 
 
-def _write(scores: pl.DataFrame, output: Path) -> None:
+def _write(scores: pl.DataFrame | None, output: Path) -> None:
+    assert scores is not None  # on rank 0
     aside = output.with_name(f".partial-{output.name}")
     try:
         _WRITERS[output.suffix.lower()](scores, aside)

@@ -14,7 +14,7 @@ from typing import Any
 from dist_train.config import families
 from dist_train.errors import UserError
 
-FORMATS = {"checkpoint": 2, "trained model": 2, "classifier": 1}
+FORMATS = {"checkpoint": 2, "trained model": 2, "tabular task": 2, "feature spec": 1, "classifier": 1}
 """The format that this version writes, by kind of artefact."""
 
 RENAMED: dict[str, str] = {}

@@ -105,8 +105,24 @@ def _with_blocks(blocks: Mapping[str, Any]) -> ModelConfig:
 @cache
 def _section(blocks: tuple[tuple[str, type[Any]], ...]) -> type[ModelConfig]:
     keys = [(name, block, field(default_factory=block)) for name, block in blocks]
-    section: type[ModelConfig] = make_dataclass("ModelConfig", keys, bases=(ModelConfig,), frozen=True, kw_only=True)
+    section: type[ModelConfig] = make_dataclass(
+        "ModelConfig", keys, bases=(ModelConfig,), frozen=True, kw_only=True, namespace={"__reduce__": _reduce}
+    )
     return section
+
+
+def _reduce(section: ModelConfig) -> tuple[Any, ...]:
+    """For pickle, which cannot find a class that was made: the values it is made of."""
+    values = {key.name: getattr(section, key.name) for key in fields(section)}
+    own = {key.name for key in fields(ModelConfig)}
+    return _restored, (
+        {name: value for name, value in values.items() if name not in own},
+        {name: value for name, value in values.items() if name in own},
+    )
+
+
+def _restored(blocks: Mapping[str, Any], values: Mapping[str, Any]) -> ModelConfig:
+    return replace(_with_blocks(blocks), **values)
 
 
 def _blocks() -> dict[str, type[Any] | None]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dist_train.config.compatibility import FORMATS, require_format
+
 MISSING, UNKNOWN, FIRST_CATEGORY = 0, 1, 2
 """Codes of a categorical column: a missing cell, a category that is not in the vocabulary, the first category."""
 
@@ -54,8 +56,6 @@ class FeatureSpec:
     uint8, 1 where the cell of a column with `has_missing_flag` is missing, and codes (rows, num_categorical) integer.
     """
 
-    FORMAT = 1
-
     numeric: tuple[NumericColumn, ...]
     categorical: tuple[CategoricalColumn, ...]
     class_names: tuple[str, ...]
@@ -100,17 +100,16 @@ class FeatureSpec:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types, which keep every bit of a float64; `from_json` reads it."""
-        return {"format": self.FORMAT, **_plain(asdict(self))}
+        return {"format": FORMATS["feature spec"], **_plain(asdict(self))}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> FeatureSpec:
         """What `to_json` wrote.
 
         Raises:
-            ValueError: a later release wrote it.
+            UserError: a later release wrote it.
         """
-        if content["format"] > cls.FORMAT:
-            raise ValueError(f"a feature spec of format {content['format']}, this program reads up to {cls.FORMAT}")
+        require_format("feature spec", content.get("format"), "the model's preprocessing")
         return cls(
             numeric=tuple(
                 NumericColumn(**{**column, "quantiles": tuple(column["quantiles"])}) for column in content["numeric"]

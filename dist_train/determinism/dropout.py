@@ -34,8 +34,16 @@ class KeyedDropout(nn.Module):
 
 
 def convert_dropout(model: nn.Module, context: ModelContext) -> nn.Module:
-    """Replace every nn.Dropout by a keyed one, in place; state_dict keys do not change."""
-    for name, module in list(model.named_modules()):
+    """Replace every nn.Dropout by a keyed one, in place; state_dict keys do not change.
+
+    A module that stands at several places of the model stays one module, with the random numbers of the first place.
+    """
+    keyed: dict[nn.Module, KeyedDropout] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if type(module) is nn.Dropout:
-            model.set_submodule(name, KeyedDropout(module.p, f"dropout {name}", context).train(module.training))
+            if module not in keyed:
+                keyed[module] = KeyedDropout(module.p, f"dropout {name}", context).train(module.training)
+            if not name:
+                return keyed[module]
+            model.set_submodule(name, keyed[module])
     return model

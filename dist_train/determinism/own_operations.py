@@ -21,13 +21,13 @@ from dist_train.determinism.sliced_modules import Sliced, SlicedSequential, Unkn
 
 # Operations that move numbers.
 _MOVING = {
-    "_reshape_alias", "_to_copy", "_unsafe_view", "alias", "arange", "cat", "chunk", "clone", "constant_pad_nd",
-    "contiguous", "copy_", "detach", "embedding", "empty", "empty_like", "expand", "expand_as", "fill_", "flatten",
-    "flip", "full", "full_like", "gather", "index", "index_put_", "index_select", "lift_fresh", "masked_fill",
-    "masked_fill_", "movedim", "narrow", "new_empty", "new_full", "new_ones", "new_zeros", "one_hot", "ones",
-    "ones_like", "permute", "repeat", "reshape", "resize_", "roll", "scatter", "scatter_", "select", "slice",
-    "split", "split_with_sizes", "squeeze", "stack", "t", "take_along_dim", "to", "transpose", "unbind",
-    "unsafe_split", "unsafe_view", "unsqueeze", "view", "where", "zero_", "zeros", "zeros_like",
+    "_local_scalar_dense", "_reshape_alias", "_to_copy", "_unsafe_view", "alias", "aminmax", "arange", "cat",
+    "clone", "constant_pad_nd", "copy_", "detach", "embedding", "empty", "empty_like", "expand", "fill_", "flip",
+    "full", "full_like", "gather", "index", "index_put_", "index_select", "lift_fresh", "masked_fill",
+    "masked_fill_", "new_empty", "new_full", "new_ones", "new_zeros", "ones", "ones_like", "permute", "repeat",
+    "resize_", "roll", "scatter", "scatter_", "select", "slice", "split", "split_with_sizes", "squeeze", "stack",
+    "t", "transpose", "unbind", "unsafe_split", "unsafe_view", "unsqueeze", "view", "where", "zero_", "zeros",
+    "zeros_like",
 }  # fmt: skip
 # IEEE 754 rounds these correctly, one number at a time.
 _ROUNDED_CORRECTLY = {

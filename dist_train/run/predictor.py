@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +15,15 @@ import numpy.typing as npt
 import polars as pl
 from torch import Tensor, nn
 
+from dist_train.accel.host_memory import use_host_memory
 from dist_train.config.load import config_from_tree
 from dist_train.config.schema import JobConfig, RuntimeConfig
 from dist_train.data.frames import Table, frame_of
 from dist_train.data.split import SPLITS
 from dist_train.data.table import locate, read_table
 from dist_train.distributed.collectives import Collectives
+from dist_train.distributed.supervision import watched
+from dist_train.distributed.world import device_here, process_group, world_from_environment
 from dist_train.errors import UserError
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.commit import CorruptCheckpoint
@@ -92,8 +95,11 @@ class Predictor:
         """
         if isinstance(rows, (str, os.PathLike)):
             frame = read_table(locate(os.fspath(rows)), self.config.data.missing_values)
-            return self._probabilities(frame, os.fspath(rows)).numpy()
-        return self._probabilities(frame_of(rows), "the table").numpy()
+            predicted = self._probabilities(frame, os.fspath(rows))
+        else:
+            predicted = self._probabilities(frame_of(rows), "the table")
+        assert predicted is not None  # in a world of one
+        return predicted.numpy()
 
     def predict(self, rows: Rows) -> Labels:
         """The label of the most probable class of each row, (rows,). Raises as `predict_proba`."""
@@ -122,19 +128,22 @@ class Predictor:
                 raise UserError(f"{file or self.config.data.path}: there are no {split} rows")
         return metrics
 
-    def table(self, file: Path) -> pl.DataFrame:
-        """`probability_<class>` for each class and `predicted_class`: a row for each row of a file, in its order."""
-        frame = read_table(file, self.config.data.missing_values)
+    def table(self, file: Path) -> pl.DataFrame | None:
+        """`probability_<class>` for each class and `predicted_class`: a row for each row of a file, in its order.
+
+        Called by all ranks; None on ranks other than 0. Raises as `predict_proba`.
+        """
+        frame = self.collectives.run_on_all(lambda: read_table(file, self.config.data.missing_values))
         predicted = self._probabilities(frame, str(file))
+        if predicted is None:
+            return None
         columns = {f"probability_{name}": predicted[:, i].numpy() for i, name in enumerate(self.class_names)}
         winners = [self.class_names[i] for i in predicted.argmax(1).tolist()]
         return pl.DataFrame(columns).with_columns(pl.Series("predicted_class", winners, dtype=pl.String))
 
-    def _probabilities(self, frame: pl.DataFrame, source: str) -> Tensor:
-        rows = self.task.unlabelled(frame, source)
-        predicted = probabilities(self.model, rows, self.config.evaluation.batch_size, self.task, self.collectives)
-        assert predicted is not None  # in a world of one
-        return predicted
+    def _probabilities(self, frame: pl.DataFrame, source: str) -> Tensor | None:
+        rows = self.collectives.run_on_all(lambda: self.task.unlabelled(frame, source))
+        return probabilities(self.model, rows, self.config.evaluation.batch_size, self.task, self.collectives)
 
     def _model(self, weights: dict[str, Tensor]) -> nn.Module:
         model = self.task.model()
@@ -169,6 +178,18 @@ def _with_known_metrics(config: JobConfig) -> JobConfig:
     if left_out:
         log.warning("left out, because this program has not registered them: the metrics %s", ", ".join(left_out))
     return replace(config, evaluation=replace(config.evaluation, metrics=known))
+
+
+@contextmanager
+def open_predictor(folder: Path, checkpoint: str, environ: Mapping[str, str]) -> Iterator[Predictor]:
+    """The classifier of a folder on all ranks that a launcher has started, inside the block. Raises as `Predictor`."""
+    runtime = runtime_of(folder)
+    world = world_from_environment(environ, device=device_here(runtime.device))
+    timeout = runtime.timeout_seconds
+    with process_group(world, timeout) as store:
+        collectives = use_host_memory(Collectives(world))
+        with watched(collectives, store, timeout_seconds=timeout, report_file=None):
+            yield Predictor(folder, collectives, checkpoint)
 
 
 def runtime_of(folder: Path) -> RuntimeConfig:

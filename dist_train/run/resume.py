@@ -53,7 +53,10 @@ def finished_line(
         return None
     _refuse_changes(found, config)
     _refuse_other_data(found, config, data_sha256)
-    test = json.loads(folder.summary.read_bytes())["test"]
+    try:
+        test = json.loads(folder.summary.read_bytes())["test"]
+    except (ValueError, KeyError, TypeError):
+        return None  # a damaged summary is written again
     scores = f"test {describe_scores(test)}" if test else "there are no test rows"
     return (
         f"{folder.path}: the run is finished after {progress.step} steps: {scores}. Nothing is left to do: "

@@ -10,6 +10,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
+from dist_train.config.compatibility import FORMATS, require_format
 from dist_train.config.rules import given_class_weights
 from dist_train.config.schema import JobConfig
 from dist_train.data.dataset import (
@@ -38,8 +39,6 @@ from dist_train.training.precision import dtype_of
 class TabularTask:
     """A table with a column to predict. `dataset` holds the spec of its columns and the encoded rows of each split."""
 
-    FORMAT = 2
-
     def __init__(self, config: JobConfig, dataset: Dataset, collectives: Collectives) -> None:
         self._config = config
         self._collectives = collectives
@@ -65,14 +64,14 @@ class TabularTask:
             collectives,
             seed=config.run.seed,
             dtype=dtype_of(config.train.precision),
-            spec=FeatureSpec.from_json(fitted["spec"]) if fitted else None,
+            spec=_spec_of(fitted) if fitted else None,
         )
         return cls(config, dataset, collectives)
 
     @classmethod
     def restore(cls, config: JobConfig, collectives: Collectives, fitted: Description, fingerprint: str) -> TabularTask:
         """The task of a trained model, without rows."""
-        return cls(config, Dataset({}, FeatureSpec.from_json(fitted["spec"]), fingerprint), collectives)
+        return cls(config, Dataset({}, _spec_of(fitted), fingerprint), collectives)
 
     @property
     def class_names(self) -> list[str]:
@@ -104,12 +103,12 @@ class TabularTask:
 
     def description(self) -> Description:
         """The spec of the columns."""
-        return {"task": "tabular", "format": self.FORMAT, "spec": self.spec.to_json()}
+        return {"task": "tabular", "format": FORMATS["tabular task"], "spec": self.spec.to_json()}
 
     def matches(self, description: Description) -> bool:
         """Whether a task described so encodes every table as this one does, and has the same classes."""
         same_task: bool = description["task"] == "tabular"
-        return same_task and self.spec.matches(FeatureSpec.from_json(description["spec"]))
+        return same_task and self.spec.matches(_spec_of(description))
 
     def labelled(self, split: str, file: Path | None = None) -> ResidentRows | MappedRows:
         """A split of the run's own data, or the rows of another file: all of them unless it has the split column."""
@@ -160,4 +159,9 @@ class TabularTask:
 def tabular_description_of_format_1(encoder: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Description:
     """The description of a task that was written as an encoder in two files."""
     spec = spec_of_encoder(encoder, {name: tensor.tolist() for name, tensor in tensors.items()})
-    return {"task": "tabular", "format": TabularTask.FORMAT, "spec": spec.to_json()}
+    return {"task": "tabular", "format": FORMATS["tabular task"], "spec": spec.to_json()}
+
+
+def _spec_of(description: Description) -> FeatureSpec:
+    require_format("tabular task", description.get("format"), "the model's task")
+    return FeatureSpec.from_json(description["spec"])

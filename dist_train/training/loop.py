@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from dist_train.distributed.collectives import Collectives
-from dist_train.errors import Stopped, TrainingFault
+from dist_train.errors import Stopped, TrainingFault, UserError
 from dist_train.training.meter import Meter
 from dist_train.training.progress import Progress
 from dist_train.training.protocols import Batch, Feed, Record, Save, Track
@@ -159,11 +159,17 @@ class Loop:
                 progress.evaluation_due = False
             except Stopped:
                 stop = True
+            except UserError:  # of a metric, say: the steps since the last checkpoint are not lost with it
+                self._save()
+                raise
         done = self._finished() and not progress.evaluation_due
         if self._finished() or stop or improved or self._save_due() or self._out_of_patience():
-            with self.collectives.heartbeat.phase("checkpointing"):
-                self._untimed(lambda: self.save(progress.step))
+            self._save()
         return stop and not done
+
+    def _save(self) -> None:
+        with self.collectives.heartbeat.phase("checkpointing"):
+            self._untimed(lambda: self.save(self.progress.step))
 
     def _finished(self) -> bool:
         return self.progress.step >= self.intervals.total_steps

@@ -228,3 +228,11 @@ def test_the_weights_load_into_a_plain_module(trained: Trained) -> None:
         torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Dropout(0.2), torch.nn.Linear(4, 3),
     )  # fmt: skip
     torch.nn.ModuleDict({"layers": layers}).load_state_dict(weights, strict=True)
+
+
+def test_two_ranks_predict_what_one_does(trained: Trained, reference: pl.DataFrame, tmp_path: Path) -> None:
+    source, output = write(clients(), tmp_path / "in.parquet"), tmp_path / "out.parquet"
+    done = commands.run("predict", trained.folder, source, output, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert pl.read_parquet(output).equals(reference)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [source.name, output.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -247,6 +248,7 @@ def test_a_family_has_a_block_of_keys(tmp_path: Path) -> None:
     config = load_config([file])
     again = yaml_file(tmp_path, "b.yaml", config_to_yaml(config))
     assert read_config(Path(again)) == config
+    assert pickle.loads(pickle.dumps(config)) == config  # as it is sent to other ranks
     with pytest.raises(FrozenInstanceError):
         families.block_of(model).width = 3
 

@@ -112,3 +112,11 @@ def test_bits_are_uniform_and_neighbours_are_independent() -> None:
         counts = np.bincount((one * 8 + other).ravel(), minlength=64)
         expected = one.size / 64
         assert ((counts - expected) ** 2 / expected).sum() < chi_square_bound(64)
+
+
+def test_a_dropout_at_two_places_is_one_keyed_dropout_at_both() -> None:
+    shared = nn.Dropout(0.5)
+    model = convert_dropout(nn.Sequential(nn.Linear(2, 2), shared, nn.Linear(2, 2), shared), ModelContext())
+    assert isinstance(model[1], KeyedDropout)
+    assert model[1] is model[3]
+    assert isinstance(convert_dropout(nn.Dropout(0.5), ModelContext()), KeyedDropout)

@@ -313,3 +313,18 @@ def test_a_frozen_batch_norm_has_no_gradient() -> None:
     exact(*inputs_of(model)).sum().backward()
     assert context.gradients is not None
     assert len(context.gradients[0]) == 6
+
+
+class OneHotInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = (x[:, 0] > 0).long()
+        out: Tensor = self.inner(x) + nn.functional.one_hot(codes, 3)
+        return out
+
+
+def test_one_hot_between_modules_only_moves_numbers() -> None:
+    check_own_operations(converted(OneHotInside())[0], [ROWS], "a model")

@@ -180,3 +180,20 @@ def test_a_trained_model_of_the_future_is_refused_in_one_line(folder: Path) -> N
         assert seen.code == 2, seen.err
         assert "is a trained model of format 99; this version of dist_train reads the formats 1 to 2" in seen.err
         assert seen.err.count("error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "named"), [("task", "is a tabular task of format 99"), ("spec", "is a feature spec of format 99")]
+)
+def test_a_task_of_the_future_is_refused_in_one_line(folder: Path, tmp_path: Path, what: str, named: str) -> None:
+    done = command("train", "runs/interrupted_exact/config.yaml")
+    assert done.code == 0, done.err
+    model = folder / "runs" / "interrupted_exact" / "model"
+    parts = read_parts(model)
+    task = parts["task.json"]
+    (task if what == "task" else task["spec"])["format"] = 99
+    commit(model, encode_parts(parts))
+    seen = command("evaluate", model.parent)
+    assert seen.code == 2, seen.err
+    assert named in seen.err
+    assert seen.err.count("error:") == 1

@@ -14,7 +14,7 @@ import torch
 from dist_train.determinism.position import Position
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
-from dist_train.errors import Stopped, TrainingFault
+from dist_train.errors import Stopped, TrainingFault, UserError
 from dist_train.training.loop import WARMUP_STEPS, Ending, Intervals, Loop
 from dist_train.training.meter import Meter
 from dist_train.training.progress import Progress
@@ -149,6 +149,19 @@ def test_the_time_of_an_interrupted_evaluation_is_not_training_time() -> None:
     assert rig.progress.train_seconds < 0.5
 
 
+def test_the_steps_before_an_evaluation_that_fails_are_saved() -> None:
+    """A user's metric raises after hours of training."""
+
+    def failing() -> None:
+        raise UserError("the metric 'mine' failed")
+
+    rig = Rig(before_evaluation=failing)
+    with pytest.raises(UserError, match="mine"):
+        rig.run(total_steps=8, evaluate_steps=4)
+    assert rig.saved == [4]
+    assert rig.progress.evaluation_due
+
+
 def test_the_speed_leaves_the_first_steps_of_a_process_out() -> None:
     """They compile: 40 rows in a second of compilation would be shown as 40 rows a second, and hours left."""
     rig = Rig()
@@ -162,7 +175,7 @@ def test_the_speed_leaves_the_first_steps_of_a_process_out() -> None:
     rig.run(total_steps=3 + WARMUP_STEPS, log_steps=1)
     rates = rig.logged("train", "samples_per_second")
     assert rates[:WARMUP_STEPS] == [None] * WARMUP_STEPS
-    assert all(rate > 1000 for rate in rates[WARMUP_STEPS:])
+    assert all(rate > 100 for rate in rates[WARMUP_STEPS:]), "with the compilation it would be below 50"
     assert rig.progress.train_seconds > 0.2 * WARMUP_STEPS, "the summary counts all of them"
 
 
