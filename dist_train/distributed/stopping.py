@@ -44,8 +44,9 @@ class Launcher:
 class StopRequest:
     """Whether this process was asked to stop: by a signal, a stop file, its time limit, or the death of its launcher.
 
-    `file` is looked for once a second; None on ranks that need not look. One that is empty asks whoever trains here;
-    one that names another attempt of a job than `attempt` is stale. `cause` says what asked, None: nothing has yet.
+    `file` is looked for once a second; None on ranks that need not look. A file that names `attempt` asks this process;
+    one that names another attempt of a job is stale. An empty file asks the job that holds the run folder: this one
+    once `holds_folder` says so. `cause` says what asked, None: nothing has yet.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class StopRequest:
         *,
         file: Path | None = None,
         attempt: Attempt | None = None,
+        holds_folder: Callable[[], bool] = lambda: True,
         time_limit_seconds: float | None = None,
         launcher: Launcher | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -61,6 +63,8 @@ class StopRequest:
         self.launcher = launcher
         self._file = file
         self._attempt = attempt
+        self._holds_folder = holds_folder
+        self._held = False
         self._clock = clock
         self._deadline = None if time_limit_seconds is None else clock() + time_limit_seconds
         self._next_look = clock()
@@ -77,8 +81,9 @@ class StopRequest:
         now = self._clock()
         if self._deadline is not None and now >= self._deadline:
             return "run.time_limit_minutes is over"
-        if self._file is not None and now >= self._next_look:
-            self._next_look = now + _SECONDS_BETWEEN_LOOKS
+        holds = self._holds_folder()
+        if self._file is not None and (now >= self._next_look or holds != self._held):
+            self._next_look, self._held = now + _SECONDS_BETWEEN_LOOKS, holds
             if self._file_asks(self._file):
                 return f"stop file {self._file}"
         return None
@@ -90,7 +95,7 @@ class StopRequest:
             asked = file.read_text().strip()
         except OSError:
             return False
-        return asked in ("", str(self._attempt))
+        return self._held if asked == "" else asked == str(self._attempt)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name

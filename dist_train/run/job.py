@@ -57,6 +57,7 @@ def train(
     stop = StopRequest(
         file=folder.stop if world.rank == 0 else None,
         attempt=attempt,
+        holds_folder=lambda: folder.held is not None,
         time_limit_seconds=limit * 60 if limit else None,
         launcher=launcher,
     )

@@ -185,7 +185,7 @@ def test_a_trained_model_of_the_future_is_refused_in_one_line(folder: Path) -> N
 @pytest.mark.parametrize(
     ("what", "named"), [("task", "is a tabular task of format 99"), ("spec", "is a feature spec of format 99")]
 )
-def test_a_task_of_the_future_is_refused_in_one_line(folder: Path, tmp_path: Path, what: str, named: str) -> None:
+def test_a_task_of_the_future_is_refused_in_one_line(folder: Path, what: str, named: str) -> None:
     done = command("train", "runs/interrupted_exact/config.yaml")
     assert done.code == 0, done.err
     model = folder / "runs" / "interrupted_exact" / "model"

@@ -79,11 +79,15 @@ def test_a_job_that_waits_for_the_run_folder_leaves_the_stop_file_to_its_holder(
     with RunLock(run_dir / "lock", {"process": 1}):
         lock = (run_dir / "lock").read_bytes()
         ended = run_job(tiny_job(table, run_dir), 2)
-        assert ended.codes == [0, 0], ended.errors
-        assert {path.name for path in run_dir.iterdir()} == {"lock", "stop", "requeue"}
+        assert ended.codes == [2, 2], ended.errors
+        assert {path.name for path in run_dir.iterdir()} == {"lock", "stop"}
         assert (run_dir / "lock").read_bytes() == lock
-    assert "stopped before the run folder was opened (stop file" in ended.errors[0]
-    assert "saved" not in ended.errors[0]
+    assert "another job is using this run folder" in ended.errors[0]
+    # Once it holds the folder, the file is for it: it stops at its first step and removes the file.
+    ended = run_job(tiny_job(table, run_dir), 2)
+    assert ended.codes == [0, 0], ended.errors
+    assert "saved; the same command continues" in ended.errors[0]
+    assert not (run_dir / "stop").exists()
 
 
 def test_a_second_interrupt_does_not_wait(table: Path, tmp_path: Path) -> None:
