@@ -7,8 +7,8 @@ WORKERS ?= 2
 TORCH ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-COVERAGE_TESTS := $(addprefix tests/,accel config contracts data determinism distributed execution models property run \
-	system training watchdog)
+COVERAGE_TESTS := $(addprefix tests/,accel api config contracts data determinism distributed execution models property \
+	run system training watchdog)
 
 .PHONY: train test test-torch211 coverage soak check docs pictures bench clean
 

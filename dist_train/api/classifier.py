@@ -221,7 +221,7 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             "run.seed": self.random_state,
             "runtime.device": self.device,
         }
-        settings = [f"{key}={value}" for key, value in keys.items() if value is not None]
+        settings = ["data.test_fraction=0", *(f"{key}={value}" for key, value in keys.items() if value is not None)]
         config = load_config(self.config, [*settings, *self.overrides])
         data = replace(
             config.data,
@@ -230,7 +230,6 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             drop=[name for name in config.data.drop if name in frame.columns],
             categorical=config.data.categorical if self.categorical is None else _categorical(self.categorical, frame),
             split_column=config.data.split_column if config.data.split_column in frame.columns else None,
-            test_fraction=0.0,
         )
         run = replace(config.run, dir=str(folder.parent), name=folder.name, resume="auto")
         wandb = replace(config.wandb, mode="disabled" if config.wandb.mode == "auto" else config.wandb.mode)

@@ -175,6 +175,7 @@ def test_a_small_table_gets_small_batches() -> None:
     table, risk = loans()
     assert quick(epochs=2).fit(table, risk).summary_["steps"] == 2 * -(-102 // 16)
     assert quick(epochs=2, batch_size=51).fit(table, risk).summary_["steps"] == 4
+    assert quick(epochs=1, batch_size=51, validation_fraction=0.9).fit(table, risk).summary_["steps"] == 1
 
 
 @pytest.mark.parametrize(
