@@ -12,20 +12,15 @@ from dist_train.determinism.own_operations import check_own_operations
 from dist_train.determinism.sliced_modules import check_row_wise, convert_virtual_ranks
 from dist_train.distributed.collectives import Collectives
 from dist_train.execution.base import Inputs
-from dist_train.execution.flat_parameters import FlatParameters
-from dist_train.execution.reducers import SliceReducer
-from dist_train.training.protocols import GradientReducer
-from dist_train.training.step import EagerStep, Step
+from dist_train.execution.single import SingleExecution
 
 
-class ExactExecution:
+class ExactExecution(SingleExecution):
     """A rank computes a contiguous run of the slices; what crosses slices is added up in one fixed order."""
 
     def __init__(self, collectives: Collectives, context: ModelContext, virtual_ranks: int) -> None:
+        super().__init__(collectives, context, virtual_ranks // collectives.size)
         self.name = f"exact, {virtual_ranks} virtual ranks"
-        self.collectives = collectives
-        self.context = context
-        self._num_slices = virtual_ranks // collectives.size
 
     def prepare(self, model: nn.Module, sample: Inputs, name: str) -> nn.Module:
         """Every module computes slice by slice.
@@ -38,19 +33,3 @@ class ExactExecution:
         check_own_operations(model, sample, name)
         model = accelerate(model, self.context, self.collectives.device)
         return zero_grad_of_biases_before_batchnorm(model)
-
-    def reduce(
-        self,
-        model: nn.Module,
-        parameters: FlatParameters,
-        sample: Inputs,  # noqa: ARG002
-    ) -> tuple[nn.Module, GradientReducer]:
-        """The model itself; the gradients of all slices are gathered and added up in order."""
-        return model, SliceReducer(self.context, self._num_slices, parameters, self.collectives)
-
-    def step(self, eager: EagerStep) -> Step:
-        """The eager step."""
-        return eager
-
-    def close(self) -> None:
-        """Nothing is held."""

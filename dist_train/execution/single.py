@@ -17,13 +17,17 @@ from dist_train.training.step import EagerStep, Step
 
 
 class SingleExecution:
-    """One process: a batch is one slice, and nothing is summed over ranks."""
+    """One process: a batch is one slice, and nothing is summed over ranks.
 
-    name = "single"
+    `num_slices` are the slices of this rank.
+    """
 
-    def __init__(self, collectives: Collectives, context: ModelContext) -> None:
+    name: str = "single"
+
+    def __init__(self, collectives: Collectives, context: ModelContext, num_slices: int = 1) -> None:
         self.collectives = collectives
         self.context = context
+        self._num_slices = num_slices
 
     def prepare(self, model: nn.Module, sample: Inputs, name: str) -> nn.Module:  # noqa: ARG002
         """Keyed dropout, BatchNorm that rounds as it does on several ranks, and what is faster on this device."""
@@ -37,8 +41,8 @@ class SingleExecution:
         parameters: FlatParameters,
         sample: Inputs,  # noqa: ARG002
     ) -> tuple[nn.Module, GradientReducer]:
-        """The model itself; the gradients of its one slice are there after the backward pass."""
-        return model, SliceReducer(self.context, 1, parameters, self.collectives)
+        """The model itself; the gradients of all slices are added up in order."""
+        return model, SliceReducer(self.context, self._num_slices, parameters, self.collectives)
 
     def step(self, eager: EagerStep) -> Step:
         """The eager step."""

@@ -39,10 +39,13 @@ def test_a_draw_is_named_with_its_step(draw: Callable[[], object], named: str) -
     with guard.watching(1):
         pass
     draw()  # between steps
-    with pytest.raises(UserError, match="step 2 has drawn from") as refused, guard.watching(2):
+    if not named.startswith("torch"):  # once it may have been a thread of a library
+        with guard.watching(2):
+            draw()
+    with pytest.raises(UserError, match="step 3 has drawn from") as refused, guard.watching(3):
         draw()
     assert named in str(refused.value)
-    with guard.watching(3):
+    with guard.watching(4):
         pass
 
 
@@ -54,7 +57,9 @@ def test_torch_is_watched_in_every_step_and_a_private_generator_is_no_draw() -> 
             np.random.default_rng(step).random()
     with pytest.raises(UserError, match="step 60"), guard.watching(60):
         torch.rand(1)
-    with pytest.raises(UserError, match="step 100"), guard.watching(100):
+    with guard.watching(100):
+        random.random()
+    with pytest.raises(UserError, match="step 101"), guard.watching(101):
         random.random()
 
 
