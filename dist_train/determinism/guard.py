@@ -51,8 +51,8 @@ class GeneratorGuard:
         if certain:
             raise UserError(
                 f"step {step} has drawn from {' and '.join(certain)}: such numbers are not restored on resume and "
-                "depend on the number of ranks. Use nn.Dropout modules, which are made keyed, instead of F.dropout, and "
-                "determinism/keyed_random.py for anything else"
+                "depend on the number of ranks. Use nn.Dropout modules, which are made keyed, instead of F.dropout, "
+                "and determinism/keyed_random.py for anything else"
             )
 
     def _state(self, *, thorough: bool) -> dict[str, Any]:

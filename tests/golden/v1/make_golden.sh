@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # make_golden.sh CLONE: how the runs and stores beside this script came about (old code, commit 53f6428).
-# Run inside golden-out: all paths in the artefacts are relative to it.
+# Run inside this folder: all paths in the artefacts are relative to it.
 set -euo pipefail
 cd "$(dirname "$0")"
 clone=$1; py=$clone/.venv/bin/python
