@@ -39,7 +39,7 @@ def test_a_copy_of_the_model_predicts_and_is_evaluated_as_the_run_is(run: Path, 
 def test_what_a_model_alone_does_not_have_is_refused(alone: Path) -> None:
     seen = command("evaluate", alone)
     assert seen.code == 2
-    assert "has no data of its own: give --data FILE" in seen.err
+    assert "has no data of its own: give a table (--data FILE)" in seen.err
     seen = command("evaluate", alone, "--checkpoint", "last")
     assert seen.code == 2
     assert "is a trained model, without checkpoints beside it" in seen.err
