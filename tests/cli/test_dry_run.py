@@ -11,6 +11,8 @@ from benchmarks.workload import write_table
 from tests.commands import REPOSITORY, run, train
 
 CREDIT_RISK = REPOSITORY / "configs" / "credit_risk.yaml"
+# How much memory a process takes depends on allocator, libc and kernel, too: not for every machine's everyday suite.
+pytestmark = pytest.mark.slow
 
 
 def dry_run_bytes(*arguments: object, ranks: int = 1) -> float:
