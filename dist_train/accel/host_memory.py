@@ -79,8 +79,8 @@ class HostMemory:
 class Exchange:
     """Memory of all ranks. All of them must make the same calls in the same order.
 
-    There are two places for what each rank brings, used in turn: whoever writes to one for the second time has seen
-    that all ranks have come to the call between, and so are done with the first.
+    Each rank has two buffers, used in turn. A rank that writes to one of them again has seen in the call between that
+    all ranks are done with it.
     """
 
     def __init__(self, rank: int, processes: Sequence[Process], handle: int) -> None:

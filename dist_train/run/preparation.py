@@ -55,8 +55,6 @@ from dist_train.system.console import log
 from dist_train.system.files import TMP_PREFIX, sync_folder, write_atomically, write_synced
 from dist_train.system.progress_bar import progress_bar
 
-_TURN_SECONDS = 1.0
-
 
 def prepare(
     patterns: Sequence[str],
@@ -180,10 +178,7 @@ class Preparation:
                 log.info("going on with what is in %s", self.folder)
 
         self._collectives.on_rank_zero(lambda: os_errors_as_faults(create, str(self.folder)))
-        while not self._collectives.on_rank_zero(
-            lambda: os_errors_as_faults(lambda: lock.take(_TURN_SECONDS), str(self.folder))
-        ):
-            self._collectives.raise_if_stop_agreed()
+        lock.take_on_rank_zero(self._collectives, str(self.folder))
         self._stack.callback(lock.release)
         self._locked = True
         self._collectives.on_rank_zero(lambda: os_errors_as_faults(begin, str(self.folder)))

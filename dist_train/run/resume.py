@@ -28,7 +28,6 @@ from dist_train.tasks.base import Task
 from dist_train.tasks.registry import description_in, load_task
 from dist_train.training.progress import Progress
 
-_TURN_SECONDS = 1.0
 _LEAVING_SECONDS = 10.0  # from a collective that timed out to the end of the process
 
 # Compatible keys that nevertheless change learning rates, lines of metrics, or which weights are the best.
@@ -91,9 +90,7 @@ def open_run(
     own_patience_seconds = config.runtime.timeout_seconds + _LEAVING_SECONDS
     lock = RunLock(folder.lock, this_process(environ), own_patience_seconds=own_patience_seconds)
     collectives.on_rank_zero(folder.create)
-    # In short turns: the other ranks' collective must not run out of time while rank 0 waits for the lock.
-    while not collectives.on_rank_zero(lambda: os_errors_as_faults(lambda: lock.take(_TURN_SECONDS), "the run folder")):
-        collectives.raise_if_stop_agreed()
+    lock.take_on_rank_zero(collectives, "the run folder")
     stack.callback(lock.release)
     folder.held = lock
     return collectives.on_rank_zero(

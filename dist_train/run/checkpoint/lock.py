@@ -14,10 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.slurm import Attempt
-from dist_train.errors import TrainingFault, UserError
+from dist_train.errors import TrainingFault, UserError, os_errors_as_faults
 from dist_train.system.console import log
 
+_TURN_SECONDS = 1.0
 _HELD_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EACCES)
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
@@ -68,6 +70,17 @@ class RunLock:
                 return False
             time.sleep(0.1)
         return True
+
+    def take_on_rank_zero(self, collectives: Collectives, what: str) -> None:
+        """Rank 0 takes the lock while the other ranks wait; called by all of them. `what` names the folder in a fault.
+
+        Raises:
+            UserError: another job has held it for longer than this one waits.
+            Stopped: the ranks have agreed to stop meanwhile.
+        """
+        # In short turns: the other ranks' collective must not run out of time while rank 0 waits.
+        while not collectives.on_rank_zero(lambda: os_errors_as_faults(lambda: self.take(_TURN_SECONDS), what)):
+            collectives.raise_if_stop_agreed()
 
     def confirm(self) -> None:
         """Check that this process still holds the folder.
