@@ -20,7 +20,12 @@ FORMATS = {"checkpoint": 2, "trained model": 2, "tabular task": 2, "feature spec
 RENAMED: dict[str, str] = {}
 """Former name of a key -> its name now, both as `section.key`. A former name is read wherever a key is."""
 
-ADDED: dict[str, Any] = {"task.name": "tabular", "train.loss": "cross_entropy", "evaluation.metrics": []}
+ADDED: dict[str, Any] = {
+    "task.name": "tabular",
+    "train.loss": "cross_entropy",
+    "evaluation.metrics": [],
+    "data.split_seed": None,
+}
 """Key that came after format 1 -> the default that it had when it came: what a run that lacks it was trained with."""
 
 REDEFINED_METRICS = {"brier": (2, 2, "of two classes it is now scikit-learn's brier_score_loss, half of what it was")}

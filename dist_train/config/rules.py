@@ -36,6 +36,11 @@ def given_class_weights(train: TrainConfig, class_names: Sequence[str]) -> list[
     return [given[name] for name in class_names]
 
 
+def split_seed(config: JobConfig) -> int:
+    """The seed of the split."""
+    return config.run.seed if config.data.split_seed is None else config.data.split_seed
+
+
 def problems_of(config: JobConfig) -> list[str]:
     """Every broken rule of a configuration, in the order of the schema; empty when there is none."""
     return [f"{key}: {text}" for key, text in _broken(config)]
@@ -86,6 +91,8 @@ def _data(c: JobConfig) -> Iterator[tuple[str, str]]:
     for key, value in (("validation_fraction", d.validation_fraction), ("test_fraction", d.test_fraction)):
         if not 0 <= value < 1:
             yield f"data.{key}", f"must be at least 0 and below 1, is {value}"
+    if d.split_seed is not None and not 0 <= d.split_seed < 2**63:
+        yield "data.split_seed", f"must be from 0 to 2**63 - 1, is {d.split_seed}"
     yield from _at_least("data.shuffle_block_rows", d.shuffle_block_rows, 1)
     if d.validation_fraction < 1 and d.test_fraction < 1 and d.validation_fraction + d.test_fraction >= 1:
         yield "data.validation_fraction", "together with data.test_fraction it leaves no rows to train on"

@@ -19,7 +19,7 @@ class RunConfig:
     dir: str = "runs"
     """Folder that holds the run folders."""
     seed: int = 0
-    """Every random number of the run (split, initial weights, order of rows, dropout) is a function of this seed."""
+    """Every random number of the run (split, initial weights, order of rows, dropout) is a function of this seed; that of the split only where `data.split_seed` is null."""
     resume: Literal["auto", "never"] = "auto"
     """`auto`: continue from the newest checkpoint that verifies. `never`: start anew, once for a Slurm job and not at each of its restarts; an older run in the folder is moved aside to `<run.name>.old-N`."""
     time_limit_minutes: float | None = None
@@ -58,6 +58,8 @@ class DataConfig:
     """Share of each class that goes to the validation rows, when there is no split column."""
     test_fraction: float = 0.15
     """Share of each class that goes to the test rows, when there is no split column."""
+    split_seed: int | None = None
+    """Seed of the split; null: `run.seed`. Runs of several seeds with the same number here are tested on the same rows."""
     shuffle_block_rows: int | None = None
     """Null: each epoch trains the rows in an order drawn from all orders. N: runs of N neighbouring rows stay near each other in it, for stores that memory cannot hold on a slow disk; its cost: docs/large-tables.md."""
 

@@ -243,8 +243,14 @@ def _load_store(
 ) -> Dataset:
     settings = Settings.of(data, seed=seed)
     store = open_store(data.path, collectives, SPLITS, spec=spec, settings=settings)
-    if seed != store.settings.seed and data.split_column is None and collectives.is_main:
-        log.warning("the split is that of the store, made with run.seed=%d", store.settings.seed)
+    if seed != store.settings.seed and data.split_column is None:
+        if data.split_seed is not None:
+            raise UserError(
+                f"{data.path}: was split with the seed {store.settings.seed}: set data.split_seed to it or to null, "
+                "or prepare another store"
+            )
+        if collectives.is_main:
+            log.warning("the split is that of the store, made with the seed %d", store.settings.seed)
     splits: dict[str, ResidentRows | MappedRows] = {
         name: MappedRows(store.tensors(name), store.to_inputs, collectives.device, dtype) for name in SPLITS
     }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.accel.host_memory import use_host_memory
+from dist_train.config.rules import split_seed
 from dist_train.config.schema import JobConfig
 from dist_train.data.batches import InFiles
 from dist_train.data.blocks import Blocks, Records
@@ -102,7 +103,7 @@ class Preparation:
     ) -> None:
         self.output = output
         self.folder = output.with_name(TMP_PREFIX + output.name)
-        self.settings = Settings.of(config.data, seed=config.run.seed)
+        self.settings = Settings.of(config.data, seed=split_seed(config))
         self._patterns = patterns
         self._config = config
         self._collectives = collectives

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.compatibility import FORMATS, require_format
-from dist_train.config.rules import given_class_weights
+from dist_train.config.rules import given_class_weights, split_seed
 from dist_train.config.schema import JobConfig
 from dist_train.data.dataset import (
     Dataset,
@@ -62,7 +62,7 @@ class TabularTask:
         dataset = load_dataset(
             config.data,
             collectives,
-            seed=config.run.seed,
+            seed=split_seed(config),
             dtype=dtype_of(config.train.precision),
             spec=_spec_of(fitted) if fitted else None,
         )
@@ -122,7 +122,7 @@ class TabularTask:
             )
         else:
             table = collectives.run_on_all(lambda: read_labelled(data, self.spec))
-            seed = self._config.run.seed
+            seed = split_seed(self._config)
             chosen = split_table(table.spool, data, table.class_names, collectives, seed=seed, source=table.source)
             if table.sha256 != self.fingerprint:
                 log.warning("%s is not the file that the model was trained on", table.source)
