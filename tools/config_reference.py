@@ -12,10 +12,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from dist_train.config import schema
+from dist_train.config.families import BUILT_IN
 from dist_train.config.schema import JobConfig
 
 BEGIN = "<!-- configuration keys: made by `make docs`, do not edit -->"
@@ -24,15 +25,23 @@ END = "<!-- end of configuration keys -->"
 
 def markdown_table() -> str:
     """One row for each key, in the order of the schema."""
-    texts = _texts_under_fields()
     rows = ["| key | default | meaning |", "| --- | --- | --- |"]
-    for section in fields(JobConfig):
-        for name, annotation, default in _keys(section.name):
-            text = texts[type(getattr(JobConfig(), section.name)).__name__][name]
+    for prefix, section in sections():
+        texts = _texts_under_fields(type(section))
+        for name, annotation, default in _keys(section):
             choices = ", ".join(f"`{choice}`" for choice in re.findall(r"['\"](\w+)['\"]", annotation))
             kind = f" One of {choices}." if choices else ""
-            rows.append(f"| `{section.name}.{name}` | `{default}` | {(text + kind).replace('|', chr(92) + '|')} |")
+            rows.append(f"| `{prefix}.{name}` | `{default}` | {(texts[name] + kind).replace('|', chr(92) + '|')} |")
     return "\n".join(rows)
+
+
+def sections() -> Iterator[tuple[str, Any]]:
+    """What stands before the names of its keys, and the section with its defaults; a family's block after `model`."""
+    config = JobConfig()
+    for section in fields(config):
+        yield section.name, getattr(config, section.name)
+        if section.name == "model":
+            yield from ((f"model.{name}", block()) for name, block in BUILT_IN.items() if block)
 
 
 def with_table(page: str) -> str:
@@ -44,28 +53,24 @@ def with_table(page: str) -> str:
     return f"{before}{BEGIN}\n{markdown_table()}\n{END}{after}"
 
 
-def _keys(section: str) -> Iterator[tuple[str, str, str]]:
-    values = getattr(JobConfig(), section)
-    for field in fields(values):
-        default = yaml.safe_dump(getattr(values, field.name), default_flow_style=True, width=1000)
+def _keys(section: Any) -> Iterator[tuple[str, str, str]]:
+    for field in fields(section):
+        default = yaml.safe_dump(getattr(section, field.name), default_flow_style=True, width=1000)
         yield field.name, str(field.type), default.strip().removesuffix("...").strip()
 
 
-def _texts_under_fields() -> dict[str, dict[str, str]]:
-    """Class name -> field name -> the string literal that stands under the field in the source."""
-    texts: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
-        if isinstance(node, ast.ClassDef):
-            pairs = zip(node.body, node.body[1:], strict=False)
-            texts[node.name] = {
-                field.target.id: str(text.value.value)
-                for field, text in pairs
-                if isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and isinstance(text, ast.Expr)
-                and isinstance(text.value, ast.Constant)
-            }
-    return texts
+def _texts_under_fields(section: type[Any]) -> dict[str, str]:
+    """Field name -> the string literal that stands under the field in the source."""
+    (node,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(node, ast.ClassDef)
+    return {
+        field.target.id: str(text.value.value)
+        for field, text in zip(node.body, node.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
 
 
 if __name__ == "__main__":
