@@ -22,6 +22,7 @@ RENAMED: dict[str, str] = {}
 
 ADDED: dict[str, Any] = {
     "task.name": "tabular",
+    "task.auto": [],
     "train.loss": "cross_entropy",
     "evaluation.metrics": [],
     "data.split_seed": None,

@@ -7,7 +7,7 @@ All mistakes are collected and reported at once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dist_train.config import families
+from dist_train.config.auto import AUTO, KEYS_SET_TO_AUTO, RULE, has_key, with_auto_written_out
 from dist_train.config.compatibility import migrated, unknown_keys, with_renamed_keys
 from dist_train.config.rules import problems_of
 from dist_train.config.schema import JobConfig
@@ -30,7 +31,7 @@ def load_config(arguments: Sequence[str], base: JobConfig | None = None) -> JobC
     Raises:
         UserError: There is a mistake; the message lists all of them.
     """
-    given = [("the configuration", asdict(base), list[str]())] if base else []
+    given = [("the configuration", with_auto_written_out(asdict(base)), list[str]())] if base else []
     contents = [*given, *_contents(arguments)]
     tree = _tree(content for _, content, _ in contents)
     problems: list[str] = []
@@ -48,7 +49,7 @@ def read_config(path: Path) -> JobConfig:
 
 def config_from_tree(content: Mapping[str, Any], source: str) -> JobConfig:
     """A resolved configuration that was saved as nested mappings, by this version or an older one. Raises UserError."""
-    content = migrated(content)
+    content = with_auto_written_out(migrated(content))
     unknown = unknown_keys(content)
     if unknown:
         raise UserError(
@@ -61,7 +62,15 @@ def config_from_tree(content: Mapping[str, Any], source: str) -> JobConfig:
 
 def _resolved(settings: Iterable[Setting], tree: DictConfig, problems: list[str]) -> JobConfig:
     sources: dict[str, str] = {}
+    auto: dict[str, None] = {}
     for source, key, value in settings:
+        if value == AUTO and key in RULE:
+            auto[key] = None
+            continue
+        auto.pop(key, None)
+        if key == KEYS_SET_TO_AUTO and value:
+            problems.append(f"{source}: {key}: is made by the program: write {AUTO} as the value of each key instead")
+            continue
         try:
             # Mappings merge, as sections do: `train.class_weights.high=2` leaves the other classes as they are.
             merges = isinstance(value, dict) and isinstance(OmegaConf.select(tree, key), DictConfig)
@@ -74,7 +83,12 @@ def _resolved(settings: Iterable[Setting], tree: DictConfig, problems: list[str]
         problems += problems_of(config)
     if problems or config is None:
         raise UserError(_listing(problems))
-    return families.without_other_blocks(config)
+    return _with_auto(families.without_other_blocks(config), auto)
+
+
+def _with_auto(config: JobConfig, keys: Iterable[str]) -> JobConfig:
+    """Keys of a family that the configuration does not choose are left out."""
+    return replace(config, task=replace(config.task, auto=[key for key in sorted(keys) if has_key(config, key)]))
 
 
 def config_to_yaml(config: JobConfig) -> str:

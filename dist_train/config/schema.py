@@ -34,6 +34,8 @@ class TaskConfig:
 
     name: str = "tabular"
     """Name of the task: `tabular`, classification of the rows of a table, or one that a package registers."""
+    auto: list[str] = field(default_factory=list)
+    """Keys whose value is `auto` (docs/any-table.md). A list that the program makes: write `auto` as the value of a key."""
 
 
 @dataclass(frozen=True, kw_only=True)

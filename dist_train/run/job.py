@@ -8,6 +8,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from dist_train.accel.host_memory import use_host_memory
+from dist_train.config.auto import chosen_values
 from dist_train.config.run_path import path_of_run
 from dist_train.config.schema import JobConfig
 from dist_train.determinism.sliced_modules import require_world_size
@@ -112,9 +113,11 @@ class Job:
         config, world, collectives, heartbeat = self.config, self.world, self.collectives, self.collectives.heartbeat
         folder, checkpoints = self.folder, self.checkpoints
         task = load_task(config, collectives)
+        chosen = chosen_values(config, task.config)
+        config = self.config = task.config
         session = self._session(task)  # what it refuses is refused before anything is written
         if dry_run:
-            _announce(session.plan(world))
+            _announce(session.plan(world, chosen))
             with heartbeat.phase("dry run"):
                 _announce(profile_session(session, collectives, self._stop.wanted))
             return None
@@ -134,7 +137,7 @@ class Job:
             lambda: begin_writing(folder, config, checkpoints, step, trains_on=trains_on, changes=changes)
         )
         collectives.on_rank_zero(lambda: write_split(folder, config, session.task))
-        _announce(session.plan(world))
+        _announce(session.plan(world, chosen))
         state = found.parts["state.json"] if found else None
         trackers = collectives.run_on_all(
             lambda: os_errors_as_faults(lambda: self._open_trackers(session, state), "metrics.jsonl")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -139,8 +139,8 @@ class Session:
                 ) from None
         self.progress.load_state_dict(parts["state.json"]["progress"])
 
-    def plan(self, world: World) -> Plan:
-        """What this run is going to do."""
+    def plan(self, world: World, chosen: Mapping[str, Any] | None = None) -> Plan:
+        """What this run is going to do; `chosen` are the values of keys that were `auto`."""
         train, model = self.config.train, self.model
         parameters = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -157,6 +157,7 @@ class Session:
             steps_per_epoch=self.feed.steps_per_epoch,
             total_steps=self.total_steps,
             learning_rate=self.learning_rate,
+            chosen=chosen or {},
         )
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import polars as pl
 from torch import Tensor, nn
 
+from dist_train.config.schema import JobConfig
 from dist_train.training.loss import Objective
 from dist_train.training.protocols import Source
 
@@ -22,6 +23,10 @@ class Task(Protocol):
     A model's `forward(*inputs)` gives logits, (rows, classes), or (rows, members, classes) for an ensemble whose
     members are trained together. `splits` is empty in a task that was restored to score new data.
     """
+
+    @property
+    def config(self) -> JobConfig:
+        """What the task was loaded with, with a value for every key that was `auto`."""
 
     @property
     def class_names(self) -> list[str]:

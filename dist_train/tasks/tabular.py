@@ -10,6 +10,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
+from dist_train.config.auto import TableSize, with_auto_values
 from dist_train.config.compatibility import FORMATS, require_format
 from dist_train.config.rules import given_class_weights, split_seed
 from dist_train.config.schema import JobConfig
@@ -66,12 +67,17 @@ class TabularTask:
             dtype=dtype_of(config.train.precision),
             spec=_spec_of(fitted) if fitted else None,
         )
-        return cls(config, dataset, collectives)
+        return cls(with_auto_values(config, _size_of(dataset)), dataset, collectives)
 
     @classmethod
     def restore(cls, config: JobConfig, collectives: Collectives, fitted: Description, fingerprint: str) -> TabularTask:
         """The task of a trained model, without rows."""
         return cls(config, Dataset({}, _spec_of(fitted), fingerprint), collectives)
+
+    @property
+    def config(self) -> JobConfig:
+        """The configuration, with a value for every key that was `auto`."""
+        return self._config
 
     @property
     def class_names(self) -> list[str]:
@@ -160,6 +166,16 @@ def tabular_description_of_format_1(encoder: Mapping[str, Any], tensors: Mapping
     """The description of a task that was written as an encoder in two files."""
     spec = spec_of_encoder(encoder, {name: tensor.tolist() for name, tensor in tensors.items()})
     return {"task": "tabular", "format": FORMATS["tabular task"], "spec": spec.to_json()}
+
+
+def _size_of(dataset: Dataset) -> TableSize:
+    spec = dataset.spec
+    return TableSize(
+        rows=len(dataset.splits["train"]),
+        num_numeric=spec.num_numeric,
+        category_sizes=spec.category_sizes,
+        num_classes=spec.num_classes,
+    )
 
 
 def _spec_of(description: Description) -> FeatureSpec:

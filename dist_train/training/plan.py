@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from dist_train.distributed.world import World
 
@@ -26,6 +27,7 @@ class Plan:
     steps_per_epoch: int
     total_steps: int
     learning_rate: Callable[[int], float]
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
     def lines(self) -> Iterator[str]:
         """The plan in words."""
@@ -42,6 +44,8 @@ class Plan:
             f"a rank works on at most {share:,} rows at a time"
         )
         yield f"rate       {self._curve()}"
+        if self.chosen:
+            yield "auto       " + ", ".join(f"{key}={value}" for key, value in self.chosen.items())
 
     def _curve(self, width: int = 30) -> str:
         last = self.total_steps - 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dist_train.config.load import load_config
+from dist_train.config.load import load_config, read_config
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.run.job import train
@@ -27,3 +29,20 @@ def test_a_line_of_metrics_costs_no_collective(tmp_path: Path, monkeypatch: pyte
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) > 5
     assert "training" not in phases
     assert "checkpointing" in phases
+
+
+def test_values_that_follow_from_the_table_are_planned_written_and_found_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run folder has numbers, so that a run continues with them; a larger table would be another run."""
+    run = tmp_path / "run"
+    arguments = [*tiny_job(write_table(tmp_path / "table.csv"), run), "train.global_batch_size=auto"]
+    caplog.set_level(logging.INFO, "dist_train")
+    train(load_config([*arguments, "train.max_steps=4"]), World(), {})
+    config = read_config(run / "config.yaml")
+    assert config.task.auto == []
+    assert f"auto       train.global_batch_size={config.train.global_batch_size}" in caplog.text
+    summary = train(load_config([*arguments, "train.max_steps=8"]), World(), {})
+    assert summary is not None
+    assert summary["steps"] == 8
+    assert read_config(run / "config.yaml") == replace(config, train=replace(config.train, max_steps=8))
