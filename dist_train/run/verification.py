@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -57,13 +58,17 @@ class Report:
 
 @dataclass
 class Evidence:
-    """What a run folder claims, read once: a run that goes on meanwhile may drop a checkpoint."""
+    """What a run folder claims, read once: a run that goes on meanwhile may drop a checkpoint.
+
+    Of the tensors in `checkpoints` and in `model` it holds digests: it is sent to every rank.
+    """
 
     lines: list[dict[str, Any]]
     checkpoints: dict[int, Parts]
     damaged: dict[int, str]
     summary: dict[str, Any] | None
     model: Parts | None
+    model_sha256: str
     model_damage: str | None
     changes: list[dict[str, Any]]
 
@@ -74,19 +79,22 @@ class Evidence:
         checkpoints, damaged = {}, {}
         for step in stored.steps():
             try:
-                checkpoints[step] = read_parts(stored.path(step))
+                checkpoints[step] = _with_digests(read_parts(stored.path(step)))
             except CorruptCheckpoint as damage:
                 if stored.path(step).is_dir():
                     damaged[step] = str(damage)
         summary = _read_json(folder.summary) if folder.summary.is_file() else None
         model = model_damage = None
+        model_sha256 = ""
         if summary:
             try:
-                model = read_trained_model(folder.model)
+                parts = read_trained_model(folder.model)
+                model, model_sha256 = _with_digests(parts), weights_sha256(parts["model.pth"])
             except CorruptCheckpoint as damage:
                 model_damage = str(damage)
         changes = _read_lines(folder.changes) if folder.changes.is_file() else []
-        return Evidence(_read_lines(folder.metrics), checkpoints, damaged, summary, model, model_damage, changes)
+        lines = _read_lines(folder.metrics)
+        return Evidence(lines, checkpoints, damaged, summary, model, model_sha256, model_damage, changes)
 
     @property
     def last_step(self) -> int:
@@ -141,7 +149,8 @@ def verify(
         raise UserError(f"{folder.path}: nothing is recorded of the steps after {first} up to {last}")
     _check_world(config, evidence, collectives)
     start = evidence.start(first, last)
-    session = _session(config, collectives, evidence, start)
+    parts = collectives.on_rank_zero(lambda: _parts_at(folder, start)) if start in evidence.checkpoints else None
+    session = _session(config, collectives, evidence, parts)
     report = Report(start, last, machine=describe_machine(collectives.device), config=asdict(config))
     report.data_sha256 = session.task.fingerprint
     for change in evidence.changes:
@@ -248,7 +257,7 @@ class _Replay:
             report.differ(best, f"the trained model does not verify: {self.evidence.model_damage}")
             return
         report.model_compared = True
-        report.weights_sha256 = weights_sha256(self.evidence.model["model.pth"])
+        report.weights_sha256 = self.evidence.model_sha256
         replayed: Parts = {"model.pth": self.best_weights}
         name = _first_different_tensor(self.evidence.model, replayed)
         if name:
@@ -283,9 +292,12 @@ class _Replay:
         return self.session.task.matches(description_in(parts))
 
 
-def _session(config: JobConfig, collectives: Collectives, evidence: Evidence, start: int) -> Session:
+def _parts_at(folder: RunFolder, step: int) -> Parts:
+    return Checkpoints(folder.checkpoints, keep=1).read(step)
+
+
+def _session(config: JobConfig, collectives: Collectives, evidence: Evidence, parts: Parts | None) -> Session:
     """The run as it stood. Preprocessing is fitted anew, unless the run went on with other data than it began with."""
-    parts = evidence.checkpoints.get(start)
     fitted = description_in(parts) if parts and evidence.changes else None
     session = Session(config, load_task(config, collectives, fitted), collectives)
     if parts:
@@ -326,17 +338,29 @@ def _first_difference(
 
 def _first_different_tensor(recorded: Parts, replayed: Parts) -> str | None:
     for part, tensors in replayed.items():
-        theirs: Mapping[str, Tensor] = recorded.get(part, {})
+        theirs: Mapping[str, str] = recorded.get(part, {})
         for name in [*tensors, *theirs]:
-            if name not in theirs or name not in tensors or not _same_bits(theirs[name], tensors[name].detach().cpu()):
+            if name not in theirs or name not in tensors or theirs[name] != _digest(tensors[name]):
                 return f"{part}, tensor {name}"
     return None
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+def _with_digests(parts: Parts) -> Parts:
+    """The parts with the digest of each tensor in its place, apart from an encoder's few numbers."""
+    return {
+        name: {key: _digest(tensor) for key, tensor in part.items()}
+        if name.endswith(".pth") and name != "encoder.pth"
+        else part
+        for name, part in parts.items()
+    }
+
+
+def _digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes."""
+    own = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{own.dtype} {tuple(own.shape)}".encode())
+    digest.update(own.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,9 @@ from dist_train.data.dataset import load_dataset
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.run.checkpoint.commit import commit
+from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import encode_parts, read_parts, weights_sha256
+from dist_train.run.verification import Evidence
 from tests.cli.in_process import command, command_on_ranks
 from tests.commands import run
 from tests.resume.jobs import finish, folder_of, tiny_job, write_table
@@ -76,6 +78,14 @@ def test_part_of_it_on_another_world_size(honest: Path) -> None:
     report = json.loads(done[0].out)
     assert (report["first_step"], report["last_step"], report["difference"]) == (first, last, None)
     assert 0 < report["checkpoints"] < len(saves(honest))
+
+
+def test_the_evidence_that_every_rank_gets_holds_digests_and_no_tensors(honest: Path) -> None:
+    evidence = Evidence.of(RunFolder(honest))
+    assert evidence.model is not None
+    parts = [part for kept in (*evidence.checkpoints.values(), evidence.model) for part in kept.values()]
+    assert len(parts) > 3
+    assert not [part for part in parts if any(isinstance(value, torch.Tensor) for value in part.values())]
 
 
 def test_a_running_run_can_be_verified(copy: Path) -> None:
