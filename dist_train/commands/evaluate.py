@@ -39,7 +39,7 @@ def main(program: str, argv: Sequence[str]) -> None:
     with open_predictor(arguments.run_dir, arguments.checkpoint, os.environ) as predictor:
         metrics = predictor.evaluate(arguments.split, arguments.data)
     if predictor.collectives.is_main:
-        title = f"{arguments.run_dir}, weights of step {predictor.step}, {arguments.data or arguments.split}"
+        title = f"{arguments.run_dir}, {predictor.weights}, {arguments.data or arguments.split}"
         terminal().print(_table(metrics, title))
         print(json.dumps({arguments.split: metrics}, ensure_ascii=False), flush=True)
 

@@ -14,7 +14,14 @@ from typing import Any
 from dist_train.config import families
 from dist_train.errors import UserError
 
-FORMATS = {"checkpoint": 2, "trained model": 2, "tabular task": 2, "feature spec": 1, "classifier": 1}
+FORMATS = {
+    "checkpoint": 2,
+    "trained model": 2,
+    "ensemble": 1,
+    "tabular task": 2,
+    "feature spec": 1,
+    "classifier": 1,
+}
 """The format that this version writes, by kind of artefact."""
 
 RENAMED: dict[str, str] = {}
@@ -26,6 +33,7 @@ ADDED: dict[str, Any] = {
     "train.loss": "cross_entropy",
     "evaluation.metrics": [],
     "data.split_seed": None,
+    "ensemble.seeds": 1,
 }
 """Key that came after format 1 -> the default that it had when it came: what a run that lacks it was trained with."""
 

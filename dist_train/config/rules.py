@@ -52,6 +52,7 @@ def _broken(c: JobConfig) -> Iterator[tuple[str, str]]:
     yield from _model(c.model)
     yield from _optim(c)
     yield from _train(c.train)
+    yield from _at_least("ensemble.seeds", c.ensemble.seeds, 1)
     yield from _at_least("evaluation.every_steps", c.evaluation.every_steps, 1)
     yield from _at_least("evaluation.batch_size", c.evaluation.batch_size, 1)
     yield from _at_least("checkpoint.every_steps", c.checkpoint.every_steps, 1)

@@ -135,6 +135,14 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EnsembleConfig:
+    """Several runs that become one model: the mean of their probabilities (docs/splits.md)."""
+
+    seeds: int = 1
+    """Runs that differ in their seed, `run.seed`, `run.seed + 1` and so on, and in nothing else: their split is the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Validation during training, and every later evaluation or prediction."""
 
@@ -197,6 +205,7 @@ class JobConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

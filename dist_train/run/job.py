@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
 
 from dist_train.accel.host_memory import use_host_memory
 from dist_train.config.auto import chosen_values
+from dist_train.config.members import members_of
 from dist_train.config.run_path import path_of_run
 from dist_train.config.schema import JobConfig
 from dist_train.determinism.sliced_modules import require_world_size
@@ -22,6 +23,7 @@ from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import pack_json
 from dist_train.run.dry_run import DryRunReport, profile_session
+from dist_train.run.ensemble import Ensemble
 from dist_train.run.export import checkpoint_parts, export_best
 from dist_train.run.resume import begin_writing, changes_since, finished_line, matching_task, open_run
 from dist_train.run.session import Session, build_loop
@@ -79,6 +81,10 @@ def train(
             title=title,
         ):
             try:
+                members = members_of(config)
+                if members:
+                    parts = (members, folder, collectives, environ, stack, job.train_member)
+                    return Ensemble(config, *parts).run(world, dry_run=dry_run)
                 return job.run(dry_run=dry_run)
             except Stopped:
                 if not dry_run:
@@ -87,7 +93,10 @@ def train(
 
 
 class Job:
-    """One job of a run. What it opens is closed with `stack`, which outlives the watch over the ranks."""
+    """One job of a run. What it opens is closed with `stack`, which outlives the watch over the ranks.
+
+    `before_writing` is called by all ranks when nothing is left that could refuse the run, before it writes.
+    """
 
     def __init__(
         self,
@@ -98,6 +107,7 @@ class Job:
         collectives: Collectives,
         stop: StopRequest,
         stack: ExitStack,
+        before_writing: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.world = world
@@ -107,6 +117,20 @@ class Job:
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, folder.confirm)
         self._stop = stop
         self._stack = stack
+        self._before_writing = before_writing
+        self._written = self.checkpoints
+
+    def train_member(
+        self, config: JobConfig, *, before_writing: Callable[[], None], dry_run: bool
+    ) -> dict[str, Any] | None:
+        """Run another configuration, of a member of the ensemble that this job is, as a job of its own."""
+        stack = self._stack.enter_context(ExitStack())  # open after a failure, until the watch over the ranks has ended
+        folder = RunFolder(path_of_run(config))
+        member = Job(config, self.world, self.variables, folder, self.collectives, self._stop, stack, before_writing)
+        self._written = member.checkpoints
+        summary = member.run(dry_run=dry_run)
+        stack.close()
+        return summary
 
     def run(self, *, dry_run: bool) -> dict[str, Any] | None:
         """Train to the end and return the summary; raises Stopped when all ranks have agreed to stop, saved by then."""
@@ -124,6 +148,7 @@ class Job:
         if self._already_finished(session):
             return collectives.on_rank_zero(lambda: dict(json.loads(folder.summary.read_bytes())))
         with heartbeat.phase("opening the run folder"):
+            self._before_writing()
             found = open_run(folder, config, checkpoints, self._stack, self.variables, collectives)
         matching = matching_task(found, config, task, collectives)
         if matching is not task:
@@ -211,7 +236,7 @@ class Job:
         causes = dict.fromkeys(cause for cause in self.collectives.all_gather_object(self._cause) if cause)
 
         def write() -> int:
-            step = max(self.checkpoints.steps(), default=0)
+            step = max(self._written.steps(), default=0)
             marker = {"step": step, "job": str(attempt) if attempt else None, "cause": ", ".join(causes)}
             if self.folder.held:
                 self.folder.confirm()  # a run folder that was removed must not be made again for a marker

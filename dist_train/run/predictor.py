@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_train.accel.host_memory import use_host_memory
 from dist_train.config.load import config_from_tree
+from dist_train.config.members import is_ensemble, members_of
 from dist_train.config.schema import JobConfig, RuntimeConfig
 from dist_train.data.frames import Table, frame_of
 from dist_train.data.split import SPLITS
@@ -36,11 +37,14 @@ from dist_train.run.checkpoint.trained_model import (
     read_trained_model,
 )
 from dist_train.run.labels import Labels, labels_of
+from dist_train.run.members import Member, mean_probabilities, members_in, with_weights
 from dist_train.run.session import scored_weights
 from dist_train.system.console import log
+from dist_train.tasks.base import Task
 from dist_train.tasks.registry import description_in, restore_task
-from dist_train.training.evaluation import evaluate, probabilities
+from dist_train.training.evaluation import scores
 from dist_train.training.metrics import is_metric
+from dist_train.training.protocols import Rows as EncodedRows
 
 Rows = Table | str | os.PathLike[str]
 """A table in memory, or the path of a CSV or Parquet file."""
@@ -50,8 +54,9 @@ class Predictor:
     """A trained classifier with its preprocessing and the configuration that it was trained with.
 
     `folder` is a run folder, or a trained model: `model/` of a run, or a copy of it. `checkpoint` is `best` (the
-    trained model), `last`, or a step. Tables are DataFrames (polars, pandas), lists of records, dicts of columns, or
-    paths of CSV and Parquet files. They need the feature columns, in any order; other columns are ignored.
+    trained model), `last`, or a step. Of an ensemble the probabilities are the mean over its members. Tables are
+    DataFrames (polars, pandas), lists of records, dicts of columns, or paths of CSV and Parquet files. They need the
+    feature columns, in any order; other columns are ignored.
 
     Raises:
         UserError: `folder` is neither of both, or what is asked for is not there, does not verify, or is of a format
@@ -72,15 +77,16 @@ class Predictor:
     def _load(self, found: Parts, collectives: Collectives) -> None:
         self.collectives = collectives
         self.config = _with_known_metrics(found["config"])
-        self.step: int = found["origin"]["step"]
         self._has_data: bool = found["has_data"]
-        self.task = restore_task(self.config, collectives, found["task"], found["origin"]["data_sha256"])
-        self.model = self._model(found["weights"])
+        self.members = [self._member(parts) for parts in found["members"]]
+        steps = [parts["origin"]["step"] for parts in found["members"]]
+        self.weights = f"weights of step {steps[0]}" if len(steps) == 1 else f"mean of {len(steps)} members"
+        """Whose probabilities these are, in words."""
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of the probabilities."""
-        return self.task.class_names
+        return self.members[0].task.class_names
 
     @property
     def classes_(self) -> Labels:
@@ -121,12 +127,13 @@ class Predictor:
                 "a trained model outside of its run folder has no data of its own: give a table (--data FILE)"
             )
         with _file_of(data) as file:
-            labelled = self.task.labelled(split, file)
-            batch_size = self.config.evaluation.batch_size
-            metrics = evaluate(self.model, labelled, self.task, batch_size, self.collectives)
-            if metrics is None:
+            first = self.members[0].task
+            labelled = first.labelled(split, file)
+            if len(labelled) == 0:
                 raise UserError(f"{file or self.config.data.path}: there are no {split} rows")
-        return metrics
+            with self.collectives.heartbeat.phase("evaluation"):
+                predicted = self._mean(lambda task: labelled if task is first else task.labelled(split, file))
+                return scores(predicted, labelled, first, self.collectives)
 
     def table(self, file: Path) -> pl.DataFrame | None:
         """`probability_<class>` for each class and `predicted_class`: a row for each row of a file, in its order.
@@ -142,18 +149,16 @@ class Predictor:
         return pl.DataFrame(columns).with_columns(pl.Series("predicted_class", winners, dtype=pl.String))
 
     def _probabilities(self, frame: pl.DataFrame, source: str) -> Tensor | None:
-        rows = self.collectives.run_on_all(lambda: self.task.unlabelled(frame, source))
-        return probabilities(self.model, rows, self.config.evaluation.batch_size, self.task, self.collectives)
+        return self._mean(lambda task: self.collectives.run_on_all(lambda: task.unlabelled(frame, source)))
 
-    def _model(self, weights: dict[str, Tensor]) -> nn.Module:
-        model = self.task.model()
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UserError(
-                f"the weights do not fit the architecture that was saved with them: {str(error).splitlines()[0]}"
-            ) from None
-        return model.eval()
+    def _mean(self, rows_of: Callable[[Task], EncodedRows]) -> Tensor | None:
+        return mean_probabilities(self.members, rows_of, self.config.evaluation.batch_size, self.collectives)
+
+    def _member(self, parts: Parts) -> Member:
+        """A member reads its own data as it was trained, and scores as the whole does."""
+        config = replace(parts["config"], evaluation=self.config.evaluation)
+        task = restore_task(config, self.collectives, parts["task"], parts["origin"]["data_sha256"])
+        return with_weights(task, parts["weights"])
 
 
 @contextmanager
@@ -202,15 +207,29 @@ def _is_model_alone(folder: Path) -> bool:
 
 
 def _read(folder: Path, checkpoint: str) -> Parts:
-    """`config`, `task`, `weights` and `origin` (step, data_sha256) of the wanted checkpoint; `has_data`: of a run."""
+    """`config`; `members`: of each `config`, `task`, `weights`, `origin` (step, data_sha256); `has_data`: of a run."""
     if _is_model_alone(folder):
         if checkpoint != "best":
             raise UserError(f"--checkpoint {checkpoint}: {folder} is a trained model, without checkpoints beside it")
         return _of_model(folder) | {"has_data": False}
     run, config = opened_run(folder)
+    if is_ensemble(config):
+        _refuse_unfinished(run, config, checkpoint)
     parts = _of_model(run.model) if checkpoint == "best" and run.model.is_dir() else _of_checkpoint(run, checkpoint)
-    data = replace(parts["config"].data, path=config.data.path)  # it may lie elsewhere by now
-    return parts | {"config": replace(parts["config"], data=data), "has_data": True}
+    for content in (parts, *parts["members"]):
+        data = replace(content["config"].data, path=config.data.path)  # it may lie elsewhere by now
+        content["config"] = replace(content["config"], data=data)
+    return parts | {"has_data": True}
+
+
+def _refuse_unfinished(run: RunFolder, config: JobConfig, checkpoint: str) -> None:
+    first = run.path / members_of(config)[0].name
+    if checkpoint != "best":
+        raise UserError(
+            f"--checkpoint {checkpoint}: {run.path} is an ensemble, without checkpoints: name a member, as {first}"
+        )
+    if not run.model.is_dir():
+        raise UserError(f"{run.path}: the ensemble is not finished: train it to its end, or name a member, as {first}")
 
 
 def _of_model(folder: Path) -> Parts:
@@ -222,11 +241,19 @@ def _of_model(folder: Path) -> Parts:
 
 
 def _of_parts(parts: Parts, config: JobConfig) -> Parts:
+    members = members_in(parts)
+    configs = [config] if len(members) == 1 else [config_of_model(member, "a member") for member in members]
     return {
         "config": config,
-        "task": description_in(parts),
-        "weights": parts["model.pth"],
-        "origin": {name: parts[DESCRIPTION][name] for name in ("step", "data_sha256")},
+        "members": [
+            {
+                "config": own,
+                "task": description_in(member),
+                "weights": member["model.pth"],
+                "origin": {name: member[DESCRIPTION][name] for name in ("step", "data_sha256")},
+            }
+            for member, own in zip(members, configs, strict=True)
+        ],
     }
 
 
@@ -235,12 +262,11 @@ def _of_checkpoint(run: RunFolder, checkpoint: str) -> Parts:
     step = _step(checkpoints, checkpoint)
     parts = checkpoints.read(step)
     state = parts["state.json"]
-    return {
-        "config": config_from_tree(state["config"], str(checkpoints.path(step))),
-        "task": description_in(parts),
-        "weights": scored_weights(parts),
-        "origin": {"step": step, "data_sha256": state["data_sha256"]},
-    }
+    config = config_from_tree(state["config"], str(checkpoints.path(step)))
+    origin = {"step": step, "data_sha256": state["data_sha256"]}
+    weights = scored_weights(parts)
+    member = {"config": config, "task": description_in(parts), "weights": weights, "origin": origin}
+    return {"config": config, "members": [member]}
 
 
 def _step(checkpoints: Checkpoints, wanted: str) -> int:

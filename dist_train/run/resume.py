@@ -87,17 +87,57 @@ def open_run(
         UserError: another job holds the folder, or the checkpoint is of another configuration or cannot be used.
         Stopped: the ranks have agreed to stop while rank 0 waited for the lock.
     """
+    lock = _locked(folder, config, stack, environ, collectives)
+    return collectives.on_rank_zero(
+        lambda: os_errors_as_faults(
+            lambda: _open_folder(folder, config, checkpoints, stack, lock, environ), "the run folder"
+        )
+    )
+
+
+def open_ensemble(
+    folder: RunFolder, config: JobConfig, stack: ExitStack, environ: Mapping[str, str], collectives: Collectives
+) -> None:
+    """Rank 0 creates and locks the folder of an ensemble, and writes its configuration. Raises as `open_run`."""
+    lock = _locked(folder, config, stack, environ, collectives)
+    unforced = replace(config, run=replace(config.run, force=False))
+
+    def begin() -> None:
+        remove_stale(folder.path)
+        attempt = Attempt.from_environment(environ)
+        restart = attempt is not None and attempt.restart > 0 and lock.former.get("job") == attempt.job
+        if config.run.resume == "never" and not restart:
+            _move_aside(folder, lock, stack, environ)
+        if folder.checkpoints.is_dir():
+            raise UserError(
+                f"{folder.path}: holds a single run: choose another run.name for the ensemble, or start anew with "
+                "run.resume=never"
+            )
+        folder.requeue.unlink(missing_ok=True)
+        write_atomically(folder.config, config_to_yaml(unforced).encode())
+
+    collectives.on_rank_zero(lambda: os_errors_as_faults(begin, "the run folder"))
+
+
+def _locked(
+    folder: RunFolder, config: JobConfig, stack: ExitStack, environ: Mapping[str, str], collectives: Collectives
+) -> RunLock:
     own_patience_seconds = config.runtime.timeout_seconds + _LEAVING_SECONDS
     lock = RunLock(folder.lock, this_process(environ), own_patience_seconds=own_patience_seconds)
     collectives.on_rank_zero(folder.create)
     lock.take_on_rank_zero(collectives, "the run folder")
     stack.callback(lock.release)
     folder.held = lock
-    return collectives.on_rank_zero(
-        lambda: os_errors_as_faults(
-            lambda: _open_folder(folder, config, checkpoints, stack, lock, environ), "the run folder"
-        )
-    )
+    return lock
+
+
+def _move_aside(folder: RunFolder, lock: RunLock, stack: ExitStack, environ: Mapping[str, str]) -> None:
+    former = folder.move_aside()
+    if former:
+        log.info("the run that was in %s is now in %s", folder.path, former)
+        lock.release()
+        folder.create()
+        folder.held = stack.enter_context(RunLock(folder.lock, this_process(environ)))
 
 
 def _open_folder(
@@ -112,13 +152,13 @@ def _open_folder(
     remove_stale(folder.checkpoints)
     found, skipped = checkpoints.newest()
     if config.run.resume == "never" and not _is_restart(checkpoints, found, lock, environ):
-        former = folder.move_aside()
-        if former:
-            log.info("the run that was in %s is now in %s", folder.path, former)
-            lock.release()
-            folder.create()
-            folder.held = stack.enter_context(RunLock(folder.lock, this_process(environ)))
+        _move_aside(folder, lock, stack, environ)
         found, skipped = None, []
+    if not found and any(folder.path.glob(f"*/{folder.config.name}")):
+        raise UserError(
+            f"{folder.path}: holds an ensemble: choose another run.name for a single run, or start anew with "
+            "run.resume=never"
+        )
     for reason in skipped:
         log.warning("skipped a damaged checkpoint: %s", reason)
     if skipped and not found:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dist_train.config.compatibility import FORMATS, redefined_metrics
 from dist_train.config.load import config_from_tree
+from dist_train.config.members import members_of
 from dist_train.config.schema import JobConfig
 from dist_train.determinism.sliced_modules import require_world_size
 from dist_train.distributed.collectives import Collectives
@@ -143,6 +144,11 @@ def verify(
     step, the trained model and the metrics of the summary as well. The replay starts from the newest sound checkpoint
     at or before `first`, or from the initial weights.
     """
+    members = members_of(config)
+    if members:
+        raise UserError(
+            f"{folder.path}: is an ensemble: verify each of its members, as {folder.path / members[0].name}"
+        )
     evidence = collectives.on_rank_zero(lambda: Evidence.of(folder))
     last = evidence.last_step if last is None else min(last, evidence.last_step)
     if last <= first:

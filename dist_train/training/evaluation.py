@@ -54,11 +54,14 @@ def evaluate(
     if len(rows) == 0:
         return None
     with collectives.heartbeat.phase("evaluation"):
-        return _scores(model, rows, scorer, batch_size, collectives)
+        return scores(probabilities(model, rows, batch_size, scorer, collectives), rows, scorer, collectives)
 
 
-def _scores(model: nn.Module, rows: Rows, scorer: Scorer, batch_size: int, collectives: Collectives) -> dict[str, Any]:
-    predicted = probabilities(model, rows, batch_size, scorer, collectives)
+def scores(predicted: Tensor | None, rows: Rows, scorer: Scorer, collectives: Collectives) -> dict[str, Any]:
+    """Metrics of the probabilities that rank 0 has, (rows, classes), the same on every rank.
+
+    TrainingFault on every rank when they are not finite.
+    """
 
     def score() -> dict[str, Any]:
         assert predicted is not None  # on rank 0

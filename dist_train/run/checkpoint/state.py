@@ -19,7 +19,12 @@ Parts = dict[str, Any]
 """File name -> content: `*.pth` a flat mapping of tensors, `*.json` any JSON value."""
 
 
-_FORMAT_PARTS = {"state.json": "checkpoint", "model.json": "trained model", "classifier.json": "classifier"}
+_FORMAT_PARTS = {
+    "state.json": "checkpoint",
+    "model.json": "trained model",
+    "ensemble.json": "ensemble",
+    "classifier.json": "classifier",
+}
 """The part that holds the format number, by name -> the kind of artefact."""
 
 

@@ -18,6 +18,8 @@ from dist_train.run.checkpoint.commit import MANIFEST
 from dist_train.run.checkpoint.state import Parts, read_parts, weights_sha256
 
 DESCRIPTION = "model.json"
+ENSEMBLE = "ensemble.json"
+"""The description of an ensemble, in the place of `model.json`."""
 _OF_FORMAT_1 = "training.json"
 
 
@@ -62,12 +64,15 @@ def describe_model(config: JobConfig, class_names: Sequence[str]) -> dict[str, A
 
 def config_of_model(parts: Parts, source: str) -> JobConfig:
     """The configuration in a trained model's description; keys that it does not hold have their defaults."""
-    return config_from_tree(parts[DESCRIPTION]["config"], source)
+    description = parts[ENSEMBLE] if ENSEMBLE in parts else parts[DESCRIPTION]
+    return config_from_tree(description["config"], source)
 
 
 def is_trained_model(folder: Path) -> bool:
     """Whether a folder looks like `model/` of a run, or a copy of it."""
-    return (folder / MANIFEST).is_file() and any((folder / name).is_file() for name in (DESCRIPTION, _OF_FORMAT_1))
+    return (folder / MANIFEST).is_file() and any(
+        (folder / name).is_file() for name in (DESCRIPTION, ENSEMBLE, _OF_FORMAT_1)
+    )
 
 
 def read_trained_model(folder: Path) -> Parts:

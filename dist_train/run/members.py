@@ -1,0 +1,101 @@
+"""Trained models whose probabilities are averaged, and the parts of `model/` that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dist_train import __version__
+from dist_train.config.compatibility import FORMATS
+from dist_train.config.schema import JobConfig
+from dist_train.distributed.collectives import Collectives
+from dist_train.errors import UserError
+from dist_train.run.checkpoint.state import Parts, weights_sha256
+from dist_train.run.checkpoint.trained_model import DESCRIPTION, ENSEMBLE, describe_model
+from dist_train.tasks.base import Task
+from dist_train.training.evaluation import probabilities
+from dist_train.training.protocols import Rows
+
+
+@dataclass(frozen=True)
+class Member:
+    """A trained model and the task that reads its inputs."""
+
+    task: Task
+    model: nn.Module
+
+
+def with_weights(task: Task, weights: Mapping[str, Tensor]) -> Member:
+    """The model of a task with trained weights; UserError where they do not fit it."""
+    model = task.model()
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"the weights do not fit the architecture that was saved with them: {str(error).splitlines()[0]}"
+        ) from None
+    return Member(task, model.eval())
+
+
+def mean_probabilities(
+    members: Iterable[Member], rows_of: Callable[[Task], Rows], batch_size: int, collectives: Collectives
+) -> Tensor | None:
+    """Mean over the members of their class probabilities on rank 0, (rows, classes) float64; None on other ranks.
+
+    `rows_of` gives the rows as a member's task encodes them. Members that follow each other and encode alike share
+    them.
+    """
+    total, count = None, 0
+    former: tuple[Task, Rows] | None = None
+    for member in members:
+        if former is None or not member.task.matches(former[0].description()):
+            former = member.task, rows_of(member.task)
+        predicted = probabilities(member.model, former[1], batch_size, member.task, collectives)
+        if predicted is not None:
+            total = predicted if total is None else total.add_(predicted)
+        count += 1
+    return total if total is None or count == 1 else total.div_(count)
+
+
+def ensemble_parts(config: JobConfig, names: Sequence[str], members: Sequence[Parts]) -> Parts:
+    """Parts of the `model/` of an ensemble, of those of its members.
+
+    `model.pth` holds the weights of all members; a name begins with the member's number and a dot.
+    """
+    weights = {f"{i}.{name}": tensor for i, parts in enumerate(members) for name, tensor in parts["model.pth"].items()}
+    class_names = members[0][DESCRIPTION]["classes"]
+    return {
+        "model.pth": weights,
+        ENSEMBLE: {
+            "format": FORMATS["ensemble"],
+            "dist_train": __version__,
+            **describe_model(config, class_names),
+            "data_sha256": members[0][DESCRIPTION]["data_sha256"],
+            "weights_sha256": weights_sha256(weights),
+            "members": [
+                {"name": name, DESCRIPTION: parts[DESCRIPTION], "task.json": parts["task.json"]}
+                for name, parts in zip(names, members, strict=True)
+            ],
+        },
+    }
+
+
+def members_in(parts: Parts) -> list[Parts]:
+    """The parts of each member of an ensemble; of a trained model, its own."""
+    if ENSEMBLE not in parts:
+        return [parts]
+    described: list[dict[str, Any]] = parts[ENSEMBLE]["members"]
+    return [
+        {
+            "model.pth": {
+                name.removeprefix(f"{index}."): tensor
+                for name, tensor in parts["model.pth"].items()
+                if name.startswith(f"{index}.")
+            },
+            **{name: part for name, part in member.items() if name.endswith(".json")},
+        }
+        for index, member in enumerate(described)
+    ]
