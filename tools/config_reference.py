@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,11 @@ def _keys(section: Any) -> Iterator[tuple[str, str, str]]:
 
 
 def _texts_under_fields(section: type[Any]) -> dict[str, str]:
-    """Field name -> the string literal that stands under the field in the source."""
+    """Field name -> the string literal that stands under the field in the source, there or in a base class."""
     (node,) = ast.parse(inspect.getsource(section)).body
     assert isinstance(node, ast.ClassDef)
-    return {
+    inherited = [_texts_under_fields(base) for base in section.__bases__ if is_dataclass(base)]
+    return {name: text for texts in inherited for name, text in texts.items()} | {
         field.target.id: str(text.value.value)
         for field, text in zip(node.body, node.body[1:], strict=False)
         if isinstance(field, ast.AnnAssign)

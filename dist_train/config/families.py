@@ -8,10 +8,10 @@ when a configuration names its family, and no sooner.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import field, fields, is_dataclass, make_dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from dist_train.config.schema import JobConfig, ModelConfig
 from dist_train.plugins import declared, load_declared
@@ -19,7 +19,68 @@ from dist_train.plugins import declared, load_declared
 DEFAULT = "financial_classifier"
 ENTRY_POINTS = "dist_train.models"
 
-BUILT_IN: dict[str, type[Any] | None] = {DEFAULT: None}
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureKeys:
+    """How a family represents the columns of a table; a block of keys that is derived from it has them too."""
+
+    numeric_embedding: Literal["none", "piecewise_linear", "periodic"] = "piecewise_linear"
+    """What each number becomes (Gorishniy, Rubachev and Babenko 2022): itself, a learned piecewise linear function with `numeric_width` values whose knots are quantiles of the training rows, or `numeric_width` values of learned sines and cosines."""
+    numeric_width: int = 8
+    """Values that each number becomes."""
+    numeric_bins: int = 16
+    """Pieces of the piecewise linear functions, at most 32; fewer where quantiles coincide."""
+    numeric_frequencies: int = 16
+    """Sines and cosines of each number, for `periodic`."""
+    numeric_frequency_scale: float = 0.1
+    """Standard deviation of the initial frequencies, for `periodic`."""
+    one_hot_categories: int = 16
+    """Categorical columns with at most so many codes (categories, missing, unknown) are one-hot, the others are learned embeddings."""
+    category_widths: dict[str, int] = field(default_factory=dict)
+    """Column -> width of its learned embedding, however many codes it has. Columns that are not named here follow a rule: min(64, round(1.6 * codes ** 0.56))."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Key and text of each value that cannot be."""
+        for key in ("numeric_width", "numeric_frequencies"):
+            if getattr(self, key) < 1:
+                yield key, f"must be at least 1, is {getattr(self, key)}"
+        if not 1 <= self.numeric_bins <= 32:
+            yield "numeric_bins", f"must be from 1 to 32, is {self.numeric_bins}"
+        if not self.numeric_frequency_scale > 0:
+            yield "numeric_frequency_scale", f"must be above 0, is {self.numeric_frequency_scale}"
+        if self.one_hot_categories < 0:
+            yield "one_hot_categories", f"must be at least 0, is {self.one_hot_categories}"
+        for column, width in self.category_widths.items():
+            if width < 1:
+                yield "category_widths", f"must be at least 1, is {width} for the column {column!r}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TabMConfig(FeatureKeys):
+    """TabM: members that share a multilayer perceptron up to scaling factors (Gorishniy, Kotelnikov and Babenko 2025)."""
+
+    members: int = 16
+    """Members, trained side by side; their probabilities are averaged."""
+    blocks: int = 2
+    """Hidden layers of each member."""
+    width: int = 64
+    """Units of a hidden layer."""
+    dropout: float = 0.1
+    """Dropout probability after each hidden layer."""
+    adapters: Literal["all", "first", "packed"] = "all"
+    """Where members differ: scaling factors at each layer (the authors' `tabm`), at the first one (`tabm-mini`), or everywhere, since nothing is shared (`tabm-packed`)."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Key and text of each value that cannot be."""
+        yield from super().problems()
+        for key in ("members", "blocks", "width"):
+            if getattr(self, key) < 1:
+                yield key, f"must be at least 1, is {getattr(self, key)}"
+        if not 0 <= self.dropout < 1:
+            yield "dropout", f"a probability is at least 0 and below 1, is {self.dropout}"
+
+
+BUILT_IN: dict[str, type[Any] | None] = {DEFAULT: None, "tabm": TabMConfig}
 """Block of each family of this package, None where the keys of `model` are its own. Its module has the same name."""
 
 _registered: dict[str, type[Any] | None] = {}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_train.data.quantiles import exact_quantiles
+from dist_train.data.scaling import scaled
 from dist_train.data.spec import (
     FIRST_CATEGORY,
     MISSING,
@@ -84,7 +85,7 @@ class Encoder:
         for index, column in enumerate(spec.numeric):
             values = numbers(frame[column.name], source, first_row)
             missing = values.isnan()
-            numeric[:, index] = _scaled(values, missing, column)
+            numeric[:, index] = scaled(values, column).masked_fill_(missing, 0.0)
             if column.has_missing_flag:
                 flags[:, flag] = missing
                 flag += 1
@@ -106,11 +107,6 @@ def smallest_int(count: int) -> torch.dtype:
     if count <= 1 << 8:
         return torch.uint8
     return torch.int16 if count <= 1 << 15 else torch.int32
-
-
-def _scaled(values: Tensor, missing: Tensor, column: NumericColumn) -> Tensor:
-    centred = torch.where(missing, 0.0, (values - column.median) * column.scale)
-    return centred / torch.sqrt(1 + (centred / 3) ** 2)
 
 
 def _codes(column: pl.Series, words: CategoricalColumn, source: str) -> Tensor:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from dist_train.config.families import FeatureKeys
 from dist_train.data.spec import FIRST_CATEGORY, FeatureSpec
+from dist_train.errors import UserError
+from dist_train.models.numeric_embeddings import NumericEmbeddings
 
 
 class OneHot(nn.Module):
@@ -76,6 +80,75 @@ class TabularInputs(nn.Module):
         return dense
 
 
+class TableFeatures(nn.Module):
+    """The columns of a table as dense rows: embedded numbers, missing flags, one-hot and embedded categories.
+
+    Shapes: numeric (rows, num_numeric), flags (rows, num_flags), codes (rows, num_categorical) -> (rows, width) of the
+    type of `numeric`. `widths` are the numbers of values that stand for each column and flag, in their order. Which
+    columns are one-hot follows from `keys.one_hot_categories` and `keys.category_widths`. The embeddings of missing and
+    unknown categories start at zero and stay there unless such cells occur in training.
+
+    Raises:
+        UserError: `keys.category_widths` names a column that is not categorical.
+    """
+
+    row_wise = True
+
+    def __init__(self, spec: FeatureSpec, keys: FeatureKeys) -> None:
+        super().__init__()
+        embedded = embedding_widths(spec, keys)
+        self.numbers = NumericEmbeddings(spec, keys)
+        self.one_hot_columns = [i for i in range(spec.num_categorical) if i not in embedded]
+        few = tuple(spec.categorical[i] for i in self.one_hot_columns)
+        self.one_hot = OneHot(replace(spec, categorical=few)) if few else None
+        self.embedded_columns = list(embedded)
+        self.embeddings = nn.ModuleList(_embedding(spec.category_sizes[i], width) for i, width in embedded.items())
+        self.widths = [
+            *self.numbers.widths,
+            *[1] * spec.num_flags,
+            *(column.size for column in few),
+            *embedded.values(),
+        ]
+        self.width = sum(self.widths)
+
+    def forward(self, numeric: Tensor, flags: Tensor, codes: Tensor) -> Tensor:
+        """Dense rows."""
+        parts = [self.numbers(numeric), flags.to(numeric.dtype)]
+        if self.one_hot is not None:
+            parts.append(self.one_hot(codes[:, self.one_hot_columns]))
+        for column, embedding in zip(self.embedded_columns, self.embeddings, strict=True):
+            parts.append(embedding(codes[:, column].long()))
+        return torch.cat([part for part in parts if part.shape[1]], 1)
+
+
+def embedding_widths(spec: FeatureSpec, keys: FeatureKeys) -> dict[int, int]:
+    """Widths of the categorical columns that are embedded, by their places in `spec.categorical`; others are one-hot.
+
+    The rule for columns without a width of their own is fastai's, with an upper limit of 64.
+
+    Raises:
+        UserError: `keys.category_widths` names a column that is not categorical.
+    """
+    names = [column.name for column in spec.categorical]
+    strangers = [name for name in keys.category_widths if name not in names]
+    if strangers:
+        raise UserError(
+            f"category_widths: there is no categorical column {strangers[0]!r}; there is {', '.join(names) or 'none'}"
+        )
+    widths: dict[int, int] = {}
+    for index, (name, size) in enumerate(zip(names, spec.category_sizes, strict=True)):
+        if name in keys.category_widths or size > keys.one_hot_categories:
+            widths[index] = keys.category_widths.get(name, min(64, round(1.6 * size**0.56)))
+    return widths
+
+
+def _embedding(size: int, width: int) -> nn.Embedding:
+    embedding = nn.Embedding(size, width)
+    with torch.no_grad():
+        embedding.weight[:FIRST_CATEGORY] = 0
+    return embedding
+
+
 class Embedded(nn.Module):
     """A learned embedding of each categorical column, beside numbers and missing flags, in front of a dense network.
 
@@ -87,10 +160,7 @@ class Embedded(nn.Module):
     def __init__(self, spec: FeatureSpec, embedding_dim: int, make_classifier: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.inputs = TabularInputs(spec, one_hot=False)
-        self.embeddings = nn.ModuleList(nn.Embedding(size, embedding_dim) for size in spec.category_sizes)
-        for embedding in self.embeddings:
-            with torch.no_grad():
-                embedding.get_parameter("weight")[:FIRST_CATEGORY] = 0
+        self.embeddings = nn.ModuleList(_embedding(size, embedding_dim) for size in spec.category_sizes)
         self.classifier = make_classifier(self.inputs.width + spec.num_categorical * embedding_dim)
 
     def forward(self, numeric: Tensor, flags: Tensor, codes: Tensor) -> Tensor:

@@ -61,8 +61,8 @@ def test_default_dropout_and_parameter_count() -> None:
 
 
 def test_unknown_model_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"model.name: there is no model 'resnet'; there is financial_classifier"):
-        build_model(make_spec(), ModelConfig(name="resnet"), seed=0)
+    with pytest.raises(UserError, match=r"model.name: there is no model 'unknown'; there is financial_classifier"):
+        build_model(make_spec(), ModelConfig(name="unknown"), seed=0)
 
 
 def test_the_bias_before_batch_norm_stays_still_in_training_only() -> None:

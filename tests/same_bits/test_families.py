@@ -1,0 +1,63 @@
+"""The exact mode's promise for families of models that are computed slice by slice as wholes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from tests.cli.in_process import command
+from tests.resume.jobs import Trap, finish, folder_of, outcome, run_job, tiny_job, write_table
+
+FAMILIES = {
+    "tabm": [
+        "model.name=tabm", "model.tabm.members=4", "model.tabm.width=8", "model.tabm.category_widths={region: 3}",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> list[str]:
+    return FAMILIES[request.param]
+
+
+def test_everything_on_and_empty_slices_are_the_same_bits_after_a_kill_too(tmp_path: Path, family: list[str]) -> None:
+    # 16 rows in two passes of 12 slices: each has empty ones. The moving average is in each tiny job.
+    table = write_table(tmp_path / "clients.csv")
+    more = ("train.virtual_ranks=12", "train.max_steps=8", "train.class_weights=balanced", *family)
+    alone = finish(tiny_job(table, tmp_path / "alone", *more), 1)
+    several = tiny_job(table, tmp_path / "several", *more)
+    assert run_job(several, 2, Trap(step=7)).killed
+    assert run_job(several, 2).codes == [0] * 2
+    assert outcome(folder_of(several)) == alone
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_fast_runs_train_on_several_ranks(tmp_path: Path, family: list[str], precision: str) -> None:
+    table = write_table(tmp_path / "clients.csv")
+    more = ("train.max_steps=12", f"train.precision={precision}", *family)
+    one, two = (finish(tiny_job(table, tmp_path / str(world), *more), world) for world in (1, 2))
+    assert one["steps"] == two["steps"]
+    tolerance = 1e-4 if precision == "float32" else 0.05
+    for ours, theirs in zip(one["lines"][:3], two["lines"][:3], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=tolerance)
+
+
+def test_a_run_is_verified_evaluated_and_predicts_from_a_store(tmp_path: Path, family: list[str]) -> None:
+    table = write_table(tmp_path / "clients.csv")
+    store = tmp_path / "store"
+    assert command("prepare", table, store, "data.target=grade").code == 0
+    arguments = tiny_job(store, tmp_path / "run", "train.virtual_ranks=2", "train.max_steps=12", *family)
+    dry = command("train", *arguments, "--dry-run")
+    assert dry.code == 0, dry.err
+    assert not folder_of(arguments).exists()
+    trained = finish(arguments)
+    verified = command("verify", folder_of(arguments))
+    assert verified.code == 0, verified.err
+    evaluated = command("evaluate", folder_of(arguments), "--split", "test")
+    assert json.loads(evaluated.out)["test"]["loss"] == pytest.approx(trained["test"]["loss"], rel=1e-6)
+    predicted = command("predict", folder_of(arguments), table, tmp_path / "out.parquet")
+    assert predicted.code == 0, predicted.err
+    assert pl.read_parquet(tmp_path / "out.parquet").height == 150
