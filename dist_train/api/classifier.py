@@ -20,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from dist_train.api.isolation import isolated
 from dist_train.api.jobs import Config, File, load_config
 from dist_train.api.saved import read_classifier, write_classifier
-from dist_train.api.target import Target
+from dist_train.api.target import Target, free_name
 from dist_train.config.schema import JobConfig
 from dist_train.data.frames import frame_of, is_dataframe
 from dist_train.distributed.collectives import Collectives
@@ -109,7 +109,8 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         `X` is a DataFrame (polars, pandas), an array or nested lists of numbers or text, a list of records, or a dict
         of columns; missing cells are None, null or NaN. `y` holds text, whole numbers or booleans, two classes or more.
-        `sample_weight`, (rows,), must be None or the same for all rows: rows cannot be weighted yet.
+        `sample_weight`, (rows,), finite and at least 0, says how much each row counts in the training loss and in the
+        validation metrics (`data.weight`). None, or the same for all rows: every row counts 1.
 
         Raises:
             ValueError: the rows, the labels or an argument have a mistake (UserError is one).
@@ -117,12 +118,12 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         frame = self._frame(X, reset=True)
         target = Target.of(y, frame)
-        _refuse_weights(sample_weight, frame.height)
+        weights = _weights(sample_weight, frame, target)
         with _run_folder(self.run_dir) as folder:
-            config = self._config(frame, target, folder)
+            config = self._config(frame, target, folder, weights)
             with isolated(verbose=bool(self.verbose)):
                 collectives = Collectives(world_from_environment({}, device=config.runtime.device))
-                self.summary_ = _run(config, folder, frame, target)
+                self.summary_ = _run(config, folder, frame if weights is None else frame.with_columns(weights), target)
                 self._parts = read_trained_model(RunFolder(folder).model)
                 self._predictor = Predictor.of_parts(self._parts, collectives, config)
         self.classes_ = target.labels
@@ -210,7 +211,7 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         known = getattr(self, "feature_names_in_", None)
         return [f"x{i}" for i in range(self.n_features_in_)] if known is None else list(known)
 
-    def _config(self, frame: pl.DataFrame, target: Target, folder: Path) -> JobConfig:
+    def _config(self, frame: pl.DataFrame, target: Target, folder: Path, weights: pl.Series | None) -> JobConfig:
         """The configuration of the job, for a table in `folder`."""
         keys = {
             "model.name": self.model,
@@ -230,6 +231,7 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             drop=[name for name in config.data.drop if name in frame.columns],
             categorical=config.data.categorical if self.categorical is None else _categorical(self.categorical, frame),
             split_column=config.data.split_column if config.data.split_column in frame.columns else None,
+            weight=config.data.weight if weights is None else weights.name,
         )
         run = replace(config.run, dir=str(folder.parent), name=folder.name, resume="auto")
         wandb = replace(config.wandb, mode="disabled" if config.wandb.mode == "auto" else config.wandb.mode)
@@ -285,21 +287,27 @@ def _for_small_tables(config: JobConfig, said: Collection[str], num_rows: int) -
     return replace(config, train=train, schedule=schedule)
 
 
-def _refuse_weights(weights: Any, num_rows: int) -> None:
-    if weights is None:
-        return
-    values = np.asarray(weights)
-    if values.shape not in ((), (num_rows,)):
+def _weights(given: Any, frame: pl.DataFrame, target: Target) -> pl.Series | None:
+    """Weights of the rows as a column; None where there are none, or all are the same."""
+    if given is None:
+        return None
+    try:
+        values = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UserError("sample_weight: must be numbers") from None
+    if values.shape not in ((), (frame.height,)):
         raise UserError(
-            f"sample_weight: must have one number for each of the {num_rows} rows, has shape {values.shape}"
+            f"sample_weight: must have one number for each of the {frame.height} rows, has shape {values.shape}"
         )
     if not values.any():
         raise UserError("sample_weight: the weight of every row is zero")
-    if not (values == values.flat[0]).all() or not values.flat[0] > 0:
-        raise UserError(
-            "sample_weight: must be the same for all rows: rows cannot be weighted yet; classes can, by "
-            "overrides=['train.class_weights=balanced']"
-        )
+    broken = ~(np.isfinite(values) & (values >= 0))
+    if broken.any():
+        row = int(broken.argmax())
+        raise UserError(f"sample_weight: row {row + 1}: {values.flat[row]} is not a finite number of at least 0")
+    if (values == values.flat[0]).all():
+        return None
+    return pl.Series(free_name("sample_weight", [*frame.columns, target.name]), values)
 
 
 def _categorical(columns: Sequence[str | int], frame: pl.DataFrame) -> list[str]:

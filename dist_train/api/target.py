@@ -47,7 +47,9 @@ class Target:
         names = as_text(pl.Series("y", [_text(label) for label in labels.tolist()]), "y").to_list()
         if len(set(names)) < len(names):
             raise UserError(f"two labels in y have the same class name: {', '.join(names)}")
-        return cls(_free_name(getattr(y, "name", None), table.columns), labels, names, [names[i] for i in index])
+        name = getattr(y, "name", None)
+        name = name if isinstance(name, str) and name.strip() else "target"
+        return cls(free_name(name, table.columns), labels, names, [names[i] for i in index])
 
     def order(self, class_names: Sequence[str]) -> list[int]:
         """Places of the labels among the class names of a model."""
@@ -68,9 +70,9 @@ def _text(label: Any) -> str:
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
 
 
-def _free_name(name: Any, taken: Sequence[str]) -> str:
-    """The name of the labels where they have one, else `target`; another one where a column of the table has it."""
-    free: str = name if isinstance(name, str) and name.strip() else "target"
+def free_name(name: str, taken: Sequence[str]) -> str:
+    """The name, or another one like it where a column has it."""
+    free = name
     while free in taken:
         free += "_"
     return free

@@ -34,6 +34,7 @@ ADDED: dict[str, Any] = {
     "evaluation.metrics": [],
     "data.split_seed": None,
     "ensemble.seeds": 1,
+    "data.weight": None,
 }
 """Key that came after format 1 -> the default that it had when it came: what a run that lacks it was trained with."""
 

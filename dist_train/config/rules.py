@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dist_train.config import families
-from dist_train.config.schema import JobConfig, ModelConfig, TrainConfig
+from dist_train.config.schema import DataConfig, JobConfig, ModelConfig, TrainConfig
 from dist_train.errors import UserError
 
 
@@ -86,6 +86,8 @@ def _data(c: JobConfig) -> Iterator[tuple[str, str]]:
         yield "data.drop", f"holds the target {d.target!r}"
     if d.split_column is not None and d.split_column == d.target:
         yield "data.split_column", f"is the target {d.target!r}"
+    if d.weight is not None:
+        yield from _weight(d, d.weight)
     for name in sorted(set(d.drop) & set(d.categorical)):
         yield "data.categorical", f"{name!r} is in data.drop as well"
     yield from _at_least("data.max_categories", d.max_categories, 1)
@@ -97,6 +99,20 @@ def _data(c: JobConfig) -> Iterator[tuple[str, str]]:
     yield from _at_least("data.shuffle_block_rows", d.shuffle_block_rows, 1)
     if d.validation_fraction < 1 and d.test_fraction < 1 and d.validation_fraction + d.test_fraction >= 1:
         yield "data.validation_fraction", "together with data.test_fraction it leaves no rows to train on"
+
+
+def _weight(d: DataConfig, name: str) -> Iterator[tuple[str, str]]:
+    if not name.strip():
+        yield "data.weight", "must name a column, or be null"
+    others: dict[str, list[Any]] = {
+        "the target": [d.target],
+        "data.split_column": [d.split_column],
+        "in data.drop as well": d.drop,
+        "in data.categorical as well": d.categorical,
+    }
+    for what, names in others.items():
+        if name in names:
+            yield "data.weight", f"{name!r} is {what}"
 
 
 def _model(m: ModelConfig) -> Iterator[tuple[str, str]]:

@@ -46,6 +46,8 @@ class DataConfig:
     """CSV or Parquet file, a store made by `dist-train prepare`, or `builtin:NAME` for a data set that comes with the package."""
     target: str = "risk_tier"
     """Name of the target column: text or integers, two classes or more, no missing cells."""
+    weight: str | None = None
+    """Column of numbers that says how much a row counts in the loss and in every metric (exposure, sampling, reject inference); it is not a feature. At least 0, finite, no missing cells (docs/weights.md). Null: every row counts 1."""
     drop: list[str] = field(default_factory=list)
     """Columns that are not features (identifiers, dates, anything known only after the fact)."""
     categorical: list[str] = field(default_factory=list)

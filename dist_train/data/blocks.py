@@ -25,7 +25,8 @@ class Blocks:
         self._records = records
         self._num_rows = fitted.num_rows
         self._block_rows = fitted.block_rows
-        self._row_bytes = {name: row_bytes(dtype, width) for name, (dtype, width) in tensor_files(fitted.spec).items()}
+        files = tensor_files(fitted.spec, weighted=fitted.weighted)
+        self._row_bytes = {name: row_bytes(dtype, width) for name, (dtype, width) in files.items()}
 
     def create(self) -> None:
         """Make the files in their full size; what is in them stays."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from dist_train.data.spool import (
 )
 from dist_train.data.store import Settings, Store, is_store
 from dist_train.data.table import ColumnKinds, locate, no_number, require_names, sha256_of
+from dist_train.data.weights import require_some_weight
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.system.console import log
@@ -91,6 +92,7 @@ def load_dataset(
     with heartbeat.phase("encoding the data"):
         splits = collectives.run_on_all(lambda: encoded_rows(table, split, fitted, SPLITS, collectives.device, dtype))
     collectives.raise_if_stop_agreed()
+    _require_some_weight(splits, data)
     return Dataset({**splits}, fitted, table.sha256)
 
 
@@ -122,7 +124,8 @@ def read_labelled(data: DataConfig, spec: FeatureSpec | None = None) -> Table:
         class_names = list(spec.class_names)
     kinds = _kinds_of_spec(found, spec) if spec else kinds_of(found, columns)
     held = InMemory(batches)
-    return Table(Spool(held, found, kinds, class_names), held, class_names, source, sha256_of(file))
+    spool = Spool(held, found, kinds, class_names, weighted=columns.weight is not None)
+    return Table(spool, held, class_names, source, sha256_of(file))
 
 
 def read_for_evaluation(file: Path, data: DataConfig, spec: FeatureSpec, split: str) -> tuple[Table, TableSplit]:
@@ -136,7 +139,10 @@ def read_for_evaluation(file: Path, data: DataConfig, spec: FeatureSpec, split: 
     source, header = str(file), read_header(file)
     require_names(header, [data.target], source, "the target")
     column = data.split_column if data.split_column in header else None
-    wanted = Columns([], data.target, column, data.categorical, data.missing_values)
+    weight = data.weight if data.weight in header else None
+    if data.weight and not weight:
+        log.warning("%s: there is no column %r (data.weight): every row counts alike", source, data.weight)
+    wanted = Columns([], data.target, column, data.categorical, data.missing_values, weight)
     unit = whole_file(file, source)
     facts, batches = read_in_memory(unit, _columns_of_spec(wanted, header, spec, source))
     found = [(unit, facts)]
@@ -149,7 +155,7 @@ def read_for_evaluation(file: Path, data: DataConfig, spec: FeatureSpec, split: 
             f"the model knows {', '.join(spec.class_names)}"
         )
     held = InMemory(batches)
-    spool = Spool(held, found, _kinds_of_spec(found, spec), spec.class_names)
+    spool = Spool(held, found, _kinds_of_spec(found, spec), spec.class_names, weighted=weight is not None)
     chosen = counted_split(spool, None, None if column else SPLITS.index(split))
     if not chosen.num_rows[split]:
         raise UserError(f"{file}: no rows to evaluate on")
@@ -169,38 +175,42 @@ def encoded_rows(
     All rows are encoded, so that a bad cell is found in any of them.
     """
     encoder = Encoder(spec)
-    parts = {name: _Rows(encoder, split.num_rows[name]) for name in names}
+    parts = {name: _Rows(encoder, split.num_rows[name], weighted=table.spool.weighted) for name in names}
     for chunk in table.spool.chunks:
         codes, targets = split.codes(table.spool, chunk), table.spool.targets(chunk)
+        weights = table.spool.weights(chunk) if table.spool.weighted else None
         inputs = encoder.to_arrays(table.spool.frame(chunk, encoder.names), table.source, chunk.first_row)
         table.batches.release(chunk.batch)
         for name, part in parts.items():
-            part.add((codes == SPLITS.index(name)).nonzero().squeeze(1), inputs, targets, chunk.first_row)
+            part.add((codes == SPLITS.index(name)).nonzero().squeeze(1), inputs, targets, weights, chunk.first_row)
     return {name: part.on(device, dtype) for name, part in parts.items()}
 
 
 class _Rows:
     """Encoded rows of a split in the making."""
 
-    def __init__(self, encoder: Encoder, count: int) -> None:
+    def __init__(self, encoder: Encoder, count: int, *, weighted: bool) -> None:
         spec = encoder.spec
         self._num_classes = spec.num_classes
         self._inputs = encoder.empty(count)
         self._targets = torch.empty(count, dtype=smallest_int(spec.num_classes))
+        self._weights = torch.empty(count, dtype=torch.float64) if weighted else None
         self._numbers = torch.empty(count, dtype=torch.int64)
         self._done = 0
 
-    def add(self, chosen: Tensor, inputs: Inputs, targets: Tensor, first_row: int) -> None:
+    def add(self, chosen: Tensor, inputs: Inputs, targets: Tensor, weights: Tensor | None, first_row: int) -> None:
         """The rows `chosen` of a chunk."""
         place = slice(self._done, self._done + len(chosen))
         for own, of_chunk in zip(self._inputs, inputs, strict=True):
             own[place] = of_chunk[chosen]
         self._targets[place] = targets[chosen]
+        if self._weights is not None and weights is not None:
+            self._weights[place] = weights[chosen]
         self._numbers[place] = chosen + first_row
         self._done += len(chosen)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> ResidentRows:
-        return resident(self._inputs, self._targets, self._numbers, self._num_classes, device, dtype)
+        return resident(self._inputs, self._targets, self._numbers, self._num_classes, device, dtype, self._weights)
 
 
 def open_store(
@@ -254,7 +264,13 @@ def _load_store(
     splits: dict[str, ResidentRows | MappedRows] = {
         name: MappedRows(store.tensors(name), store.to_inputs, collectives.device, dtype) for name in SPLITS
     }
+    _require_some_weight(splits, data)
     return Dataset(splits, store.spec, store.sha256)
+
+
+def _require_some_weight(splits: Mapping[str, ResidentRows | MappedRows], data: DataConfig) -> None:
+    for name, rows in splits.items():
+        require_some_weight(rows.weights, data.weight, data.path, name)
 
 
 def _columns_of_spec(columns: Columns, header: Sequence[str], spec: FeatureSpec, source: str) -> Columns:

@@ -52,13 +52,13 @@ def plan_columns(files: Sequence[Path], data: DataConfig) -> Columns:
 
 def columns_of(header: Sequence[str], data: DataConfig, source: str) -> Columns:
     """What is taken of each row of a file with such columns; UserError when one that is named is not there."""
-    named = [data.target, *data.drop, *data.categorical, *([data.split_column] if data.split_column else [])]
+    named = [data.target, *data.drop, *data.categorical, *filter(None, [data.split_column, data.weight])]
     require_names(header, named, source, "named in the configuration")
-    others = {data.target, data.split_column, *data.drop}
+    others = {data.target, data.split_column, data.weight, *data.drop}
     features = [name for name in header if name not in others]
     if not features:
         raise UserError(f"{source}: no feature columns are left besides {', '.join(sorted(filter(None, others)))}")
-    return Columns(features, data.target, data.split_column, data.categorical, data.missing_values)
+    return Columns(features, data.target, data.split_column, data.categorical, data.missing_values, data.weight)
 
 
 def plan_units(files: Sequence[Path]) -> list[Unit]:

@@ -72,6 +72,7 @@ class Fitted:
 
     spec: FeatureSpec
     split: TableSplit
+    weighted: bool = False
 
     @property
     def num_rows(self) -> dict[str, int]:
@@ -87,7 +88,8 @@ class Fitted:
         """As JSON types; `unpack` reads it."""
         split = self.split.by_fraction
         packed = split and {"seed": split.seed, "last": split.last_keys.tolist(), "any": split.any_rows.tolist()}
-        return {"spec": self.spec.to_json(), "split": packed, "before": self.split.before.tolist()}
+        before = self.split.before.tolist()
+        return {"spec": self.spec.to_json(), "split": packed, "before": before, "weighted": self.weighted}
 
     @classmethod
     def unpack(cls, packed: Mapping[str, Any]) -> Fitted:
@@ -95,7 +97,7 @@ class Fitted:
         split = packed["split"]
         fraction_split = split and FractionSplit(split["seed"], torch.tensor(split["last"]), torch.tensor(split["any"]))
         split = TableSplit(fraction_split, torch.tensor(packed["before"]))
-        return cls(FeatureSpec.from_json(packed["spec"]), split)
+        return cls(FeatureSpec.from_json(packed["spec"]), split, packed["weighted"])
 
 
 def fit(
@@ -116,7 +118,7 @@ def fit(
     spec = fit_table(
         spool, split, data, class_names, collectives, source="the table", max_distinct=MAX_DISTINCT, show=show
     )
-    return Fitted(spec, split)
+    return Fitted(spec, split, spool.weighted)
 
 
 def split_table(
@@ -241,7 +243,10 @@ def _encoded(spool: Spool, chunk: Chunk, encoder: Encoder) -> dict[str, np.ndarr
     inputs = encoder.to_arrays(spool.frame(chunk, encoder.names), spool.source(chunk))
     rows = torch.arange(chunk.first_row, chunk.first_row + chunk.num_rows)
     tensors = inputs._asdict() | {"targets": spool.targets(chunk), "rows": rows}
-    return {name: tensors[name].numpy().astype(dtype) for name, (dtype, _) in tensor_files(encoder.spec).items()}
+    if spool.weighted:
+        tensors["weights"] = spool.weights(chunk)
+    files = tensor_files(encoder.spec, weighted=spool.weighted)
+    return {name: tensors[name].numpy().astype(dtype) for name, (dtype, _) in files.items()}
 
 
 class _BlockWriter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,12 +16,20 @@ from dist_train.determinism.batch_context import BatchContext
 from dist_train.determinism.position import Position
 
 
+class Gathered(NamedTuple):
+    """Rows of a split on the device: arguments of the model, class indices int64, and weights float64 if there are."""
+
+    inputs: tuple[Tensor, ...]
+    targets: Tensor
+    weights: Tensor | None
+
+
 class Source(Protocol):
     """Rows that batches can be read from; `row_numbers` are their numbers in the table."""
 
     @property
     def row_numbers(self) -> Tensor: ...
-    def read(self, index: Tensor) -> tuple[Tensor, ...]: ...
+    def read(self, index: Tensor) -> Gathered: ...
 
 
 class Gatherer(Protocol):
@@ -44,18 +52,23 @@ class Batch:
         self.global_rows = share.global_rows
 
     @cached_property
-    def _gathered(self) -> tuple[Tensor, ...]:
+    def _gathered(self) -> Gathered:
         return self._source.read(self.index)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """Arguments of the model, each (n, ...), on the device."""
-        return self._gathered[:-1]
+        return self._gathered.inputs
 
     @property
     def targets(self) -> Tensor:
         """Class indices, (n,) int64, on the device."""
-        return self._gathered[-1]
+        return self._gathered.targets
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Weights of the rows, (n,) float64, on the device; None where every row counts 1."""
+        return self._gathered.weights
 
     @property
     def rows(self) -> Tensor:
@@ -74,14 +87,18 @@ class Batch:
 class ResidentRows:
     """Encoded rows of one split, held as tensors on the device; a batch is one gather by index.
 
-    `inputs` are the arguments of the model, each (rows, ...); `targets` class indices, (rows,) of any integer type.
+    `inputs` are the arguments of the model, each (rows, ...); `targets` class indices, (rows,) of any integer type;
+    `weights` (rows,) float64, or None where every row counts 1.
     """
 
     on_device = True
 
-    def __init__(self, inputs: tuple[Tensor, ...], targets: Tensor, row_numbers: Tensor) -> None:
+    def __init__(
+        self, inputs: tuple[Tensor, ...], targets: Tensor, row_numbers: Tensor, weights: Tensor | None = None
+    ) -> None:
         self.inputs = inputs
         self.row_numbers = row_numbers
+        self.weights = weights
         self._targets = targets
 
     def __len__(self) -> int:
@@ -105,16 +122,19 @@ class ResidentRows:
         """The batch of a share."""
         return Batch(self, share, share.rows)
 
-    def read(self, index: Tensor) -> tuple[Tensor, ...]:
-        """Inputs and targets of the rows at the places `index`, (n,)."""
+    def read(self, index: Tensor) -> Gathered:
+        """The rows at the places `index`, (n,)."""
         index = index.to(self._targets.device, non_blocking=True)
-        return (*(_gathered(x, index) for x in self.inputs), self._targets.index_select(0, index).long())
+        weights = None if self.weights is None else self.weights.index_select(0, index)
+        inputs = tuple([_gathered(x, index) for x in self.inputs])
+        return Gathered(inputs, self._targets.index_select(0, index).long(), weights)
 
 
 class MappedRows:
     """Encoded rows of one split in mapped memory: what `ResidentRows` does, without holding them.
 
-    `tensors` are `targets` and `rows`, and those that `to_inputs` makes the model's arguments of, a batch at a time.
+    `tensors` are `targets` and `rows`, `weights` if there are, and those that `to_inputs` makes the model's arguments
+    of, a batch at a time.
     The pages are the kernel's to keep or to drop. On a GPU a batch travels by way of pinned memory.
     """
 
@@ -127,7 +147,9 @@ class MappedRows:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._inputs = {name: tensor for name, tensor in tensors.items() if name not in ("targets", "rows")}
+        others = ("targets", "rows", "weights")
+        self._inputs = {name: tensor for name, tensor in tensors.items() if name not in others}
+        self._weights = tensors.get("weights")
         self._targets = tensors["targets"]
         self.row_numbers = tensors["rows"]
         self._to_inputs = to_inputs
@@ -145,9 +167,15 @@ class MappedRows:
         return self._targets.to(self._device, torch.int64)
 
     @property
+    def weights(self) -> Tensor | None:
+        """Weights of all rows, (rows,) float64 on the device, made anew at each call; None: every row counts 1."""
+        return None if self._weights is None else self._weights.to(self._device)
+
+    @property
     def mapped_bytes(self) -> int:
         """Pages of files that a pass over all rows brings into memory, as far as memory is free."""
-        tensors = (*self._inputs.values(), self._targets, self.row_numbers)
+        tensors = [*self._inputs.values(), self._targets, self.row_numbers]
+        tensors += [] if self._weights is None else [self._weights]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def slice(self, start: int, stop: int) -> tuple[Tensor, ...]:
@@ -158,10 +186,12 @@ class MappedRows:
         """The batch of a share."""
         return Batch(self, share, share.rows)
 
-    def read(self, index: Tensor) -> tuple[Tensor, ...]:
-        """Inputs and targets of the rows at the places `index`, (n,), on the device."""
-        *inputs, targets = self._sent((*self._inputs.values(), self._targets), index)
-        return (*self._arguments(dict(zip(self._inputs, inputs, strict=True))), targets.long())
+    def read(self, index: Tensor) -> Gathered:
+        """The rows at the places `index`, (n,), on the device."""
+        wanted = (self._targets,) if self._weights is None else (self._targets, self._weights)
+        targets, *others = self._sent((*wanted, *self._inputs.values()), index)
+        weights = None if self._weights is None else others.pop(0)
+        return Gathered(self._arguments(dict(zip(self._inputs, others, strict=True))), targets.long(), weights)
 
     def _arguments(self, rows: Mapping[str, Tensor]) -> Inputs:
         numeric, flags, codes = self._to_inputs(rows)
@@ -225,11 +255,18 @@ class Feed:
 
 
 def resident(
-    inputs: Inputs, targets: Tensor, row_numbers: Tensor, num_classes: int, device: torch.device, dtype: torch.dtype
+    inputs: Inputs,
+    targets: Tensor,
+    row_numbers: Tensor,
+    num_classes: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: Tensor | None = None,
 ) -> ResidentRows:
     """Put encoded rows on the device, numbers as `dtype` and class indices in the smallest integer type."""
     moved = Inputs(inputs.numeric.to(device, dtype), inputs.flags.to(device), inputs.codes.to(device))
-    return ResidentRows(moved, targets.to(device, smallest_int(num_classes)), row_numbers)
+    weights = None if weights is None else weights.to(device)
+    return ResidentRows(moved, targets.to(device, smallest_int(num_classes)), row_numbers, weights)
 
 
 def _gathered(rows: Tensor, index: Tensor) -> Tensor:

@@ -35,10 +35,11 @@ from dist_train.data.table import (
     require_columns,
     require_numbers_or_text,
 )
+from dist_train.data.weights import weights_of_column
 from dist_train.errors import UserError
 from dist_train.system.files import TMP_PREFIX, write_atomically
 
-_TARGET, _SPLIT, _FEATURE = "target", "split", "feature:"
+_TARGET, _SPLIT, _WEIGHT, _FEATURE = "target", "split", "weight", "feature:"
 # Types whose numbers float32 holds exactly.
 _SMALL = (pl.Float32, pl.Int8, pl.Int16, pl.UInt8, pl.UInt16)
 
@@ -52,6 +53,7 @@ class Columns:
     split_column: str | None
     categorical: list[str]
     missing_values: list[str]
+    weight: str | None = None
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ class _Spooling:
         row = self._unit.part.first_row
         for frame in read_rows(self._unit.file, self._columns.missing_values, self._unit.part):
             wanted = [*self._columns.features, self._columns.target]
-            wanted += [self._columns.split_column] if self._columns.split_column else []
+            wanted += filter(None, [self._columns.split_column, self._columns.weight])
             require_columns(frame, wanted, self._source, "the first file has it, or the configuration names it")
             batch = self._batch(frame, row) if frame.height else None
             if frame.height:
@@ -219,6 +221,8 @@ class _Spooling:
         if self._columns.split_column:
             codes = codes_of_column(frame[self._columns.split_column], self._source, row)
             arrays[_SPLIT] = pa.array(codes.numpy())
+        if self._columns.weight:
+            arrays[_WEIGHT] = pa.array(weights_of_column(frame[self._columns.weight], self._source, row).numpy())
         known = len(self._text)
         features = {name: self._feature(frame[name], row) for name in self._columns.features}
         if len(self._text) > known and self.facts.batches:
@@ -315,7 +319,7 @@ class Chunk:
 
 
 class Spool:
-    """The table as it was read, on every rank."""
+    """The table as it was read, on every rank; `weighted`: with a column of weights."""
 
     def __init__(
         self,
@@ -323,8 +327,11 @@ class Spool:
         found: Sequence[tuple[Unit, UnitFacts]],
         kinds: ColumnKinds,
         class_names: Sequence[str],
+        *,
+        weighted: bool = False,
     ) -> None:
         self.kinds = kinds
+        self.weighted = weighted
         self._batches = batches
         self._found = found
         self._class_index = {name: index for index, name in enumerate(class_names)}
@@ -362,6 +369,10 @@ class Spool:
     def split_codes(self, chunk: Chunk) -> Tensor:
         """Index in SPLITS as the split column says it, (rows,) uint8."""
         return torch.from_numpy(self._column(chunk, _SPLIT).to_numpy().copy())
+
+    def weights(self, chunk: Chunk) -> Tensor:
+        """Weights of the rows as the weight column says them, (rows,) float64."""
+        return torch.from_numpy(self._column(chunk, _WEIGHT).to_numpy().copy())
 
     def frame(self, chunk: Chunk, names: Sequence[str]) -> pl.DataFrame:
         """Features by name: numbers as Float64 with NaN where missing, categories as text."""

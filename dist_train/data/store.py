@@ -25,10 +25,11 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 
 MANIFEST = "manifest.json"
-_FORMAT = 2
+# A store without weights is of the format before them: earlier programs read it.
+_FORMAT, _FORMAT_OF_WEIGHTS = 2, 3
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.int64, torch.int32, torch.int16, torch.uint8)
+    for dtype in (torch.float64, torch.float32, torch.int64, torch.int32, torch.int16, torch.uint8)
 }
 _MAX_BLOCK_BYTES = 1 << 23
 _MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 1 << 12, 1 << 16
@@ -47,6 +48,7 @@ class Settings:
     validation_fraction: float
     test_fraction: float
     seed: int
+    weight: str | None = None
 
     @classmethod
     def of(cls, data: DataConfig, *, seed: int) -> Settings:
@@ -86,7 +88,7 @@ def row_bytes(dtype: str, width: int) -> int:
     return _DTYPES[dtype].itemsize * max(1, width)
 
 
-def tensor_files(spec: FeatureSpec) -> dict[str, tuple[str, int]]:
+def tensor_files(spec: FeatureSpec, *, weighted: bool) -> dict[str, tuple[str, int]]:
     """Tensors of each split by name, with the dtype and the width of their rows; those without columns are left out."""
     codes = smallest_int(max(spec.category_sizes, default=1))
     tensors = {
@@ -95,12 +97,13 @@ def tensor_files(spec: FeatureSpec) -> dict[str, tuple[str, int]]:
         "codes": (codes, spec.num_categorical),
     }
     files = {name: (_name_of(dtype), width) for name, (dtype, width) in tensors.items() if width}
-    return files | {"targets": (_name_of(smallest_int(spec.num_classes)), 0), "rows": ("int64", 0)}
+    files |= {"targets": (_name_of(smallest_int(spec.num_classes)), 0), "rows": ("int64", 0)}
+    return files | ({"weights": ("float64", 0)} if weighted else {})
 
 
 def rows_of_block(spec: FeatureSpec) -> int:
     """Rows of a block: a power of two, so that a block begins at a page of memory, and a few MiB."""
-    row = max(row_bytes(dtype, width) for dtype, width in tensor_files(spec).values())
+    row = max(row_bytes(dtype, width) for dtype, width in tensor_files(spec, weighted=False).values())
     rows = _MAX_BLOCK_ROWS
     while rows > _MIN_BLOCK_ROWS and rows * row > _MAX_BLOCK_BYTES:
         rows //= 2
@@ -129,7 +132,7 @@ def manifest_content(
 ) -> dict[str, Any]:
     """What a manifest says."""
     return {
-        "format": _FORMAT,
+        "format": _FORMAT_OF_WEIGHTS if any(name.endswith(".weights") for name in files) else _FORMAT,
         "block_rows": block_rows,
         "rows": dict(rows),
         "files": {name: asdict(file) for name, file in sorted(files.items())},
@@ -151,7 +154,8 @@ class Store:
         self.folder = folder
         content = _read_manifest(folder / MANIFEST)
         self.sha256: str = content["data_sha256"]
-        self.settings = Settings(**{name: content["settings"][name] for name in Settings.__annotations__})
+        known = content["settings"]  # those of an earlier program lack what has a default
+        self.settings = Settings(**{name: known[name] for name in Settings.__annotations__ if name in known})
         self.spec = _spec_of(content)
         self._format: int = content["format"]
         self.block_rows: int = content["block_rows"]
@@ -262,9 +266,9 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: cannot be read; {_REMEDY}") from None
     if not sound:
         raise UserError(f"{file}: has another content than was written (SHA-256 differs); {_REMEDY}")
-    if content["format"] not in range(1, _FORMAT + 1):
+    if content["format"] not in range(1, _FORMAT_OF_WEIGHTS + 1):
         raise UserError(
-            f"{file}: is of format {content['format']}, this program reads up to {_FORMAT}: "
+            f"{file}: is of format {content['format']}, this program reads up to {_FORMAT_OF_WEIGHTS}: "
             "update the program, or prepare the store anew"
         )
     if sys.byteorder != "little":

@@ -126,6 +126,7 @@ class _First:
     def __init__(self, rows: Rows, count: int) -> None:
         self._rows = rows
         self.targets = rows.targets[:count]
+        self.weights = None if rows.weights is None else rows.weights[:count]
 
     def __len__(self) -> int:
         return len(self.targets)

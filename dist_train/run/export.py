@@ -91,9 +91,10 @@ def export_best(
 def _warn_of_base_rate(split: str, metrics: Mapping[str, Any]) -> None:
     """Say so where the model is no better than a guess that is the same for every row.
 
-    The best of those guesses is the class frequencies of the rows; its log loss is their entropy, in nats.
+    The best of those guesses is the class frequencies of the rows, weighted where the rows are; its log loss is their
+    entropy, in nats.
     """
-    rows = [scores["rows"] for scores in metrics.get("per_class", {}).values()]
+    rows = [scores.get("weight", scores["rows"]) for scores in metrics.get("per_class", {}).values()]
     if not rows:
         return
     base_rate = -sum(count / sum(rows) * math.log(count / sum(rows)) for count in rows if count)

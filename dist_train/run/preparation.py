@@ -119,7 +119,8 @@ class Preparation:
         with heartbeat.phase("reading the data"):
             found, kinds = self._read(units, columns)
         class_names = check_classes(found, columns.target)
-        spool = Spool(InFiles([rows_file(self._spool, unit) for unit, _ in found]), found, kinds, class_names)
+        batches = InFiles([rows_file(self._spool, unit) for unit, _ in found])
+        spool = Spool(batches, found, kinds, class_names, weighted=columns.weight is not None)
         with heartbeat.phase("encoder fitting"):
             fitted = self._fitted(spool, class_names)
         with heartbeat.phase("encoding the data"):
@@ -287,7 +288,7 @@ class Preparation:
         files = {}
         for split in SPLITS:
             count = num_blocks(fitted.num_rows[split], fitted.block_rows)
-            for name, (dtype, width) in tensor_files(fitted.spec).items():
+            for name, (dtype, width) in tensor_files(fitted.spec, weighted=fitted.weighted).items():
                 files[f"{split}.{name}"] = TensorFile(dtype, width, [done[split, n][name] for n in range(count)])
         inputs = {str(unit.file): {"file": str(unit.file), "bytes": unit.size} for unit in units}
         content = manifest_content(

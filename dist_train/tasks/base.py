@@ -53,9 +53,10 @@ class Task(Protocol):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Logits -> (rows, classes) float64."""
 
-    def metrics(self, probabilities: Tensor, targets: Tensor) -> dict[str, Any]:
+    def metrics(self, probabilities: Tensor, targets: Tensor, weights: Tensor | None = None) -> dict[str, Any]:
         """Metrics of (rows, classes) float64 probabilities against (rows,) class indices, both on the CPU; JSON types.
 
+        `weights`, (rows,) float64: how much each row counts; None: all count 1.
         `loss` is among them: the best checkpoint is that of the lowest.
         """
 

@@ -28,12 +28,19 @@ from dist_train.data.sources import MappedRows, ResidentRows, resident
 from dist_train.data.spec import FeatureSpec, spec_of_encoder
 from dist_train.data.store import is_store
 from dist_train.data.table import locate
+from dist_train.data.weights import require_some_weight
 from dist_train.distributed.collectives import Collectives
+from dist_train.errors import UserError
 from dist_train.models.registry import build_model
 from dist_train.system.console import log
 from dist_train.tasks.base import Description
 from dist_train.training.loss import Objective, balanced_weights, class_probabilities, objective_of
-from dist_train.training.metrics import check_metrics, classification_metrics, registered_metrics
+from dist_train.training.metrics import (
+    check_metrics,
+    classification_metrics,
+    registered_metrics,
+    unweighted_metrics,
+)
 from dist_train.training.precision import dtype_of
 
 
@@ -50,6 +57,8 @@ class TabularTask:
         self.fingerprint = dataset.sha256
         if config.train.class_weights is not None:
             given_class_weights(config.train, self.class_names)  # a mistake is told before anything is written
+        if config.data.weight and dataset.splits:
+            self._check_class_weights()
 
     @classmethod
     def load(cls, config: JobConfig, collectives: Collectives, fitted: Description | None = None) -> TabularTask:
@@ -60,6 +69,11 @@ class TabularTask:
             Stopped: the ranks have agreed to stop.
         """
         check_metrics(config.evaluation.metrics)  # before the data are read
+        unweighted = unweighted_metrics(config.evaluation.metrics) if config.data.weight else []
+        if unweighted and collectives.is_main:
+            log.warning(
+                "%s: a registered metric without a parameter `weights` counts every row alike", ", ".join(unweighted)
+            )
         dataset = load_dataset(
             config.data,
             collectives,
@@ -102,9 +116,10 @@ class TabularTask:
         """Softmax over the classes, mean over the members of an ensemble: (rows, classes) float64."""
         return class_probabilities(logits)
 
-    def metrics(self, probabilities: Tensor, targets: Tensor) -> dict[str, Any]:
+    def metrics(self, probabilities: Tensor, targets: Tensor, weights: Tensor | None = None) -> dict[str, Any]:
         """`classification_metrics` of the rows, and the metrics of `evaluation.metrics`."""
-        rows = (probabilities.numpy(), targets.numpy(), self.class_names)
+        of_rows = None if weights is None else weights.numpy()
+        rows = (probabilities.numpy(), targets.numpy(), self.class_names, of_rows)
         return classification_metrics(*rows) | registered_metrics(self._config.evaluation.metrics, *rows)
 
     def description(self) -> Description:
@@ -119,8 +134,11 @@ class TabularTask:
     def labelled(self, split: str, file: Path | None = None) -> ResidentRows | MappedRows:
         """A split of the run's own data, or the rows of another file: all of them unless it has the split column."""
         path = str(file or self._config.data.path)
-        if is_store(path):
-            return self._stored(path, split)
+        rows = self._stored(path, split) if is_store(path) else self._encoded(split, file)
+        require_some_weight(rows.weights, self._config.data.weight, path, split)
+        return rows
+
+    def _encoded(self, split: str, file: Path | None) -> ResidentRows:
         data, collectives = self._config.data, self._collectives
         if file is not None:
             table, chosen = collectives.run_on_all(
@@ -149,15 +167,26 @@ class TabularTask:
             log.warning("%s is not the store that the model was trained on", path)
         return MappedRows(store.tensors(split), store.to_inputs, self._collectives.device, self._dtype)
 
+    def _check_class_weights(self) -> None:
+        """A class that the training rows count nothing of has no balanced weight, and nothing to learn from."""
+        rows = self.splits["train"]
+        counts = torch.bincount(rows.targets, rows.weights, minlength=len(self.class_names)).tolist()
+        for name, count in zip(self.class_names, counts, strict=True):
+            if not count:
+                raise UserError(
+                    f"{self._config.data.path}: column {self._config.data.weight!r}: the weight of every training row "
+                    f"of class {name!r} is 0 (data.weight)"
+                )
+
     def _class_weights(self) -> Tensor | None:
         train = self._config.train
         if train.class_weights is None:
             return None
-        given = given_class_weights(train, self.class_names)
+        given, rows = given_class_weights(train, self.class_names), self.splits["train"]
         weights = (
             torch.tensor(given, dtype=torch.float64)
             if given
-            else balanced_weights(self.splits["train"].targets, len(self.class_names))
+            else balanced_weights(rows.targets, len(self.class_names), rows.weights)
         )
         return weights.to(self._collectives.device, self._dtype)
 

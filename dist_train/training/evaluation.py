@@ -71,6 +71,7 @@ def scores(predicted: Tensor | None, rows: Rows, scorer: Scorer, collectives: Co
                 f"the model's probabilities are not finite for {lost} of {len(rows)} rows: its weights are too large "
                 "or not finite; lower optim.lr or set optim.max_grad_norm"
             )
-        return scorer.metrics(predicted, rows.targets.cpu())
+        weights = () if rows.weights is None else (rows.weights.cpu(),)  # a task need not take any
+        return scorer.metrics(predicted, rows.targets.cpu(), *weights)
 
     return collectives.on_rank_zero(score)

@@ -134,7 +134,7 @@ class Loop:
             sent = self._pending.popleft()
             loss, weight, votes, norm, finite = sent.numbers()
             if not finite:
-                raise TrainingFault(self._describe_nonfinite(sent, loss / weight, norm))
+                raise TrainingFault(self._describe_nonfinite(sent, loss / (weight or 1.0), norm))
             self.meter.add(loss, weight)
             if votes > 0:
                 stop, keep = True, 0

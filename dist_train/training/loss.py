@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -28,14 +28,20 @@ class LossSum(NamedTuple):
 class Objective(Protocol):
     """The loss of a batch."""
 
-    def __call__(self, logits: Tensor, targets: Tensor, slices: tuple[int, ...]) -> LossSum:
-        """Sums of `logits`, (rows, classes) or (rows, members, classes), against class indices, (rows,), per slice."""
+    def __call__(
+        self, logits: Tensor, targets: Tensor, slices: tuple[int, ...], weights: Tensor | None = None
+    ) -> LossSum:
+        """Sums of `logits`, (rows, classes) or (rows, members, classes), against class indices, (rows,), per slice.
+
+        `weights` of the rows, (rows,), multiply their losses and add up to the weight; None: each counts 1.
+        """
 
 
 class CrossEntropy:
     """Cross-entropy with class weights, (classes,), and label smoothing; the mean is that of F.cross_entropy.
 
-    Of an ensemble it is the mean over the members of each member's own loss: members are trained, not their average.
+    A row's weight multiplies the weight of its class. Of an ensemble it is the mean over the members of each member's
+    own loss: members are trained, not their average.
     """
 
     def __init__(self, class_weights: Tensor | None = None, label_smoothing: float = 0.0) -> None:
@@ -43,10 +49,14 @@ class CrossEntropy:
         self.label_smoothing = label_smoothing
         self._counted: dict[tuple[int, ...], Tensor] = {}  # rows of slices: a batch has one of a few shapes
 
-    def __call__(self, logits: Tensor, targets: Tensor, slices: tuple[int, ...]) -> LossSum:
+    def __call__(
+        self, logits: Tensor, targets: Tensor, slices: tuple[int, ...], weights: Tensor | None = None
+    ) -> LossSum:
         """Sums over the rows of each slice; a slice without rows has loss 0 and weight 0."""
         logits = logits.float() if logits.dtype == torch.bfloat16 else logits
         parts = list(zip(split_slices(logits, slices), targets.split(slices), strict=True))
+        if weights is not None:
+            return self._weighted(parts, weights.to(logits.dtype).split(slices))
         losses = [self._sum(own, targets) for own, targets in parts]
         loss = losses[0].unsqueeze(0) if len(losses) == 1 else torch.stack(losses)
         return LossSum(loss, self._weights(slices, [targets for _, targets in parts], loss))
@@ -59,16 +69,29 @@ class CrossEntropy:
             self._counted[slices] = like.new_tensor(slices)
         return self._counted[slices]
 
+    def _weighted(self, parts: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor]) -> LossSum:
+        losses, sums = [], []
+        for (logits, targets), own in zip(parts, weights, strict=True):
+            of_rows = self._cross_entropy(logits, targets, "none")
+            losses.append((of_rows.view(len(own), -1).mean(1) * own).sum() if len(own) else logits.sum())
+            sums.append((own if self.class_weights is None else own * self.class_weights[targets]).sum())
+        return LossSum(torch.stack(losses), torch.stack(sums))
+
     def _sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        members = logits.shape[1] if logits.ndim == 3 else 1
+        loss = self._cross_entropy(logits, targets, "sum")
+        return loss / members if members > 1 else loss
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Of rows, or of rows and members: a row's members follow each other."""
         members = logits.shape[1] if logits.ndim == 3 else 1
         if members > 1:
             logits, targets = logits.flatten(0, 1), targets.repeat_interleave(members)
         elif logits.ndim == 3:
             logits = logits.squeeze(1)
-        loss = F.cross_entropy(
-            logits, targets, self.class_weights, label_smoothing=self.label_smoothing, reduction="sum"
+        return F.cross_entropy(
+            logits, targets, self.class_weights, label_smoothing=self.label_smoothing, reduction=reduction
         )
-        return loss / members if members > 1 else loss
 
 
 RowLoss = Callable[[Tensor, Tensor], Tensor]
@@ -82,8 +105,9 @@ def register_loss(name: str) -> Callable[[_AnyRowLoss], _AnyRowLoss]:
     """Decorator that makes a function the loss `name`, for `train.loss=<name>`.
 
     The function gets logits, (rows, classes) float32 or float64, and class indices, (rows,) int64, on the device, and
-    returns the loss of each row, (rows,); the rows must not depend on each other. `train.class_weights` weigh the rows
-    as they do in cross-entropy. Of an ensemble of members each row and member counts as a row.
+    returns the loss of each row, (rows,); the rows must not depend on each other. `train.class_weights` and
+    `data.weight` weigh the rows as they do in cross-entropy. Of an ensemble of members each row and member counts as a
+    row.
 
         >>> import torch
         >>> from dist_train import register_loss
@@ -118,27 +142,31 @@ def objective_of(train: TrainConfig, class_weights: Tensor | None) -> Objective:
 
 
 class RegisteredLoss:
-    """A loss from outside this package, summed per slice; the mean is over the weights of the rows' classes."""
+    """A loss from outside this package, summed per slice; the mean is over the weights of rows and of their classes."""
 
     def __init__(self, name: str, row_loss: RowLoss, class_weights: Tensor | None = None) -> None:
         self.name = name
         self.class_weights = class_weights
         self._row_loss = row_loss
 
-    def __call__(self, logits: Tensor, targets: Tensor, slices: tuple[int, ...]) -> LossSum:
+    def __call__(
+        self, logits: Tensor, targets: Tensor, slices: tuple[int, ...], weights: Tensor | None = None
+    ) -> LossSum:
         """Sums over the rows of each slice; a slice without rows has loss 0 and weight 0."""
         logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-        parts = zip(split_slices(logits, slices), targets.split(slices), strict=True)
-        losses, weights = zip(*(self._sums(own, targets) for own, targets in parts), strict=True)
-        return LossSum(torch.stack(losses), torch.stack(weights))
+        of_slices = [None] * len(slices) if weights is None else weights.to(logits.dtype).split(slices)
+        parts = zip(split_slices(logits, slices), targets.split(slices), of_slices, strict=True)
+        losses, sums = zip(*(self._sums(*part) for part in parts), strict=True)
+        return LossSum(torch.stack(losses), torch.stack(sums))
 
-    def _sums(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _sums(self, logits: Tensor, targets: Tensor, of_rows: Tensor | None) -> tuple[Tensor, Tensor]:
         members = logits.shape[1] if logits.ndim == 3 else 1
         if len(targets) == 0:
             return logits.sum(), logits.new_zeros(())
         by_member = logits.flatten(0, 1) if logits.ndim == 3 else logits
         losses = self._losses(by_member, targets.repeat_interleave(members)).view(-1, members).mean(1)
         weights = torch.ones_like(losses) if self.class_weights is None else self.class_weights[targets]
+        weights = weights if of_rows is None else weights * of_rows
         return (losses * weights).sum(), weights.sum().detach()
 
     def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -164,7 +192,11 @@ def class_probabilities(logits: Tensor) -> Tensor:
     return probabilities if probabilities.ndim == 2 else probabilities.mean(1)
 
 
-def balanced_weights(targets: Tensor, num_classes: int) -> Tensor:
-    """Weights inverse to class frequency with mean 1 over the rows: rows / (classes * rows of the class), float64."""
-    counts = torch.bincount(targets, minlength=num_classes).double()
-    return len(targets) / (num_classes * counts)
+def balanced_weights(targets: Tensor, num_classes: int, weights: Tensor | None = None) -> Tensor:
+    """Weights inverse to class frequency with mean 1 over the rows: rows / (classes * rows of the class), float64.
+
+    Rows count as much as their `weights`, (rows,) float64, say; None: each counts 1.
+    """
+    counts = torch.bincount(targets, weights, minlength=num_classes).double()
+    total = len(targets) if weights is None else counts.sum()
+    return total / (num_classes * counts)

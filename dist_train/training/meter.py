@@ -20,8 +20,8 @@ class Meter:
         self._weight += weight
 
     def take_loss(self) -> float:
-        """Mean loss since the last call; starts anew."""
-        mean = self._loss / self._weight
+        """Mean loss since the last call; starts anew. 0 where all rows had weight 0."""
+        mean = self._loss / self._weight if self._weight else 0.0
         self._loss = self._weight = 0.0
         return mean
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,15 +20,18 @@ Integers = npt.NDArray[np.int64]
 
 NUM_CALIBRATION_BINS = 15
 
-Metric = Callable[[Floats, Integers, Sequence[str]], Any]
-"""Probabilities, (rows, classes), class indices, (rows,), and class names -> a number, or another JSON value."""
+Metric = Callable[..., Any]
+"""Probabilities, (rows, classes), class indices, (rows,), and class names -> a number, or another JSON value.
+
+One that has a parameter `weights` gets the weights of the rows, (rows,) float64, or None where every row counts 1.
+"""
 _AnyMetric = TypeVar("_AnyMetric", bound=Metric)
 
 _METRICS: Registry[Metric] = Registry("metric", "evaluation.metrics", "dist_train.metrics", {})
 # Names in a line of metrics.jsonl that a registered metric cannot have.
 _TAKEN = frozenset((
     "step", "epoch", "samples", "split", "learning_rate", "grad_norm", "samples_per_second", "rows", "loss", "accuracy",
-    "balanced_accuracy", "macro_f1", "auroc", "brier", "ece", "per_class", "confusion_matrix",
+    "balanced_accuracy", "macro_f1", "auroc", "brier", "ece", "per_class", "confusion_matrix", "weight",
 ))  # fmt: skip
 
 
@@ -35,7 +40,9 @@ def register_metric(name: str) -> Callable[[_AnyMetric], _AnyMetric]:
 
     The function gets the probabilities of all rows of a split, (rows, classes) float64, their class indices, (rows,)
     int64, and the class names in the order of the columns; all of them in numpy, on rank 0. It returns a number, or
-    another JSON value; None where the metric is not defined. A NaN and an infinite number become None.
+    another JSON value; None where the metric is not defined. A NaN and an infinite number become None. A function with
+    a parameter named `weights` gets the weights of the rows (`data.weight`), (rows,) float64, or None; one without
+    counts every row alike.
 
         >>> from dist_train import register_metric
         >>> @register_metric("worst_case")
@@ -70,21 +77,42 @@ def is_metric(name: str) -> bool:
     return name in _METRICS.names()
 
 
+def unweighted_metrics(names: Iterable[str]) -> list[str]:
+    """Those of the registered metrics that do not take the weights of rows."""
+    return [name for name in names if not _takes_weights(_METRICS.find(name))]
+
+
+def _takes_weights(metric: Metric) -> bool:
+    try:
+        return "weights" in inspect.signature(metric).parameters
+    except ValueError:  # a function of a C extension
+        return False
+
+
 def registered_metrics(
-    names: Iterable[str], probabilities: Floats, targets: Integers, class_names: Sequence[str]
+    names: Iterable[str],
+    probabilities: Floats,
+    targets: Integers,
+    class_names: Sequence[str],
+    weights: Floats | None = None,
 ) -> dict[str, Any]:
     """The metrics of `evaluation.metrics`, as JSON types.
 
     Raises:
         UserError: there is no such metric, it raised an exception, or what it returned is no JSON value.
     """
-    return {name: _value(name, _METRICS.find(name), probabilities, targets, class_names) for name in names}
+    values = {}
+    for name in names:
+        metric = _METRICS.find(name)
+        rows = (_read_only(probabilities), _read_only(targets), list(class_names))  # the next metric gets them too
+        extra = {"weights": None if weights is None else _read_only(weights)} if _takes_weights(metric) else {}
+        values[name] = _value(name, partial(metric, *rows, **extra))
+    return values
 
 
-def _value(name: str, metric: Metric, probabilities: Floats, targets: Integers, class_names: Sequence[str]) -> Any:
-    probabilities, targets = _read_only(probabilities), _read_only(targets)  # the next metric gets them too
+def _value(name: str, metric: Callable[[], Any]) -> Any:
     try:
-        value = metric(probabilities, targets, list(class_names))
+        value = metric()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"evaluation.metrics: the metric {name!r} failed: {reason}") from error
@@ -98,38 +126,55 @@ def _value(name: str, metric: Metric, probabilities: Floats, targets: Integers, 
     return value
 
 
-def classification_metrics(probabilities: Floats, targets: Integers, class_names: Sequence[str]) -> dict[str, Any]:
+def classification_metrics(
+    probabilities: Floats, targets: Integers, class_names: Sequence[str], weights: Floats | None = None
+) -> dict[str, Any]:
     """Metrics of `probabilities` (rows, classes) against class indices `targets` (rows,), as JSON types.
 
     A metric that is not defined on these rows is None: AUROC when a class does not occur or is the only one.
     `loss` is the log loss in nats. `brier` (Brier 1950) is the mean over rows of the squared error of the second
     class's probability where there are two classes, else of the sum over classes. `ece` is the expected calibration
     error of the top class. `confusion_matrix[i][j]` counts rows of class i predicted as j.
+
+    With `weights`, (rows,) at least 0 and not all 0, every metric is scikit-learn's of that `sample_weight`: a row of
+    weight 2 counts as two rows. `rows` are then still counted, `weight` is the sum of the weights, and
+    `confusion_matrix` has sums of weights.
     """
     # Imported here: scikit-learn takes a second to load, and training must not wait for it before its first step.
     from sklearn import metrics as sk
 
     classes = np.arange(len(class_names))
+    counts = np.bincount(targets, minlength=len(classes))
+    if weights is not None:  # scikit-learn takes a class whose rows all have weight 0 for one that occurs
+        kept = weights > 0
+        probabilities, targets, weights = probabilities[kept], targets[kept], weights[kept]
     predicted = probabilities.argmax(1)
     precision, recall, f1, support = sk.precision_recall_fscore_support(
-        targets, predicted, labels=classes, average=None, zero_division=0.0
+        targets, predicted, labels=classes, average=None, zero_division=0.0, sample_weight=weights
     )
     present = support > 0
-    return {
-        "rows": len(targets),
-        "loss": float(sk.log_loss(targets, probabilities, labels=classes)),
-        "accuracy": float(sk.accuracy_score(targets, predicted)),
+    per_class = {
+        name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
+        for name, p, r, f, n in zip(class_names, precision, recall, f1, counts, strict=True)
+    }
+    matrix = sk.confusion_matrix(targets, predicted, labels=classes, sample_weight=weights)
+    metrics = {
+        "rows": int(counts.sum()),
+        "loss": float(sk.log_loss(targets, probabilities, labels=classes, sample_weight=weights)),
+        "accuracy": float(sk.accuracy_score(targets, predicted, sample_weight=weights)),
         "balanced_accuracy": float(recall[present].mean()),
         "macro_f1": float(f1.mean()),
-        "auroc": _macro_auroc(probabilities, targets, classes),
-        "brier": _brier(probabilities, targets),
-        "ece": calibration_error(probabilities, targets),
-        "per_class": {
-            name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
-            for name, p, r, f, n in zip(class_names, precision, recall, f1, support, strict=True)
-        },
-        "confusion_matrix": sk.confusion_matrix(targets, predicted, labels=classes).tolist(),
+        "auroc": _macro_auroc(probabilities, targets, classes, weights),
+        "brier": _brier(probabilities, targets, weights),
+        "ece": calibration_error(probabilities, targets, weights=weights),
+        "per_class": per_class,
+        "confusion_matrix": matrix.tolist(),
     }
+    if weights is not None:
+        metrics["weight"] = float(weights.sum())
+        for name, weight in zip(class_names, support, strict=True):
+            per_class[name]["weight"] = float(weight)
+    return metrics
 
 
 def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -138,31 +183,36 @@ def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return view
 
 
-def calibration_error(probabilities: Floats, targets: Integers, num_bins: int = NUM_CALIBRATION_BINS) -> float:
+def calibration_error(
+    probabilities: Floats, targets: Integers, num_bins: int = NUM_CALIBRATION_BINS, weights: Floats | None = None
+) -> float:
     """Expected calibration error of the predicted class over equal-width bins (Guo et al. 2017), from 0 to 1.
 
     scikit-learn has none, and torchmetrics' rounds to float32. A bin holds its upper bound and not its lower one, as in
     the paper; torchmetrics has it the other way round, which only a confidence on the very edge can tell.
     """
     confidence = probabilities.max(1)
-    correct = probabilities.argmax(1) == targets
+    gap = confidence - (probabilities.argmax(1) == targets)
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-    gaps = np.bincount(bins, weights=confidence - correct, minlength=num_bins)
-    return float(np.abs(gaps).sum() / len(targets))
+    sums = np.bincount(bins, weights=gap if weights is None else gap * weights, minlength=num_bins)
+    return float(np.abs(sums).sum() / (len(targets) if weights is None else weights.sum()))
 
 
-def _macro_auroc(probabilities: Floats, targets: Integers, classes: Integers) -> float | None:
+def _macro_auroc(probabilities: Floats, targets: Integers, classes: Integers, weights: Floats | None) -> float | None:
     from sklearn.metrics import roc_auc_score
 
     if len(np.unique(targets)) < len(classes):
         return None
     if len(classes) == 2:
-        return float(roc_auc_score(targets, probabilities[:, 1]))
-    return float(roc_auc_score(targets, probabilities, multi_class="ovr", average="macro", labels=classes))
+        return float(roc_auc_score(targets, probabilities[:, 1], sample_weight=weights))
+    return float(
+        roc_auc_score(targets, probabilities, multi_class="ovr", average="macro", labels=classes, sample_weight=weights)
+    )
 
 
-def _brier(probabilities: Floats, targets: Integers) -> float:
+def _brier(probabilities: Floats, targets: Integers, weights: Floats | None) -> float:
     errors = probabilities.copy()
     errors[np.arange(len(targets)), targets] -= 1
-    total = float((errors**2).sum(1).mean())
+    of_rows = (errors**2).sum(1)
+    total = float(of_rows.mean() if weights is None else np.average(of_rows, weights=weights))
     return total / 2 if probabilities.shape[1] == 2 else total

@@ -97,13 +97,15 @@ class EagerStep:
             with self.reducer.backward_of(last=index == len(batches) - 1):
                 with self._precision():
                     logits = self.forward(batch.inputs, batch.context)
-                    loss, weight = self.objective(logits, batch.targets, batch.context.slices)
+                    loss, weight = self.objective(logits, batch.targets, batch.context.slices, *weights_of(batch))
                 losses += loss.detach()
                 weights += weight
                 self.reducer.backward(loss)
         totals, gradients = self.reducer.finish()
         sum_of_losses, sum_of_weights, _ = self._numbers(totals)
-        # The sum over rows becomes the mean over weights.
+        # The sum over rows becomes the mean over weights; where they are all 0 so are the gradients.
+        if batches[0].weights is not None:
+            sum_of_weights = one_for_zero(sum_of_weights)
         factor: Number = self.reducer.grad_scale / sum_of_weights
         norm: Number = self._numbers(torch.linalg.vector_norm(gradients))[0] * factor
         if self.max_grad_norm is not None:
@@ -121,6 +123,16 @@ class EagerStep:
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.collectives.device.type, self.autocast_dtype)
+
+
+def weights_of(batch: Batch) -> tuple[Tensor, ...]:
+    """The weights of a batch's rows, if there are: an objective need not take any."""
+    return () if batch.weights is None else (batch.weights,)
+
+
+def one_for_zero(number: Number) -> Number:
+    """The number, or 1 where it is 0."""
+    return number + (number == 0).to(number.dtype) if isinstance(number, Tensor) else number or 1.0
 
 
 def at_most_one(number: Number) -> Number:

@@ -222,12 +222,32 @@ def test_mistakes_in_the_rows(change: Any, message: str | None) -> None:
         quick().fit(table, risk)
 
 
-def test_weights_of_rows_are_refused_unless_they_are_the_same() -> None:
+def test_weights_of_rows() -> None:
     table, risk = loans()
-    weighted = quick().fit(table, risk, sample_weight=np.full(120, 2.0))
-    assert weighted.summary_["weights_sha256"] == quick().fit(table, risk).summary_["weights_sha256"]
-    with pytest.raises(UserError, match="rows cannot be weighted yet"):
-        quick().fit(table, risk, sample_weight=np.arange(1, 121))
+    plain = quick().fit(table, risk).summary_
+    same = quick().fit(table, risk, sample_weight=np.full(120, 2.0)).summary_
+    assert same["weights_sha256"] == plain["weights_sha256"]
+    weights = np.where(risk == "high", 10.0, 0.1)
+    weighted = quick().fit(table, risk, sample_weight=weights)
+    assert weighted.predict_proba(table)[:, 0].mean() > quick().fit(table, risk).predict_proba(table)[:, 0].mean()
+    assert weighted.summary_["valid"]["rows"] == plain["valid"]["rows"]
+    assert weighted.summary_["valid"]["weight"] == pytest.approx(10.0 * 7 + 0.1 * 11, rel=0.3)
+    assert weighted.n_features_in_ == table.width
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.arange(119), r"one number for each of the 120 rows, has shape \(119,\)"),
+        (np.zeros(120), "the weight of every row is zero"),
+        (np.arange(120) - 1.0, "row 1: -1.0 is not a finite number of at least 0"),
+        (np.r_[np.ones(119), np.nan], "row 120: nan is not a finite number"),
+        (["much"] * 120, "sample_weight: must be numbers"),
+    ],
+)
+def test_mistakes_in_weights_of_rows(weights: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        quick().fit(*loans(), sample_weight=weights)
 
 
 def test_a_classifier_without_fit_says_so(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ class FakeBatch:
     epoch: int = 0
     first_row: int = 0
     global_rows: int = 0
+    weights: Tensor | None = None
 
     @property
     def index(self) -> Tensor:
@@ -44,6 +45,7 @@ class FakeBatch:
             context.epoch,
             context.first_row,
             self.global_rows,
+            None if self.weights is None else self.weights[index],
         )
 
 
@@ -59,6 +61,7 @@ class FakeRows:
 
     inputs: Tensor
     targets: Tensor
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
