@@ -221,8 +221,8 @@ def test_a_store_of_a_later_format_is_refused_in_one_line(sound: Path, tmp_path:
     folder = copied(sound, tmp_path / "store")
     content = json.loads((folder / MANIFEST).read_text())
     del content["sha256"], content["data_sha256"]
-    (folder / MANIFEST).write_bytes(pack_manifest(content | {"format": 3}))
-    with pytest.raises(UserError, match=r"manifest\.json: is of format 3, this program reads up to 2: ") as refused:
+    (folder / MANIFEST).write_bytes(pack_manifest(content | {"format": 4}))
+    with pytest.raises(UserError, match=r"manifest\.json: is of format 4, this program reads up to 3: ") as refused:
         Store(folder)
     assert "\n" not in str(refused.value)
 
