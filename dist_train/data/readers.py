@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import polars as pl
@@ -18,20 +17,14 @@ import pyarrow.csv
 import pyarrow.parquet
 from polars.exceptions import PanicException, PolarsError
 
+from dist_train.data.csv_files import LATIN_NAME, is_csv_name, opened_csv
 from dist_train.errors import Stopped, UserError
 
-_MAX_HEADER_BYTES = 1 << 20
 _MAX_REASON = 300
-_CSV_BLOCK_BYTES = 1 << 22
 _CELLS_AT_ONCE = 1 << 21
 _MAX_ROWS_AT_ONCE = 1 << 16
 # Of each column of a Parquet file that is being read; without it Arrow holds whole row groups.
 _PARQUET_BUFFER_BYTES = 1 << 18
-
-# Arrow is strict where it matters: a row with a cell too few or too many, or bytes that are not UTF-8, is an error.
-_PARSE = pyarrow.csv.ParseOptions(newlines_in_values=True)
-# One thread: only then does Arrow name the row in which it stumbles.
-_READ = pyarrow.csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK_BYTES)
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,7 @@ def read_header(file: Path) -> list[str]:
     """Names of the columns."""
     with _mistakes(file):
         if _is_csv(file):
-            with pyarrow.csv.open_csv(_csv_input(file), parse_options=_PARSE, read_options=_READ) as head:
-                names = list(head.schema.names)
+            names = [name.strip() for name in _written_names(file)]
         else:
             names = list(pyarrow.parquet.read_schema(file).names)
     _check_names(names, file)
@@ -80,30 +72,28 @@ def read_rows(file: Path, missing_values: Sequence[str], part: Part = Part()) ->
 
 
 def _csv_rows(file: Path, missing_values: Sequence[str]) -> Iterator[pl.DataFrame]:
-    names = read_header(file)
+    written = _written_names(file)
+    names = [name.strip() for name in written]
+    _check_names(names, file)
     convert = pyarrow.csv.ConvertOptions(
-        column_types={name: pa.string() for name in names},
+        column_types={name: pa.string() for name in written},
         null_values=list(missing_values),
         strings_can_be_null=True,
         quoted_strings_can_be_null=True,
     )
     empty = True
-    with pyarrow.csv.open_csv(
-        _csv_input(file), parse_options=_PARSE, convert_options=convert, read_options=_READ
-    ) as stream:
+    with opened_csv(file, convert) as stream:
         for batch in stream:
-            yield _as_frame(batch)
+            yield _as_frame(batch.rename_columns(names))
             empty = False
     if empty:
         yield pl.DataFrame(schema=dict.fromkeys(names, pl.String))
 
 
-def _csv_input(file: Path) -> Path | BytesIO:
-    """The file; with a newline at its end when it has none at all, or else Arrow takes a lone header for nothing."""
-    with file.open("rb") as stream:
-        head = stream.read(_MAX_HEADER_BYTES)
-        short = not stream.read(1)
-    return BytesIO(head + b"\n") if short and b"\n" not in head else file
+def _written_names(file: Path) -> list[str]:
+    """Names of the columns of a CSV file with the spaces that stand around them."""
+    with opened_csv(file) as head:
+        return list(head.schema.names)
 
 
 def _parquet_rows(file: Path, part: Part) -> Iterator[pl.DataFrame]:
@@ -139,10 +129,11 @@ def _as_frame(batch: pa.RecordBatch | pa.Table) -> pl.DataFrame:
 
 
 def _is_csv(file: Path) -> bool:
-    suffix = file.suffix.lower()
-    if suffix not in (".csv", ".parquet", ".pq"):
-        raise UserError(f"{file}: the name must end in .csv or .parquet")
-    return suffix == ".csv"
+    if is_csv_name(file):
+        return True
+    if file.suffix.lower() not in (".parquet", ".pq"):
+        raise UserError(f"{file}: the name must end in .csv or .parquet (or .tsv, .csv.gz, .csv.zst, .csv.bz2)")
+    return False
 
 
 @contextmanager
@@ -157,7 +148,10 @@ def _mistakes(file: Path) -> Iterator[None]:
     except (pa.ArrowException, PolarsError, PanicException, OSError, UnicodeDecodeError) as error:
         if "Empty CSV file" in str(error):
             raise UserError(f"{file}: the table has no rows") from None
-        raise UserError(f"{file}: cannot be read as {file.suffix[1:].lower()}: {_reason(error)}") from None
+        if isinstance(error, UnicodeDecodeError):
+            raise UserError(f"{file}: is neither UTF-8 nor {LATIN_NAME}: save it as UTF-8 ({error.reason})") from None
+        kind = "csv" if _is_csv(file) else "parquet"
+        raise UserError(f"{file}: cannot be read as {kind}: {_reason(error)}") from None
 
 
 def _reason(error: BaseException) -> str:
