@@ -31,27 +31,46 @@ class TableSize:
 
 def _batch_size(size: TableSize) -> int:
     """A power of two, a 64th of the rows, from 32 to 1024: small tables get enough steps, large ones fast products."""
-    return min(1024, max(32, 1 << max(0, (size.rows // 64).bit_length() - 1)))
+    return min(1024, max(32, _power_of_two_below(size.rows // 64)))
 
 
 def _epochs(size: TableSize) -> int:
     """Passes over the rows: 1,200 steps, but from 8 passes to 100."""
-    steps_per_epoch = max(1, size.rows // _batch_size(size))
-    return min(100, max(8, -(-1200 // steps_per_epoch)))
+    return min(100, max(8, -(-1200 // _steps_per_epoch(size))))
 
 
 def _patience(size: TableSize) -> int:
-    """A third of the epochs, at least 3."""
-    return max(3, _epochs(size) // 3)
+    """A third of the epochs, at least 4: the learning rate has fallen by then if it ever will."""
+    return max(4, _epochs(size) // 3)
 
 
 def _warmup_steps(size: TableSize) -> int:
     """A 20th of all steps, at most 100."""
-    steps_per_epoch = max(1, size.rows // _batch_size(size))
-    return min(100, _epochs(size) * steps_per_epoch // 20)
+    return min(100, _epochs(size) * _steps_per_epoch(size) // 20)
+
+
+def _width(size: TableSize) -> int:
+    """64 units; 128 from 50,000 rows on, which tell more functions apart."""
+    return 64 if size.rows < 50_000 else 128
+
+
+def _numeric_width(size: TableSize) -> int:
+    """Values of each number: 8, and fewer where the columns together would have more than 256, at least 2."""
+    return min(8, max(2, _power_of_two_below(256 // max(1, size.num_numeric))))
+
+
+def _steps_per_epoch(size: TableSize) -> int:
+    return max(1, size.rows // _batch_size(size))
+
+
+def _power_of_two_below(number: int) -> int:
+    """The largest power of two that is not above the number; 1 for 0."""
+    return 1 << max(0, number.bit_length() - 1)
 
 
 RULE: Mapping[str, Callable[[TableSize], Any]] = {
+    "model.tabm.numeric_width": _numeric_width,
+    "model.tabm.width": _width,
     "schedule.warmup_steps": _warmup_steps,
     "train.epochs": _epochs,
     "train.global_batch_size": _batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from dist_train.config.auto import RULE, TableSize, chosen_values, with_auto_values
 from dist_train.config.load import config_to_yaml, load_config, read_config
 from dist_train.errors import UserError
+from tests.commands import REPOSITORY
 
 SIZES = st.builds(
     TableSize,
@@ -22,7 +24,8 @@ SIZES = st.builds(
 SMALL = TableSize(rows=350, num_numeric=4, category_sizes=(), num_classes=2)
 BUILT_IN = TableSize(rows=17_979, num_numeric=17, category_sizes=(4, 6, 5), num_classes=3)
 LARGE = TableSize(rows=1_000_000, num_numeric=50, category_sizes=(5000,), num_classes=2)
-ALL_AUTO = load_config([f"{key}=auto" for key in RULE])
+ALL_AUTO = load_config(["model.name=tabm", *(f"{key}=auto" for key in RULE)])
+ANY_TABLE = str(REPOSITORY / "configs" / "any_table.yaml")
 KEYS = ["train.epochs", "train.global_batch_size"]
 
 
@@ -65,9 +68,26 @@ def test_every_table_gets_a_valid_configuration(size: TableSize) -> None:
     assert with_auto_values(ALL_AUTO, size) == with_auto_values(ALL_AUTO, size)
 
 
-@pytest.mark.parametrize("key", ["train.global_batch_size"])
-def test_larger_tables_have_larger_batches_and_fewer_epochs(key: str) -> None:
-    sizes = [RULE[key](size) for size in (SMALL, BUILT_IN, LARGE)]
-    assert sizes == sorted(sizes)
+def test_larger_tables_have_larger_batches_wider_layers_and_fewer_epochs() -> None:
+    for key in ("train.global_batch_size", "model.tabm.width"):
+        sizes = [RULE[key](size) for size in (SMALL, BUILT_IN, LARGE)]
+        assert sizes == sorted(sizes)
     epochs = [RULE["train.epochs"](size) for size in (SMALL, BUILT_IN, LARGE)]
     assert epochs == sorted(epochs, reverse=True)
+
+
+def test_columns_together_stay_narrow() -> None:
+    widths = [RULE["model.tabm.numeric_width"](replace(LARGE, num_numeric=count)) for count in (0, 17, 33, 65, 5000)]
+    assert widths == [8, 8, 4, 2, 2]
+
+
+def test_keys_of_a_family_that_is_not_chosen_are_left_out() -> None:
+    assert load_config([ANY_TABLE]).task.auto == sorted(RULE)
+    other = load_config([ANY_TABLE, "model.name=financial_classifier"])
+    assert other.task.auto == sorted(key for key in RULE if not key.startswith("model."))
+
+
+def test_the_default_for_any_table_has_a_value_for_every_key_of_the_rule() -> None:
+    """docs/any-table.md lists the same values."""
+    resolved = with_auto_values(load_config([ANY_TABLE]), BUILT_IN)
+    assert (resolved.train.global_batch_size, resolved.train.epochs, resolved.schedule.warmup_steps) == (256, 18, 63)
