@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.tables import BUILT_IN
+from benchmarks.quality.tables import BUILT_IN, TABLES
 
 HEAD = """# Quality
 
@@ -48,17 +48,18 @@ def summarised(of_seeds: Mapping[str, Any]) -> dict[str, float] | None:
 
 def _lines(known: Mapping[str, Any]) -> Iterator[str]:
     results = {
-        table: {name: summarised(of_seeds) for name, of_seeds in contestants.items()}
-        for table, contestants in known["results"].items()
+        table: {name: summarised(of_seeds) for name, of_seeds in known["results"][table].items()}
+        for table in TABLES
+        if table in known["results"]
     }
     yield HEAD
-    machine = known.get("machine", {})
-    yield f"Machine of the last part: {machine.get('cpu', machine)}, commit {known.get('commit', '?')}.\n"
+    machine = ", ".join(f"{name} {value}" for name, value in known.get("machine", {}).items())
+    yield f"Machine: {machine}; commit {known.get('commit', '?')}.\n"
     yield "## The built-in table\n"
     yield from _leaderboard(results.get(BUILT_IN, {}))
     yield "\n## All tables\n"
     yield from _all_tables(results)
-    yield "\n## Not measured\n"
+    yield "\nAn empty cell was not run."
     yield from _skipped(known["results"])
 
 
@@ -92,8 +93,6 @@ def _skipped(results: Mapping[str, Any]) -> Iterator[str]:
                 reasons.setdefault(f"{_TITLES[name]}: {reason}", []).append(table)
     for reason, tables in reasons.items():
         yield f"- {reason} ({', '.join(tables)})"
-    if not reasons:
-        yield "Everything was measured."
 
 
 def _loss(mean: Mapping[str, Any]) -> str:
