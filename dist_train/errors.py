@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,15 +12,45 @@ EXIT_FAULT = 1
 EXIT_INTERRUPTED = 130  # as shells count: 128 + SIGINT
 
 
+def printable(text: str) -> str:
+    """The text with escapes for all that a terminal does not show as it is: line breaks, colours, marks of direction.
+
+    A name in a file may hold any of these. Escapes are not escaped again.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(ValueError):
-    """A mistake that the user can mend: the message says what is wrong, where, and what to do.
+    """A mistake that the user can mend: the message says what is wrong, where, and what to do. It is one line.
 
     A command ends with exit code 2 and no traceback. It is a ValueError, which callers of scikit-learn expect.
     """
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
+
+
+class Mistakes(UserError):
+    """All mistakes of a configuration: a line for each, and where there are several a line before them."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = [printable(problem) for problem in problems]
+        lines = self.problems
+        if len(lines) > 1:
+            lines = [f"{len(lines)} mistakes in the configuration:", *(f"  - {line}" for line in lines)]
+        ValueError.__init__(self, "\n".join(lines))
+
+    def __reduce__(self) -> tuple[type[Mistakes], tuple[list[str]]]:
+        return Mistakes, (self.problems,)
+
 
 class TrainingFault(Exception):
-    """Training cannot go on (a loss that is not finite, say): one message, exit code 1, no traceback."""
+    """Training cannot go on (a loss that is not finite, say): one line, exit code 1, no traceback."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class PeerFailed(TrainingFault):

@@ -10,13 +10,12 @@ stderr gets a table for people; stdout gets one line of JSON, {"<split>": {...}}
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train.commands.parser import command_parser
+from dist_train.commands.parser import command_parser, path
+from dist_train.errors import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,29 +24,29 @@ if TYPE_CHECKING:
 def main(program: str, argv: Sequence[str]) -> None:
     """Parse the arguments and run the command."""
     parser = command_parser(program, __doc__)
-    parser.add_argument("run_dir", type=Path, help="run folder, e.g. runs/credit_risk, or a trained model")
+    parser.add_argument("run_dir", type=path, help="run folder, e.g. runs/credit_risk, or a trained model")
     parser.add_argument("--split", default="test", help="train, valid or test (default: test)")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (default: best)")
     parser.add_argument(
-        "--data", type=Path, help="CSV or Parquet file with the target column, instead of the run's own"
+        "--data", type=path, help="CSV or Parquet file with the target column, instead of the run's own"
     )
     arguments = parser.parse_args(argv)
 
     from dist_train.run.predictor import open_predictor
-    from dist_train.system.console import terminal
+    from dist_train.system.console import print_json, terminal
 
     with open_predictor(arguments.run_dir, arguments.checkpoint, os.environ) as predictor:
         metrics = predictor.evaluate(arguments.split, arguments.data)
     if predictor.collectives.is_main:
         title = f"{arguments.run_dir}, {predictor.weights}, {arguments.data or arguments.split}"
         terminal().print(_table(metrics, title))
-        print(json.dumps({arguments.split: metrics}, ensure_ascii=False), flush=True)
+        print_json({arguments.split: metrics})
 
 
 def _table(metrics: dict[str, Any], title: str) -> Table:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=printable(title), title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
@@ -57,5 +56,5 @@ def _table(metrics: dict[str, Any], title: str) -> Table:
             table.add_row(name, "-" if value is None else f"{value:,}")
     for name, scores in metrics.get("per_class", {}).items():
         row = f"precision {scores['precision']:.3f}  recall {scores['recall']:.3f}  f1 {scores['f1']:.3f}"
-        table.add_row(f"class {name} ({scores['rows']:,} rows)", row)
+        table.add_row(f"class {printable(name)} ({scores['rows']:,} rows)", row)
     return table

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
+from typing import NoReturn
+
+from dist_train.errors import printable
 
 INSTALLED = "dist-train"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
+def path(text: str) -> Path:
+    """A path in an argument; a shell leaves the `~` in --data=~/clients.csv alone."""
+    return Path(text).expanduser() if text.startswith("~/") else Path(text)
 
 
 def command_parser(program: str, description: str | None) -> argparse.ArgumentParser:
@@ -13,7 +27,7 @@ def command_parser(program: str, description: str | None) -> argparse.ArgumentPa
 
     `description` is the docstring of the command's module. Its examples are written for the installed program.
     """
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=program,
         description=as_called(program, description or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -15,15 +15,12 @@ or a damaged store; another: a fault.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_train.commands.parser import command_parser
-from dist_train.config.load import load_config
+from dist_train.commands.parser import command_parser, path
+from dist_train.config.load import is_setting, load_config
 from dist_train.errors import UserError
-
-_OF_CONFIGURATION = re.compile(r".*\.ya?ml|[a-z_]+\.[a-z_.]+=.*", re.DOTALL)
 
 
 def main(program: str, argv: Sequence[str]) -> None:
@@ -37,8 +34,9 @@ def main(program: str, argv: Sequence[str]) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="check every block of the store that is there")
     arguments = parser.parse_intermixed_args(argv)
-    paths = [a for a in arguments.arguments if not _OF_CONFIGURATION.fullmatch(a)]
-    config = load_config([a for a in arguments.arguments if _OF_CONFIGURATION.fullmatch(a)])
+    of_configuration = [a for a in arguments.arguments if a.endswith((".yaml", ".yml")) or is_setting(a)]
+    paths = [str(path(a)) for a in arguments.arguments if a not in of_configuration]
+    config = load_config(of_configuration)
 
     from dist_train.distributed.stopping import Launcher
     from dist_train.distributed.world import world_from_environment

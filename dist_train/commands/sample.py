@@ -17,8 +17,8 @@ from pathlib import Path
 
 import polars as pl
 
-from dist_train.commands.parser import as_called, command_parser
-from dist_train.errors import UserError
+from dist_train.commands.parser import as_called, command_parser, path
+from dist_train.errors import UserError, printable
 
 PACKAGE = Path(__file__).parent.parent
 TABLE = PACKAGE / "data" / "datasets" / "credit_card_risk.parquet"
@@ -30,7 +30,7 @@ LABELLED_ROWS, UNLABELLED_ROWS = 6000, 100
 def main(program: str, argv: Sequence[str]) -> None:
     """Parse the arguments and run the command."""
     parser = command_parser(program, __doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write into; made if it does not exist")
+    parser.add_argument("folder", type=path, metavar="DIR", help="folder to write into; made if it does not exist")
     folder: Path = parser.parse_args(argv).folder
     contents = sample_files()
     present = [name for name in contents if (folder / name).exists()]
@@ -42,9 +42,9 @@ def main(program: str, argv: Sequence[str]) -> None:
             (folder / name).write_text(content)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    print(f"{folder}: {', '.join(contents)}")
+    print(printable(f"{folder}: {', '.join(contents)}"))
     if not program.startswith("launch/"):  # those are run in the checkout, and not in the sample's folder
-        print(as_called(program, f"next: cd {folder}; dist-train train loans.yaml"))
+        print(printable(as_called(program, f"next: cd {folder}; dist-train train loans.yaml")))
 
 
 def sample_files() -> dict[str, str]:

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_train.commands.parser import command_parser
+from dist_train.commands.parser import command_parser, path
 from dist_train.config.load import load_config
 from dist_train.config.run_path import path_of_run
 from dist_train.errors import UserError
@@ -109,7 +109,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, metavar="N", help="ranks of a node (default: its GPUs, else 1)")
     many = parser.add_mutually_exclusive_group()
     many.add_argument("--seeds", metavar="0-3", help="one run for each seed")
-    many.add_argument("--sweep", type=Path, metavar="FILE.txt", help="one run for each line of key=value in the file")
+    many.add_argument("--sweep", type=path, metavar="FILE.txt", help="one run for each line of key=value in the file")
     parser.add_argument("--line", action="append", default=[], help="a line of shell before training; may be repeated")
     parser.add_argument("--sbatch", action="append", default=[], help="another option of sbatch; may be repeated")
     group = parser.add_argument_group("options of sbatch")

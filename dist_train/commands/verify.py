@@ -12,17 +12,15 @@ A report goes to stderr, one line of JSON to stdout. Exit code 0: all agree; 1: 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_train.accel.host_memory import use_host_memory
-from dist_train.commands.parser import command_parser
+from dist_train.commands.parser import command_parser, path
 from dist_train.errors import TrainingFault, UserError
-from dist_train.system.console import log
+from dist_train.system.console import log, print_json
 
 if TYPE_CHECKING:
     from dist_train.run.verification import Report
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 def main(program: str, argv: Sequence[str]) -> None:
     """Parse the arguments and run the command."""
     parser = command_parser(program, __doc__)
-    parser.add_argument("run_dir", type=Path, help="run folder, e.g. runs/credit_risk")
+    parser.add_argument("run_dir", type=path, help="run folder, e.g. runs/credit_risk")
     parser.add_argument("--steps", default="0:", help="A:B, replay the steps after A up to B (default: all)")
     arguments = parser.parse_args(argv)
     first, last = _range(arguments.steps)
@@ -54,7 +52,7 @@ def main(program: str, argv: Sequence[str]) -> None:
             report = verify(folder, config, collectives, first, last)
     if world.rank == 0:
         _show(report)
-        print(json.dumps(asdict(report), ensure_ascii=False), flush=True)
+        print_json(asdict(report))
     if report.difference is not None:
         raise TrainingFault(f"step {report.difference_step} differs: {report.difference}")
 

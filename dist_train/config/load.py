@@ -1,41 +1,64 @@
-"""Command line -> typed, frozen configuration. The only place that knows OmegaConf and YAML.
+"""Command line -> typed, frozen configuration. The only place that knows OmegaConf.
 
 A value flows one way: default of the schema <- YAML files, left to right <- `key=value`, left to right.
-All mistakes are collected and reported at once.
+`key+=[...]`, in a file `key+: [...]`, adds to a list. All mistakes are collected and reported at once.
 """
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, LiteralNode, OmegaConf, StringNode, UnionNode
 from omegaconf.errors import OmegaConfBaseException
 
 from dist_train.config import families
 from dist_train.config.auto import AUTO, KEYS_SET_TO_AUTO, RULE, has_key, with_auto_written_out
 from dist_train.config.compatibility import migrated, unknown_keys, with_renamed_keys
 from dist_train.config.rules import problems_of
-from dist_train.config.schema import JobConfig
-from dist_train.errors import UserError
+from dist_train.config.schema import JobConfig, ModelConfig
+from dist_train.config.yaml_text import Plain, parse_argument, parse_yaml, plain_values
+from dist_train.errors import Mistakes, UserError
 
 Setting = tuple[str, str, Any]  # (where it was written, dotted key, value)
+
+_NOTHING = ("~", "null", "Null", "NULL")
+_KEY = re.compile(r"[^\W\d]\w*\.[^/]+", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class _Added:
+    """What is added to the list that a key has so far."""
+
+    values: list[Any]
+
+
+def is_setting(argument: str) -> bool:
+    """Whether an argument is `section.key=value`, and not the path of a file or folder with `=` in it."""
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and _KEY.fullmatch(key) is not None and not Path(argument).exists()
 
 
 def load_config(arguments: Sequence[str], base: JobConfig | None = None) -> JobConfig:
     """Configuration from `file.yaml ... key=value ...`, on top of `base` or the defaults.
 
+    A `~` in `run.dir` and `data.path` becomes the home folder.
+
     Raises:
         UserError: There is a mistake; the message lists all of them.
     """
-    given = [("the configuration", with_auto_written_out(asdict(base)), list[str]())] if base else []
+    given = [("the configuration", _literal(with_auto_written_out(asdict(base))), list[str]())] if base else []
     contents = [*given, *_contents(arguments)]
     tree = _tree(content for _, content, _ in contents)
     problems: list[str] = []
-    return _resolved(_settings(contents, tree, problems), tree, problems)
+    return _with_home_folders(_resolved(_settings(contents, tree, problems), tree, problems))
 
 
 def read_config(path: Path) -> JobConfig:
@@ -43,12 +66,16 @@ def read_config(path: Path) -> JobConfig:
     problems: list[str] = []
     content = _read_yaml(path, problems)
     if problems:
-        raise UserError(_listing(problems))
-    return config_from_tree(content, str(path))
+        raise Mistakes(problems)
+    return _saved(content, str(path))
 
 
 def config_from_tree(content: Mapping[str, Any], source: str) -> JobConfig:
     """A resolved configuration that was saved as nested mappings, by this version or an older one. Raises UserError."""
+    return _saved(_literal(content), source)
+
+
+def _saved(content: Mapping[str, Any], source: str) -> JobConfig:
     content = with_auto_written_out(migrated(content))
     unknown = unknown_keys(content)
     if unknown:
@@ -56,8 +83,8 @@ def config_from_tree(content: Mapping[str, Any], source: str) -> JobConfig:
             f"{source}: this version of dist_train does not know the key{'s' * (len(unknown) > 1)} "
             f"{', '.join(unknown)}: use the version that wrote it"
         )
-    tree = _tree([content])
-    return _resolved(_leaves(source, "", content, tree), tree, [])
+    tree, problems = _tree([content]), list[str]()
+    return _resolved(_leaves(source, "", content, tree, problems), tree, problems)
 
 
 def _resolved(settings: Iterable[Setting], tree: DictConfig, problems: list[str]) -> JobConfig:
@@ -72,17 +99,19 @@ def _resolved(settings: Iterable[Setting], tree: DictConfig, problems: list[str]
             problems.append(f"{source}: {key}: is made by the program: write {AUTO} as the value of each key instead")
             continue
         try:
+            if isinstance(value, _Added):
+                value = [*cast(list[Any], OmegaConf.to_container(OmegaConf.select(tree, key))), *value.values]
             # Mappings merge, as sections do: `train.class_weights.high=2` leaves the other classes as they are.
             merges = isinstance(value, dict) and isinstance(OmegaConf.select(tree, key), DictConfig)
             OmegaConf.update(tree, key, value, merge=merges)
             sources[key] = source
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, ValueError, RecursionError) as error:
             problems.append(f"{source}: {_explain(key, value, error)}")
     config = _freeze(tree, sources, problems)
     if config is not None:
         problems += problems_of(config)
     if problems or config is None:
-        raise UserError(_listing(problems))
+        raise Mistakes(problems)
     return _with_auto(families.without_other_blocks(config), auto)
 
 
@@ -94,12 +123,55 @@ def _with_auto(config: JobConfig, keys: Iterable[str]) -> JobConfig:
 def config_to_yaml(config: JobConfig) -> str:
     """The resolved configuration as YAML; `read_config` gives back the same object."""
     # Not by way of yaml itself: a name like 1e5 is text to it, and stays without quotes, but a number to OmegaConf.
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(asdict(config))))
+
+
+def _literal(content: Any) -> Any:
+    """The same where no text is taken for a reference to another key."""
+    if isinstance(content, Mapping):
+        return {key: _literal(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_literal(value) for value in content]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", content) if isinstance(content, str) else content
+
+
+def _with_home_folders(config: JobConfig) -> JobConfig:
+    """`~` at the beginning of a path as the home folder: a shell leaves it alone after `=`."""
+    found, problems = {"run.dir": config.run.dir, "data.path": config.data.path}, list[str]()
+    for key, folder in found.items():
+        try:
+            found[key] = str(Path(folder).expanduser()) if folder.startswith("~") else folder
+        except RuntimeError:
+            problems.append(f"{key}={folder}: there is no such home folder; ./{folder} is a folder of that name")
+    for key, name in (("run.name", config.run.name), ("run.dir", config.run.dir)):
+        if any(unicodedata.category(c) == "Cc" for c in name):
+            problems.append(f"{key}: {name!r} has control characters: give a folder that a terminal can show")
+    if problems:
+        raise Mistakes(problems)
+    run, data = replace(config.run, dir=found["run.dir"]), replace(config.data, path=found["data.path"])
+    return replace(config, run=run, data=data)
 
 
 def _tree(contents: Iterable[Mapping[Any, Any]]) -> DictConfig:
     """The schema with its defaults, and with the blocks of all families of models that the mappings name."""
-    return _writable(OmegaConf.structured(families.complete_config(contents)))
+    model: Any = type(families.complete_config(map(_for_families, contents)).model)
+    return deepcopy(_default_tree(model))
+
+
+@cache
+def _default_tree(model: type[Any]) -> DictConfig:
+    return _writable(OmegaConf.structured(JobConfig(model=model())))
+
+
+def _for_families(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """The section `model` as YAML reads it."""
+    section = content.get("model")
+    if isinstance(section, Plain):
+        section = section.value
+    if not isinstance(section, dict):
+        return {}
+    unwrapped = {key: value.value if isinstance(value, Plain) else value for key, value in section.items()}
+    return {"model": unwrapped | ({"name": str(section["name"])} if "name" in section else {})}
 
 
 def _writable(node: DictConfig) -> DictConfig:
@@ -114,23 +186,27 @@ def _writable(node: DictConfig) -> DictConfig:
 
 def _contents(arguments: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
     """For each argument where it stands, what it says, and why it cannot be read; lowest precedence first."""
-    files = [a for a in arguments if a.endswith((".yaml", ".yml")) and "=" not in a]
+    files = [a for a in arguments if a.endswith((".yaml", ".yml")) and not is_setting(a)]
     for name in files:
         problems: list[str] = []
-        yield name, with_renamed_keys(_read_yaml(Path(name), problems)), problems
+        yield name, with_renamed_keys(_read_yaml(Path(name).expanduser(), problems)), problems
     for argument in arguments:
         if argument in files:
             continue
-        key, equals, _ = argument.partition("=")
+        key, equals, value = argument.partition("=")
         if not equals or not key:
             yield argument, {}, [f"{argument!r}: an argument is either a file that ends in .yaml or key=value"]
             continue
-        try:
-            content = OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
-        except (OmegaConfBaseException, yaml.YAMLError):
-            yield argument, {}, [f"{argument!r}: the value is not valid YAML"]
-            continue
-        yield "command line", with_renamed_keys(cast(dict[str, Any], content)), []
+        content = parse_argument(value)
+        for name in reversed(_parts(key)):
+            content = {name: content}
+        yield "command line", with_renamed_keys(content), []
+
+
+def _parts(key: str) -> list[str]:
+    """A dotted key cut at the sections; what follows belongs to one name, as that of the class 1.5."""
+    in_block = key.startswith("model.") and key.split(".")[1].rstrip("+") not in {f.name for f in fields(ModelConfig)}
+    return key.split(".", 3 if in_block else 2)
 
 
 def _settings(
@@ -139,40 +215,91 @@ def _settings(
     """Every assignment in order of precedence, lowest first."""
     for source, content, unreadable in contents:
         problems += unreadable
-        yield from _leaves(source, "", content, tree)
+        yield from _leaves(source, "", content, tree, problems)
 
 
 def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         problems.append(f"{path}: no such file; `dist-train sample DIR` writes examples into DIR")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problems.append(f"{path}: not valid YAML: {where}{getattr(error, 'problem', None) or error}")
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        text = _first_line(error)
-        if "Invalid loaded object type" in text:
-            text = "a configuration is a mapping of sections"
-        problems.append(f"{path}: cannot be read: {text}")
+        problems.append(f"{path}: not valid YAML: {where}{getattr(error, 'problem', None) or _first_line(error)}")
+    except (OSError, ValueError) as error:
+        problems.append(f"{path}: cannot be read: {_first_line(error)}")
     else:
+        if content is None or (isinstance(content, Plain) and content.value is None):
+            return {}
         if isinstance(content, dict):
-            return cast(dict[str, Any], content)
-        problems.append(f"{path}: a configuration is a mapping of sections, this is a {type(content).__name__}")
+            return content
+        found = "list" if isinstance(content, list) else f"single value, {str(content)!r}"
+        problems.append(f"{path}: a configuration is a mapping of sections, this is a {found}")
     return {}
 
 
-def _leaves(source: str, prefix: str, content: Any, node: Any) -> Iterator[Setting]:
+def _leaves(source: str, prefix: str, content: Any, node: Any, problems: list[str]) -> Iterator[Setting]:
     """Cut a nested mapping into single assignments, so that each mistake is found on its own."""
     for name, value in content.items():
         key = f"{prefix}{name}"
-        child = node._get_node(name) if isinstance(node, DictConfig) and name in node else None
+        child = node._get_node(name) if name in node else None
         is_section = isinstance(child, DictConfig) and OmegaConf.get_type(child) is not dict
-        if is_section and isinstance(value, dict):
-            yield from _leaves(source, f"{key}.", value, child)
-        else:
-            yield source, key, value
+        try:
+            if is_section:
+                section = value.value if isinstance(value, Plain) else value
+                if isinstance(section, dict):
+                    yield from _leaves(source, f"{key}.", section, child, problems)
+                elif section is None:
+                    problems.append(f"{source}: {key}: the section is empty: set one of its keys, or leave it out")
+                else:
+                    problems.append(f"{source}: {key}={value}: is a section: set its keys, as in {key}.KEY=value")
+            elif child is None and name.endswith("+") and name[:-1] in node:
+                yield source, key[:-1], _added(key, value, node._get_node(name[:-1]))
+            elif child is None and re.search(r"[.\[\]]", name):
+                problems.append(f"{source}: unknown key {key!r}. {_hint(key, '')}")
+            else:
+                yield source, key, _as_declared(value, child)
+        except yaml.YAMLError:
+            problems.append(f"{f'{key}={value}'!r}: the value is not valid YAML")
+        except UserError as error:
+            problems.append(f"{source}: {error}")
+
+
+def _added(key: str, value: Any, node: Any) -> _Added:
+    if not isinstance(node, ListConfig):
+        raise UserError(f"{key}={value}: only to a list can something be added, and {key[:-1]} is none")
+    values = _as_declared(value, node)
+    if not isinstance(values, list):
+        raise UserError(f"{key}={value}: must be a list, as in {key}=[first,second]")
+    return _Added(values)
+
+
+def _as_declared(value: Any, node: Any) -> Any:
+    """A value for a key of the schema: text where the key holds text, else what YAML makes of it."""
+    if _holds_text(node):
+        return _text(value, optional=node._is_optional())
+    if isinstance(node, ListConfig) and node._metadata.element_type is str:
+        items = value.value if isinstance(value, Plain) else value
+        if isinstance(items, list):
+            return [_text(item, optional=False) for item in items]
+    return plain_values(value)
+
+
+def _holds_text(node: Any) -> bool:
+    return isinstance(node, (StringNode, LiteralNode)) or (
+        isinstance(node, UnionNode) and not {int, float, bool} & {*get_args(node._metadata.ref_type)}
+    )
+
+
+def _text(value: Any, *, optional: bool) -> Any:
+    if not isinstance(value, Plain):
+        return plain_values(value)
+    if not value.text or (optional and value.text in _NOTHING):
+        return None
+    if isinstance(value.value, yaml.YAMLError) and value.text[0] in "'\"":
+        raise value.value  # a quote that is not closed
+    return value.text
 
 
 def _freeze(tree: DictConfig, sources: Mapping[str, str], problems: list[str]) -> JobConfig | None:
@@ -182,20 +309,20 @@ def _freeze(tree: DictConfig, sources: Mapping[str, str], problems: list[str]) -
         for name in tree[section]:
             key = f"{section}.{name}"
             try:
-                OmegaConf.to_container(OmegaConf.create({"value": tree[section][name]}), throw_on_missing=True)
-            except OmegaConfBaseException as error:
+                value = tree[section][name]
+                if isinstance(value, (DictConfig, ListConfig)):
+                    OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+            except (OmegaConfBaseException, ValueError, RecursionError) as error:
                 problems.append(f"{sources.get(key, 'default')}: {key}: {_first_line(error)}")
     return cast(JobConfig, OmegaConf.to_object(tree)) if len(problems) == found else None
 
 
-def _explain(key: str, value: Any, error: OmegaConfBaseException) -> str:
+def _explain(key: str, value: Any, error: Exception) -> str:
     text = _first_line(error)
     if "not in" in text and "Key" in text:
         return f"unknown key {key!r}. {_hint(key, text)}"
     if "is not Optional" in text:
         return f"{key}: must have a value, is empty"
-    if "is not a subclass of" in text:
-        return f"{key}={value!r}: is a section: set its keys, as in {key}.KEY=value"
     if "is not a ListConfig" in text:
         return f"{key}={value!r}: must be a list, as in {key}=[first,second]"
     return f"{key}={value!r}: {text}"
@@ -211,9 +338,3 @@ def _hint(key: str, text: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _listing(problems: Sequence[str]) -> str:
-    if len(problems) == 1:
-        return problems[0]
-    return f"{len(problems)} mistakes in the configuration:\n" + "\n".join(f"  - {p}" for p in problems)

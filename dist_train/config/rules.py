@@ -8,6 +8,7 @@ from typing import Any
 
 from dist_train.config import families
 from dist_train.config.schema import DataConfig, JobConfig, ModelConfig, TrainConfig
+from dist_train.config.yaml_text import parse_argument, plain_values
 from dist_train.errors import UserError
 
 
@@ -26,11 +27,7 @@ def given_class_weights(train: TrainConfig, class_names: Sequence[str]) -> list[
     """
     if not isinstance(train.class_weights, dict):
         return None
-    # YAML reads the names of classes 0, 1 and false, true as numbers and booleans.
-    given = {
-        str(name).lower() if isinstance(name, bool) else str(name): float(weight)
-        for name, weight in train.class_weights.items()
-    }
+    given = {_class_meant(name, class_names): float(weight) for name, weight in train.class_weights.items()}
     if set(given) != set(class_names):
         raise UserError(f"train.class_weights: must have the classes {', '.join(class_names)}, has {', '.join(given)}")
     return [given[name] for name in class_names]
@@ -39,6 +36,15 @@ def given_class_weights(train: TrainConfig, class_names: Sequence[str]) -> list[
 def split_seed(config: JobConfig) -> int:
     """The seed of the split."""
     return config.run.seed if config.data.split_seed is None else config.data.split_seed
+
+
+def _class_meant(name: Any, class_names: Sequence[str]) -> str:
+    """The class of this name; where there is none, the one of the boolean or the number that YAML 1.1 takes it for."""
+    if str(name) in class_names:
+        return str(name)
+    value = plain_values(parse_argument(str(name))) if isinstance(name, str) else name
+    meant = str(value).lower() if isinstance(value, bool) else str(value)
+    return meant if meant in class_names else str(name)
 
 
 def problems_of(config: JobConfig) -> list[str]:

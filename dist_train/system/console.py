@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 
-from dist_train.errors import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingFault, UserError
-from dist_train.system.torchrun import has_peers, missing_from_torchrun, rank_for_messages
+from dist_train.errors import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingFault, UserError, printable
+from dist_train.system.torchrun import has_peers, missing_from_torchrun, rank_for_messages, show_in_report
 
 log = logging.getLogger("dist_train")
 
@@ -25,15 +26,31 @@ def set_up_logging(rank: int, *, has_peers: bool) -> None:
     """Log lines go to stderr with the time, and the rank where there are several; from WARNING up on all but rank 0."""
     handler = logging.StreamHandler(sys.stderr)
     who = f"[rank {rank}] " if has_peers else ""
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_OneLine(f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S"))
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
+class _OneLine(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        """A line with escapes for what a name in a file may hold."""
+        return printable(super().formatMessage(record))
+
+
 def terminal() -> Console:
-    """A rich console on stderr; it shows nothing where log lines of INFO are not shown, as in a program of Python."""
-    return Console(stderr=True, highlight=False, quiet=not log.isEnabledFor(logging.INFO))
+    """A rich console on stderr; it shows nothing where log lines of INFO are not shown, as in a program of Python.
+
+    Text is shown as it is: brackets in it are no markup.
+    """
+    quiet = not log.isEnabledFor(logging.INFO)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
+
+
+def print_json(value: Any) -> None:
+    """Print a line of JSON on stdout, with JSON's own escapes for what a terminal does not show as it is."""
+    text = json.dumps(value, ensure_ascii=False)
+    print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text), flush=True)
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -52,6 +69,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAULT
         if rank != 0 and not missing_from_torchrun(os.environ):
             time.sleep(QUIET_RANK_GRACE_SECONDS)
+        show_in_report(f"error: {error}", os.environ)
         print(f"error: {error}", file=sys.stderr, flush=True)
     except BrokenPipeError:
         pass  # the program that read stdout has ended: nobody is left to tell
@@ -60,7 +78,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except BaseException:
-        traceback.print_exc()
+        print("\n".join(map(printable, traceback.format_exc().splitlines())), file=sys.stderr, flush=True)
     leave(code)
 
 

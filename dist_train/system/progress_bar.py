@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dist_train.errors import printable
 from dist_train.system.console import log, terminal
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -25,7 +26,11 @@ def progress_bar(what: str, total: int | None, unit: str, *, shown: bool) -> Ite
         yield lambda _count: None
         return
     if console.is_terminal and not console.quiet:
-        columns = (TextColumn(what), BarColumn(), DownloadColumn() if unit == "bytes" else MofNCompleteColumn())
+        columns = (
+            TextColumn(printable(what), markup=False),
+            BarColumn(),
+            DownloadColumn() if unit == "bytes" else MofNCompleteColumn(),
+        )
         with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task(what, total=total)
             yield lambda count: bar.advance(task, count)

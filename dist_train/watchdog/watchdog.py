@@ -216,7 +216,7 @@ class Watchdog:
             except OSError as error:
                 where = f"{file} cannot be written ({error.strerror}):\n{whole}"
         errors = [r.error for r in ranks if r.rank in verdict.blamed and r.error and not r.launcher_died]
-        print("\n".join([f"error: {said}", *errors[:1], where or whole]), file=sys.stderr, flush=True)
+        print(_escaped("\n".join([f"error: {said}", *errors[:1], where or whole])), file=sys.stderr, flush=True)
 
     def _own_report(self, error: Exception | None) -> RankReport:
         who = self._ranks[self._rank]
@@ -313,6 +313,11 @@ def _is_of_communication(error: Exception) -> bool:
     """Whether a collective failed because of the other side: gloo's errors are plain RuntimeErrors."""
     named = re.search("gloo|nccl|connection|socket", str(error), re.IGNORECASE)
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and named is not None)
+
+
+def _escaped(text: str) -> str:
+    """Lines with escapes for what a terminal would not show as it is; a traceback may hold a name of a file."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _leave_after(seconds: float, code: int) -> None:

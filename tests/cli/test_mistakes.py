@@ -483,6 +483,8 @@ def test_two_ranks_say_it_once_and_first(mistake: str, tmp_path: Path, csv: Path
     assert done.returncode != 0
     assert done.stderr.startswith("error: "), done.stderr
     assert culprit in done.stderr.splitlines()[0]
-    assert done.stderr.count(culprit) == 1, done.stderr
+    said, _, report = done.stderr.partition("torch.distributed.elastic")
+    assert said.count(culprit) == 1, done.stderr
+    assert report.rpartition("Root Cause")[2].count(culprit) == 1, done.stderr  # the last thing that is seen
     assert "dist_train/" not in done.stderr, done.stderr
     assert contents(tmp_path) == before

@@ -75,7 +75,7 @@ def test_lists_replace_and_mappings_merge(tmp_path: Path) -> None:
         ("data.drop=[]", "data", "drop", []),
         ("data.target='a, b: c'", "data", "target", "a, b: c"),
         ("data.target=größe", "data", "target", "größe"),
-        ("train.class_weights={0: 1, 1: 2.5}", "train", "class_weights", {0: 1, 1: 2.5}),
+        ("train.class_weights={0: 1, 1: 2.5}", "train", "class_weights", {"0": 1, "1": 2.5}),
     ],
 )
 def test_values_mean_what_yaml_says(argument: str, section: str, key: str, value: object) -> None:

@@ -30,9 +30,9 @@ class ConsoleTracker:
         if console.is_terminal and not console.quiet:
             console.file = cast(IO[str], _ErrorTolerantStream(console.file))
             self._bar = Progress(
-                TextColumn("epoch {task.fields[epoch]}"),
+                TextColumn("epoch {task.fields[epoch]}", markup=False),
                 BarColumn(bar_width=None),
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}  {task.fields[detail]}"),
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}  {task.fields[detail]}", markup=False),
                 TimeElapsedColumn(),
                 TextColumn("left {task.fields[left]}"),
                 console=console,
