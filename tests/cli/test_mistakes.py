@@ -112,7 +112,7 @@ SETTINGS = {
     "data.test_fraction=0.9": ("data.validation_fraction", "data.test_fraction"),
     "data.max_categories=0": ("data.max_categories",),
     "data.target=risk": ("clients.csv", "risk", "tier"),
-    "data.target=null": ("data.target",),
+    "data.target=null": ("clients.csv", "null"),
     "data.drop=[tier]": ("data.drop", "tier"),
     "data.drop=[incomes]": ("clients.csv", "incomes", "income"),
     "data.drop=income": ("data.drop", "data.drop=[first,second]"),
