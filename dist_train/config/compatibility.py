@@ -33,6 +33,7 @@ ADDED: dict[str, Any] = {
     "train.loss": "cross_entropy",
     "evaluation.metrics": [],
     "data.split_seed": None,
+    "data.numeric_transform": "robust",
     "ensemble.seeds": 1,
     "data.weight": None,
 }

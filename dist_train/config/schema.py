@@ -56,6 +56,8 @@ class DataConfig:
     """Cells of a CSV file that mean: no value."""
     max_categories: int = 256
     """Categories kept for one column, the most frequent first; the others share the code for unknown ones."""
+    numeric_transform: Literal["robust", "quantile"] = "robust"
+    """How numbers are scaled. `robust`: by median and interquartile range, smoothly clipped to (-3, 3). `quantile`: to a normal distribution by the quantiles of the training rows, from -5.2 to 5.2."""
     split_column: str | None = None
     """Column that says train; valid, val or validation; test. Null: split by the fractions below."""
     validation_fraction: float = 0.15

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import polars as pl
@@ -19,6 +20,7 @@ from dist_train.data.spec import (
     FIRST_CATEGORY,
     MISSING,
     NUM_QUANTILES,
+    NUM_TRANSFORM_QUANTILES,
     UNKNOWN,
     CategoricalColumn,
     FeatureSpec,
@@ -32,8 +34,8 @@ from dist_train.system.console import log
 # The smallest float32. Numbers are refused beyond float32, so with this the encoder's squares stay within float64.
 SMALLEST_SPREAD = 2.0**-149
 
-# Columns whose quantiles are found at once: the more, the fewer passes, and the shorter the digits of each.
-_COLUMNS_AT_ONCE = 64
+# Quantiles that are found at once: the more, the fewer passes, and the shorter the digits of each.
+_QUANTILES_AT_ONCE = 64 * NUM_QUANTILES
 
 Pieces = Callable[[Sequence[str]], Iterable[pl.DataFrame]]
 """Gives the named columns of this rank's training rows in parts, anew at each call."""
@@ -51,12 +53,10 @@ class Inputs(NamedTuple):
 
 
 class Encoder:
-    """Robust scaling of numbers, vocabularies for categories. It holds nothing beside its spec.
+    """Scaling of numbers, vocabularies for categories. It holds nothing beside its spec.
 
     Numbers: missing cells get the training median, and a flag of their own in columns that had missing cells in
-    training. Scaling is by median and interquartile range, then smoothly clipped to (-3, 3), so that a heavy tail
-    neither stretches the scale nor dominates a batch ("robust scaling and smooth clipping", Holzmüller, Grinsztajn
-    and Steinwart 2024, "Better by default").
+    training. `scaling.scaled` says how the others are scaled.
 
     Categories: codes of the vocabulary; how a model represents a code is its own business.
     """
@@ -129,8 +129,11 @@ def fit_spec(
     max_categories: int,
     source: str,
     max_distinct: int | None = None,
+    numeric_transform: str = "robust",
 ) -> FeatureSpec:
     """The spec of the training rows; `pieces` are this rank's share of them, which may be empty.
+
+    `numeric_transform` is robust or quantile: see `scaling.scaled`.
 
     Raises:
         UserError: a column has more than `max_distinct` categories, which are counted in memory.
@@ -138,14 +141,17 @@ def fit_spec(
     """
     counts = _count_categories(pieces, kinds.categorical, collectives, source, max_distinct)
     numeric: list[NumericColumn] = []
-    for start in range(0, len(kinds.numeric), _COLUMNS_AT_ONCE):
-        numeric += _fit_numeric(kinds.numeric[start : start + _COLUMNS_AT_ONCE], pieces, collectives, source)
+    num_quantiles = NUM_QUANTILES if numeric_transform == "robust" else NUM_TRANSFORM_QUANTILES
+    at_once = max(1, _QUANTILES_AT_ONCE // num_quantiles)
+    for start in range(0, len(kinds.numeric), at_once):
+        found = _fit_numeric(kinds.numeric[start : start + at_once], pieces, collectives, source, num_quantiles)
+        numeric += [replace(column, transform=numeric_transform) for column in found]
     categorical = [_fit_categorical(name, counts[name], max_categories) for name in kinds.categorical]
     return FeatureSpec(numeric=tuple(numeric), categorical=tuple(categorical), class_names=tuple(class_names))
 
 
 def _fit_numeric(
-    names: Sequence[str], pieces: Pieces, collectives: Collectives, source: str
+    names: Sequence[str], pieces: Pieces, collectives: Collectives, source: str, num_quantiles: int
 ) -> Iterator[NumericColumn]:
     num_rows = 0
 
@@ -156,7 +162,7 @@ def _fit_numeric(
             num_rows += frame.height
             yield [_values(frame[name], source) for name in names]
 
-    fractions = [index / (NUM_QUANTILES - 1) for index in range(NUM_QUANTILES)]
+    fractions = [index / (num_quantiles - 1) for index in range(num_quantiles)]
     quantiles, present = exact_quantiles(columns, len(names), fractions, collectives)
     missing = collectives.all_reduce(torch.tensor(num_rows)) - present
     for name, found, num_missing in zip(names, quantiles.tolist(), missing.tolist(), strict=True):
@@ -164,7 +170,7 @@ def _fit_numeric(
 
 
 def _numeric_column(name: str, quantiles: list[float], has_missing: bool, collectives: Collectives) -> NumericColumn:
-    low, lower, median, upper, high = quantiles[:: (NUM_QUANTILES - 1) // 4]
+    low, lower, median, upper, high = quantiles[:: len(quantiles) // 4]
     empty = low != low  # NaN: not one value in the training rows
     if empty:
         low = lower = median = upper = high = 0.0

@@ -189,6 +189,7 @@ def fit_table(
         max_categories=data.max_categories,
         source=source,
         max_distinct=max_distinct,
+        numeric_transform=data.numeric_transform,
     )
 
 

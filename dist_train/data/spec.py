@@ -13,15 +13,18 @@ MISSING, UNKNOWN, FIRST_CATEGORY = 0, 1, 2
 
 NUM_QUANTILES = 33
 """Quantiles kept of a numeric column, evenly spaced from the smallest to the largest training value."""
+NUM_TRANSFORM_QUANTILES = 257
+"""The same where the column is encoded by its quantiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NumericColumn:
     """A column of numbers as it was fitted to the training rows.
 
-    A value x is encoded as c / sqrt(1 + (c / 3)^2) with c = (x - median) * scale; a missing cell as 0. A scale of 0
-    means that the training rows hold one value or none. `quantiles` are of x itself, `NUM_QUANTILES` of them, or none
-    where there were no values or the spec was written before they were kept.
+    `data/scaling.py` says how a value is encoded: by `median` and `scale` where `transform` is robust, by `quantiles`
+    where it is quantile; a missing cell as 0. A scale of 0 means that the training rows hold one value or none.
+    `quantiles` are of the values themselves: `NUM_QUANTILES` of them, or `NUM_TRANSFORM_QUANTILES` where they encode,
+    or none where there were no values or the spec was written before they were kept.
     """
 
     name: str
@@ -29,6 +32,7 @@ class NumericColumn:
     scale: float
     has_missing_flag: bool
     quantiles: tuple[float, ...] = ()
+    transform: str = "robust"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +130,7 @@ class FeatureSpec:
         )
 
     def _without_quantiles(self) -> tuple[Any, ...]:
-        numeric = [(c.name, c.median, c.scale, c.has_missing_flag) for c in self.numeric]
+        numeric = [(c.name, c.median, c.scale, c.has_missing_flag, c.transform) for c in self.numeric]
         return numeric, self.categorical, self.class_names
 
 

@@ -49,6 +49,7 @@ class Settings:
     test_fraction: float
     seed: int
     weight: str | None = None
+    numeric_transform: str = "robust"
 
     @classmethod
     def of(cls, data: DataConfig, *, seed: int) -> Settings:
