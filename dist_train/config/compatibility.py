@@ -34,6 +34,10 @@ ADDED: dict[str, Any] = {
     "evaluation.metrics": [],
     "data.split_seed": None,
     "data.numeric_transform": "robust",
+    "data.time_column": None,
+    "data.group_column": None,
+    "data.folds": None,
+    "data.fold": None,
     "ensemble.seeds": 1,
     "data.weight": None,
 }

@@ -100,6 +100,7 @@ def _data(c: JobConfig) -> Iterator[tuple[str, str]]:
     for key, value in (("validation_fraction", d.validation_fraction), ("test_fraction", d.test_fraction)):
         if not 0 <= value < 1:
             yield f"data.{key}", f"must be at least 0 and below 1, is {value}"
+    yield from _splits(d)
     if d.split_seed is not None and not 0 <= d.split_seed < 2**63:
         yield "data.split_seed", f"must be from 0 to 2**63 - 1, is {d.split_seed}"
     yield from _at_least("data.shuffle_block_rows", d.shuffle_block_rows, 1)
@@ -119,6 +120,28 @@ def _weight(d: DataConfig, name: str) -> Iterator[tuple[str, str]]:
     for what, names in others.items():
         if name in names:
             yield "data.weight", f"{name!r} is {what}"
+
+
+def _splits(d: DataConfig) -> Iterator[tuple[str, str]]:
+    for key, name in (("time_column", d.time_column), ("group_column", d.group_column)):
+        if name is None:
+            continue
+        if name == d.target:
+            yield f"data.{key}", f"is the target {name!r}"
+        if name == d.weight:
+            yield f"data.{key}", f"{name!r} is data.weight as well"
+        if name in d.categorical:
+            yield f"data.{key}", f"{name!r} is in data.categorical as well, and it is no feature"
+        if d.split_column is not None:
+            yield (
+                f"data.{key}",
+                f"data.split_column={d.split_column} says the splits already: set one of the two to null",
+            )
+    if d.time_column is not None and d.time_column == d.group_column:
+        yield "data.group_column", f"{d.group_column!r} is data.time_column as well"
+    yield from _at_least("data.folds", d.folds, 2)
+    if d.fold is not None and not 0 <= d.fold < (d.folds or 0):
+        yield "data.fold", f"must be a fold of data.folds={d.folds}, counted from 0, is {d.fold}"
 
 
 def _model(m: ModelConfig) -> Iterator[tuple[str, str]]:

@@ -64,8 +64,16 @@ class DataConfig:
     """Share of each class that goes to the validation rows, when there is no split column."""
     test_fraction: float = 0.15
     """Share of each class that goes to the test rows, when there is no split column."""
+    time_column: str | None = None
+    """Column of dates, timestamps or whole numbers: the latest rows are test, those before them validate, the rest train; rows of one time stay together. It is no feature."""
+    group_column: str | None = None
+    """Column whose equal cells belong together, as those of a customer: all rows of a group are in one split. It is no feature."""
     split_seed: int | None = None
     """Seed of the split; null: `run.seed`. Runs of several seeds with the same number here are tested on the same rows."""
+    folds: int | None = None
+    """K: the rows that are not test are cut into K folds, and each is validated by a run that trained on the others, or, with `data.time_column`, on those before it; the K runs become one model. Null: one run."""
+    fold: int | None = None
+    """With `data.folds`: train this fold alone, 0 to K - 1; null: all of them, one after another."""
     shuffle_block_rows: int | None = None
     """Null: each epoch trains the rows in an order drawn from all orders. N: runs of N neighbouring rows stay near each other in it, for stores that memory cannot hold on a slow disk; its cost: docs/large-tables.md."""
 

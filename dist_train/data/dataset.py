@@ -11,23 +11,15 @@ from torch import Tensor
 
 from dist_train.config.schema import DataConfig
 from dist_train.data.batches import InMemory
+from dist_train.data.columns import Columns, Unit, UnitFacts, check_classes, class_places, kinds_of
 from dist_train.data.encoder import Encoder, Inputs, smallest_int
 from dist_train.data.inputs import columns_of, whole_file
-from dist_train.data.prepare import TableSplit, counted_split, fit_table, split_table
+from dist_train.data.prepare import TableSplit, fit_table, split_of_column, split_table, whole_table
 from dist_train.data.readers import read_header
 from dist_train.data.sources import MappedRows, ResidentRows, resident
 from dist_train.data.spec import FeatureSpec
 from dist_train.data.split import SPLITS
-from dist_train.data.spool import (
-    Columns,
-    Spool,
-    Unit,
-    UnitFacts,
-    check_classes,
-    class_places,
-    kinds_of,
-    read_in_memory,
-)
+from dist_train.data.spool import Spool, read_in_memory
 from dist_train.data.store import Settings, Store, is_store
 from dist_train.data.table import ColumnKinds, locate, no_number, require_names, sha256_of
 from dist_train.data.weights import require_some_weight
@@ -156,7 +148,7 @@ def read_for_evaluation(file: Path, data: DataConfig, spec: FeatureSpec, split: 
         )
     held = InMemory(batches)
     spool = Spool(held, found, _kinds_of_spec(found, spec), spec.class_names, weighted=weight is not None)
-    chosen = counted_split(spool, None, None if column else SPLITS.index(split))
+    chosen = split_of_column(spool) if column else whole_table(spool, split)
     if not chosen.num_rows[split]:
         raise UserError(f"{file}: no rows to evaluate on")
     return Table(spool, held, list(spec.class_names), source, ""), chosen
@@ -253,7 +245,7 @@ def _load_store(
 ) -> Dataset:
     settings = Settings.of(data, seed=seed)
     store = open_store(data.path, collectives, SPLITS, spec=spec, settings=settings)
-    if seed != store.settings.seed and data.split_column is None:
+    if seed != store.settings.seed and data.split_column is None and data.time_column is None:
         if data.split_seed is not None:
             raise UserError(
                 f"{data.path}: was split with the seed {store.settings.seed}: set data.split_seed to it or to null, "

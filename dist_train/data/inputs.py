@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_train.config.schema import DataConfig
+from dist_train.data.columns import Columns, Unit
 from dist_train.data.readers import Part, read_header, read_parts
-from dist_train.data.spool import Columns, Unit
 from dist_train.data.table import BUILTIN, locate, require_names
 from dist_train.errors import UserError
 
@@ -52,13 +52,24 @@ def plan_columns(files: Sequence[Path], data: DataConfig) -> Columns:
 
 def columns_of(header: Sequence[str], data: DataConfig, source: str) -> Columns:
     """What is taken of each row of a file with such columns; UserError when one that is named is not there."""
-    named = [data.target, *data.drop, *data.categorical, *filter(None, [data.split_column, data.weight])]
+    of_rows = (data.split_column, data.weight, data.time_column, data.group_column)
+    no_features = [name for name in of_rows if name is not None]
+    named = [data.target, *data.drop, *data.categorical, *no_features]
     require_names(header, named, source, "named in the configuration")
-    others = {data.target, data.split_column, data.weight, *data.drop}
+    others = {data.target, *no_features, *data.drop}
     features = [name for name in header if name not in others]
     if not features:
-        raise UserError(f"{source}: no feature columns are left besides {', '.join(sorted(filter(None, others)))}")
-    return Columns(features, data.target, data.split_column, data.categorical, data.missing_values, data.weight)
+        raise UserError(f"{source}: no feature columns are left besides {', '.join(sorted(others))}")
+    return Columns(
+        features,
+        data.target,
+        data.split_column,
+        data.categorical,
+        data.missing_values,
+        data.weight,
+        data.time_column,
+        data.group_column,
+    )
 
 
 def plan_units(files: Sequence[Path]) -> list[Unit]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,28 +16,40 @@ from dist_train.config.schema import DataConfig
 from dist_train.data.classes import check_training_rows
 from dist_train.data.encoder import Encoder, fit_spec
 from dist_train.data.spec import FeatureSpec
-from dist_train.data.split import SPLITS, FractionSplit
+from dist_train.data.split import SPLITS, FractionSplit, Parts
+from dist_train.data.split_by_group import GroupRows, GroupSplit
+from dist_train.data.split_by_time import TimeSplit
 from dist_train.data.spool import Chunk, Spool
 from dist_train.data.store import num_blocks, rows_of_block, tensor_files
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
+from dist_train.errors import UserError
 
 # Texts of a column that are counted; more take too much memory, and are no categories.
 MAX_DISTINCT = 1_000_000
 
-_TRAIN = SPLITS.index("train")
+_TRAIN, _TEST = SPLITS.index("train"), SPLITS.index("test")
+
+
+Rule = FractionSplit | TimeSplit | GroupSplit
+_RULES: dict[str, type[FractionSplit] | type[TimeSplit] | type[GroupSplit]] = {
+    "fraction": FractionSplit,
+    "time": TimeSplit,
+    "group": GroupSplit,
+}
 
 
 @dataclass(frozen=True)
 class TableSplit:
     """Which rows of a table are in which split.
 
-    `by_fraction` is None where a column says it; `all_in` is the index of the split that all rows are in, if they are.
-    `before` counts, for each chunk, the rows of each split that come before it, and those of all rows in the end,
-    (chunks + 1, splits).
+    `rule` says the part of each row, and `codes_of_parts` what split that is; None where a column says the split.
+    `all_in` is the index of the split that all rows are in, if they are. `before` counts, for each chunk, the rows of
+    each split that come before it, and those of all rows in the end, (chunks + 1, splits).
     """
 
-    by_fraction: FractionSplit | None
+    rule: Rule | None
+    codes_of_parts: Tensor
     before: Tensor
     all_in: int | None = None
 
@@ -47,23 +59,59 @@ class TableSplit:
         return dict(zip(SPLITS, self.before[-1].tolist(), strict=True))
 
     def codes(self, spool: Spool, chunk: Chunk) -> Tensor:
-        """Index in SPLITS of each row of a chunk."""
-        return _split_codes(spool, chunk, self.by_fraction, self.all_in)
+        """Index in SPLITS of each row of a chunk; IN_NONE: it is in no split."""
+        if self.all_in is not None:
+            return torch.full((chunk.num_rows,), self.all_in, dtype=torch.uint8)
+        if self.rule is None:
+            return spool.split_codes(chunk)
+        return self.codes_of_parts[_parts(spool, chunk, self.rule)]
+
+    def pack(self) -> dict[str, Any]:
+        """As JSON types; `unpack` reads it."""
+        kind = next((kind for kind, type_ in _RULES.items() if isinstance(self.rule, type_)), None)
+        return {
+            "kind": kind,
+            "rule": self.rule and self.rule.pack(),
+            "codes_of_parts": self.codes_of_parts.tolist(),
+            "before": self.before.tolist(),
+        }
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any]) -> TableSplit:
+        """What `pack` packed."""
+        rule = _RULES[packed["kind"]].unpack(packed["rule"]) if packed["kind"] else None
+        codes = torch.tensor(packed["codes_of_parts"], dtype=torch.uint8)
+        return cls(rule, codes, torch.tensor(packed["before"]))
 
 
-def _split_codes(spool: Spool, chunk: Chunk, by_fraction: FractionSplit | None, all_in: int | None = None) -> Tensor:
-    if all_in is not None:
-        return torch.full((chunk.num_rows,), all_in, dtype=torch.uint8)
-    return by_fraction.codes(chunk.first_row, spool.targets(chunk)) if by_fraction else spool.split_codes(chunk)
+def _parts(spool: Spool, chunk: Chunk, rule: Rule) -> Tensor:
+    """Part of each row of a chunk."""
+    if isinstance(rule, TimeSplit):
+        return rule.parts(spool.times(chunk))
+    if isinstance(rule, GroupSplit):
+        return rule.parts(spool.groups(chunk))
+    return rule.parts(chunk.first_row, _strata(spool, chunk))
 
 
-def counted_split(spool: Spool, by_fraction: FractionSplit | None, all_in: int | None = None) -> TableSplit:
-    """A split, its rows counted by this rank alone."""
-    counts = [
-        torch.bincount(_split_codes(spool, chunk, by_fraction, all_in), minlength=len(SPLITS)) for chunk in spool.chunks
-    ]
-    before = torch.stack([torch.zeros(len(SPLITS), dtype=torch.int64), *counts]).cumsum(0)
-    return TableSplit(by_fraction, before, all_in)
+def _strata(spool: Spool, chunk: Chunk) -> Tensor:
+    """Class of each row, -1 where a column says that it is a test row."""
+    targets = spool.targets(chunk)
+    return targets.masked_fill(spool.split_codes(chunk) == _TEST, -1) if spool.has_split_column else targets
+
+
+def whole_table(spool: Spool, split: str) -> TableSplit:
+    """All rows in one split."""
+    return _counted(spool, TableSplit(None, torch.empty(0, dtype=torch.uint8), torch.empty(0), SPLITS.index(split)))
+
+
+def split_of_column(spool: Spool) -> TableSplit:
+    """The split as a column says it, its rows counted by this rank alone."""
+    return _counted(spool, TableSplit(None, torch.empty(0, dtype=torch.uint8), torch.empty(0)))
+
+
+def _counted(spool: Spool, split: TableSplit) -> TableSplit:
+    counts = [torch.bincount(split.codes(spool, chunk), minlength=len(SPLITS)) for chunk in spool.chunks]
+    return replace(split, before=torch.stack([torch.zeros(len(SPLITS), dtype=torch.int64), *counts]).cumsum(0))
 
 
 @dataclass(frozen=True)
@@ -86,17 +134,12 @@ class Fitted:
 
     def pack(self) -> dict[str, Any]:
         """As JSON types; `unpack` reads it."""
-        split = self.split.by_fraction
-        packed = split and {"seed": split.seed, "last": split.last_keys.tolist(), "any": split.any_rows.tolist()}
-        before = self.split.before.tolist()
-        return {"spec": self.spec.to_json(), "split": packed, "before": before, "weighted": self.weighted}
+        return {"spec": self.spec.to_json(), "split": self.split.pack(), "weighted": self.weighted}
 
     @classmethod
     def unpack(cls, packed: Mapping[str, Any]) -> Fitted:
         """What `pack` packed."""
-        split = packed["split"]
-        fraction_split = split and FractionSplit(split["seed"], torch.tensor(split["last"]), torch.tensor(split["any"]))
-        split = TableSplit(fraction_split, torch.tensor(packed["before"]))
+        split = TableSplit.unpack(packed["split"])
         return cls(FeatureSpec.from_json(packed["spec"]), split, packed["weighted"])
 
 
@@ -131,35 +174,86 @@ def split_table(
     source: str,
     show: Callable[[int], None] = lambda _rows: None,
 ) -> TableSplit:
-    """Split the table as its column says, or by fractions; UserError when there is too little to train on."""
+    """Split the table as the configuration says; UserError when there is too little to train on, or to test on."""
     begin, own = _own_chunks(spool, collectives, show)
-    split = None
-    if data.split_column is None:
-        split = FractionSplit.fit(
-            lambda: ((chunk.first_row, spool.targets(chunk)) for chunk in own()),
-            len(class_names),
-            collectives,
-            validation_fraction=data.validation_fraction,
-            test_fraction=data.test_fraction,
-            seed=seed,
-        )
+    parts = _parts_of(data)
+    rule = _fitted_rule(spool, data, parts, len(class_names), collectives, own, seed=seed, source=source)
+    unfinished = TableSplit(rule, parts.codes, torch.empty(0))
     of_chunks = torch.zeros((len(spool.chunks), len(SPLITS)), dtype=torch.int64)
     of_classes = torch.zeros(len(class_names), dtype=torch.int64)
 
     def count() -> Iterator[int]:
         for index, chunk in enumerate(own(), begin):
             targets = spool.targets(chunk)
-            codes = _split_codes(spool, chunk, split)
-            of_chunks[index] = torch.bincount(codes, minlength=len(SPLITS))
+            codes = unfinished.codes(spool, chunk)
+            of_chunks[index] = torch.bincount(codes, minlength=len(SPLITS))[: len(SPLITS)]  # not the rows in none
             of_classes.add_(torch.bincount(targets[codes == _TRAIN], minlength=len(class_names)))
             yield chunk.num_rows
 
     collectives.lockstep(count())
+    ends = collectives.all_reduce(of_chunks).cumsum(0)
+    if isinstance(rule, (TimeSplit, GroupSplit)):
+        _refuse_empty(data, parts, spool.num_rows, ends[-1], source)
     occurring = [index for index, name in enumerate(class_names) if name in spool.classes]
     of_classes = collectives.all_reduce(of_classes)[occurring]
     check_training_rows(of_classes, [class_names[index] for index in occurring], source)
-    ends = collectives.all_reduce(of_chunks).cumsum(0)
-    return TableSplit(split, torch.cat([torch.zeros_like(ends[:1]), ends]))
+    return replace(unfinished, before=torch.cat([torch.zeros_like(ends[:1]), ends]))
+
+
+def _parts_of(data: DataConfig) -> Parts:
+    in_time = data.time_column is not None
+    test_fraction = 0.0 if data.split_column is not None else data.test_fraction
+    return Parts(data.validation_fraction, test_fraction, data.folds, data.fold, in_time)
+
+
+def _fitted_rule(
+    spool: Spool,
+    data: DataConfig,
+    parts: Parts,
+    num_classes: int,
+    collectives: Collectives,
+    own: Callable[[], Iterator[Chunk]],
+    *,
+    seed: int,
+    source: str,
+) -> Rule | None:
+    """What says the part of each row; None where a column says the split. Each rank looks at its own chunks."""
+    if data.time_column is not None:
+        spool.check_times(data.time_column, source)
+    if data.group_column is not None:
+        return GroupSplit.fit(
+            lambda: (
+                GroupRows(spool.groups(c), spool.targets(c), spool.times(c) if data.time_column else None)
+                for c in own()
+            ),
+            collectives,
+            borders=parts.borders,
+            seed=seed,
+        )
+    if data.time_column is not None:
+        return TimeSplit.fit(lambda: (spool.times(chunk) for chunk in own()), collectives, borders=parts.borders)
+    if data.split_column is not None and data.folds is None:
+        return None
+    return FractionSplit.fit(
+        lambda: ((chunk.first_row, _strata(spool, chunk)) for chunk in own()),
+        num_classes,
+        collectives,
+        borders=parts.borders,
+        seed=seed,
+    )
+
+
+def _refuse_empty(data: DataConfig, parts: Parts, num_rows: int, counts: Tensor, source: str) -> None:
+    """UserError where whole groups, or rows of one time, leave a split without the rows that it should have."""
+    borders = parts.borders(num_rows)
+    wanted = {"test": borders[0], "valid": borders[1] - borders[0]}
+    empty = [name for name, wish in wanted.items() if wish and not counts[SPLITS.index(name)]]
+    if empty:
+        column, what = (data.group_column, "groups") if data.group_column else (data.time_column, "times")
+        raise UserError(
+            f"{source}: column {column!r} has too few distinct {what}: no rows are left "
+            f"for the {empty[0]} split, which should have {wanted[empty[0]]:,} of {num_rows:,}"
+        )
 
 
 def fit_table(

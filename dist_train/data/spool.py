@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from dist_train.data.batches import Batches
-from dist_train.data.classes import MAX_CLASSES, check_whole, first_rows, ordered_names, target_text
-from dist_train.data.readers import Part, read_rows
+from dist_train.data.classes import MAX_CLASSES, first_rows, target_text
+from dist_train.data.columns import ColumnFacts, Columns, Unit, UnitFacts, check_classes
+from dist_train.data.readers import read_rows
+from dist_train.data.row_keys import group_keys, time_keys
 from dist_train.data.split import codes_of_column
 from dist_train.data.table import (
     ColumnKinds,
     as_text,
     float32_range,
-    no_number,
-    numbers_with_stray_text,
     parse_numbers,
     require_columns,
     require_numbers_or_text,
@@ -39,69 +39,9 @@ from dist_train.data.weights import weights_of_column
 from dist_train.errors import UserError
 from dist_train.system.files import TMP_PREFIX, write_atomically
 
-_TARGET, _SPLIT, _WEIGHT, _FEATURE = "target", "split", "weight", "feature:"
+_TARGET, _SPLIT, _WEIGHT, _TIME, _GROUP, _FEATURE = "target", "split", "weight", "time", "group", "feature:"
 # Types whose numbers float32 holds exactly.
 _SMALL = (pl.Float32, pl.Int8, pl.Int16, pl.UInt8, pl.UInt16)
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What is taken of each row; `features` in the order of the first file."""
-
-    features: list[str]
-    target: str
-    split_column: str | None
-    categorical: list[str]
-    missing_values: list[str]
-    weight: str | None = None
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What one rank reads in one go: a file, or a part of one. `number` counts them in the order of the table.
-
-    `shown_as` is how messages name the file, where not by its path.
-    """
-
-    number: int
-    file: Path
-    size: int
-    modified_ns: int
-    part: Part
-    shown_as: str | None = None
-
-    @property
-    def source(self) -> str:
-        """What messages call it."""
-        return self.shown_as or str(self.file)
-
-    def check_unchanged(self) -> None:
-        """UserError when the file is no longer the one that was found first."""
-        try:
-            now = self.file.stat()
-        except OSError as error:
-            raise UserError(f"{self.file}: cannot be read any more: {error.strerror}") from None
-        if (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns):
-            raise UserError(f"{self.file}: the file has changed since the preparation began")
-
-
-@dataclass
-class ColumnFacts:
-    """What a column holds in a unit: cells that are there, those that are numbers, the first other one and its row."""
-
-    text: bool
-    present: int = 0
-    numbers: int = 0
-    stray: tuple[int, str] | None = None
-
-
-@dataclass
-class UnitFacts:
-    """What is known of a unit once it was read: `batches` their rows; `classes` count and first row of each text."""
-
-    batches: list[int] = field(default_factory=list)
-    columns: dict[str, ColumnFacts] = field(default_factory=dict)
-    classes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class _TurnsOutText(Exception):
@@ -117,7 +57,8 @@ def read_facts(folder: Path, unit: Unit) -> UnitFacts | None:
     if content["unit"] != _identity(unit):
         return None
     columns = {name: ColumnFacts(**facts) for name, facts in content["columns"].items()}
-    return UnitFacts(content["batches"], columns, {text: tuple(v) for text, v in content["classes"].items()})
+    classes = {text: tuple(v) for text, v in content["classes"].items()}
+    return UnitFacts(content["batches"], columns, classes, content["times"])
 
 
 def _facts_file(folder: Path, unit: Unit) -> Path:
@@ -207,9 +148,9 @@ class _Spooling:
         """Rows that were read, and the batch of them; None for no rows."""
         row = self._unit.part.first_row
         for frame in read_rows(self._unit.file, self._columns.missing_values, self._unit.part):
-            wanted = [*self._columns.features, self._columns.target]
-            wanted += filter(None, [self._columns.split_column, self._columns.weight])
-            require_columns(frame, wanted, self._source, "the first file has it, or the configuration names it")
+            require_columns(
+                frame, self._columns.names, self._source, "the first file has it, or the configuration names it"
+            )
             batch = self._batch(frame, row) if frame.height else None
             if frame.height:
                 self.facts.batches.append(frame.height)
@@ -223,6 +164,12 @@ class _Spooling:
             arrays[_SPLIT] = pa.array(codes.numpy())
         if self._columns.weight:
             arrays[_WEIGHT] = pa.array(weights_of_column(frame[self._columns.weight], self._source, row).numpy())
+        if self._columns.time_column:
+            times, kind = time_keys(frame[self._columns.time_column], self._source, row)
+            self.facts.times.setdefault(kind, row)
+            arrays[_TIME] = pa.array(times.numpy())
+        if self._columns.group_column:
+            arrays[_GROUP] = pa.array(group_keys(frame[self._columns.group_column], self._source, row).numpy())
         known = len(self._text)
         features = {name: self._feature(frame[name], row) for name in self._columns.features}
         if len(self._text) > known and self.facts.batches:
@@ -265,47 +212,6 @@ class _Spooling:
 
 def _texts(column: pl.Series, source: str) -> pa.Array:
     return as_text(column, source).to_arrow().cast(pa.large_string())
-
-
-def class_places(found: Sequence[tuple[Unit, UnitFacts]], target: str) -> dict[str, tuple[str, int]]:
-    """Source and row of each class's first cell; UserError when the target is a quantity."""
-    places: dict[str, tuple[str, int]] = {}
-    for unit, facts in found:
-        for text, (_, row) in facts.classes.items():
-            places.setdefault(text, (unit.source, row))
-    check_whole(places, target)
-    return places
-
-
-def check_classes(found: Sequence[tuple[Unit, UnitFacts]], target: str) -> list[str]:
-    """Class names of the table, in their order; UserError when the target is none."""
-    places = class_places(found, target)
-    return ordered_names(places, target, found[0][0].source if len(found) == 1 else "the table")
-
-
-def kinds_of(found: Sequence[tuple[Unit, UnitFacts]], columns: Columns) -> ColumnKinds:
-    """Numbers or categories, by all cells of each column; UserError names the first stray text among numbers."""
-    numeric = []
-    for name in columns.features:
-        facts = [(unit, of_unit.columns[name]) for unit, of_unit in found if of_unit.batches]
-        present, count = (sum(getattr(f, what) for _, f in facts) for what in ("present", "numbers"))
-        if name in columns.categorical:
-            continue
-        if numbers_with_stray_text(count, present):
-            unit, stray = next((unit, f.stray) for unit, f in facts if f.stray)
-            raise no_number(name, unit.source, *stray)
-        if count == present:
-            numeric.append(name)
-    return ColumnKinds(tuple(numeric), tuple(name for name in columns.features if name not in numeric))
-
-
-def units_to_read_as_text(found: Sequence[tuple[Unit, UnitFacts]], kinds: ColumnKinds) -> list[int]:
-    """Numbers of the units that keep a category as numbers: nothing in them told that it is one."""
-    return [
-        unit.number
-        for unit, facts in found
-        if any(not f.text and f.present for name, f in facts.columns.items() if name in kinds.categorical)
-    ]
 
 
 @dataclass(frozen=True)
@@ -373,6 +279,28 @@ class Spool:
     def weights(self, chunk: Chunk) -> Tensor:
         """Weights of the rows as the weight column says them, (rows,) float64."""
         return torch.from_numpy(self._column(chunk, _WEIGHT).to_numpy().copy())
+
+    @property
+    def has_split_column(self) -> bool:
+        """Whether a column says the split."""
+        return any(_SPLIT in self._batches(c.unit, c.batch).schema.names for c in self.chunks[:1])
+
+    def times(self, chunk: Chunk) -> Tensor:
+        """Numbers in the order of the times of the rows, (rows,) int64."""
+        return torch.from_numpy(self._column(chunk, _TIME).to_numpy().copy())
+
+    def groups(self, chunk: Chunk) -> Tensor:
+        """A number for the group of each row, (rows,) int64."""
+        return torch.from_numpy(self._column(chunk, _GROUP).to_numpy().copy())
+
+    def check_times(self, name: str, source: str) -> None:
+        """UserError when the time column holds dates in some rows and whole numbers in others."""
+        places: dict[str, str] = {}
+        for unit, facts in self._found:
+            for kind, row in facts.times.items():
+                places.setdefault(kind, f"{kind} in {unit.source}, data row {row + 1}")
+        if len(places) > 1:
+            raise UserError(f"{source}: column {name!r} has no one order: {' and '.join(places.values())}")
 
     def frame(self, chunk: Chunk, names: Sequence[str]) -> pl.DataFrame:
         """Features by name: numbers as Float64 with NaN where missing, categories as text."""

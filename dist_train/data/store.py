@@ -50,6 +50,10 @@ class Settings:
     seed: int
     weight: str | None = None
     numeric_transform: str = "robust"
+    time_column: str | None = None
+    group_column: str | None = None
+    folds: int | None = None
+    fold: int | None = None
 
     @classmethod
     def of(cls, data: DataConfig, *, seed: int) -> Settings:

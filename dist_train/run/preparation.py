@@ -19,21 +19,11 @@ from dist_train.config.rules import split_seed
 from dist_train.config.schema import JobConfig
 from dist_train.data.batches import InFiles
 from dist_train.data.blocks import Blocks, Records
+from dist_train.data.columns import Columns, Unit, UnitFacts, check_classes, kinds_of, units_to_read_as_text
 from dist_train.data.inputs import find_files, plan_columns, plan_units
 from dist_train.data.prepare import Fitted, encode_blocks, fit
 from dist_train.data.split import SPLITS
-from dist_train.data.spool import (
-    Columns,
-    Spool,
-    Unit,
-    UnitFacts,
-    check_classes,
-    kinds_of,
-    read_facts,
-    rows_file,
-    spool_unit,
-    units_to_read_as_text,
-)
+from dist_train.data.spool import Spool, read_facts, rows_file, spool_unit
 from dist_train.data.store import (
     MANIFEST,
     Settings,
@@ -155,6 +145,8 @@ class Preparation:
             if not self._store.exists():  # killed after the rename, before everything else was cleared away
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise UserError(f"{self.output}: exists already: remove it, or choose another name for the new store")
+        if self._config.data.folds is not None and self._config.data.fold is None:
+            raise UserError("data.fold: a store holds one split: say which of the folds it is prepared for")
         files = find_files(self._patterns)
         return [str(file) for file in files], plan_columns(files, self._config.data), plan_units(files)
 

@@ -14,7 +14,7 @@ import torch
 
 from dist_train.config.rules import split_seed
 from dist_train.config.schema import JobConfig
-from dist_train.data.split import SPLITS
+from dist_train.data.split import IN_NONE, SPLITS
 from dist_train.errors import os_errors_as_faults
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import pack_json
@@ -22,8 +22,9 @@ from dist_train.system.files import write_atomically
 from dist_train.tasks.base import Task
 from dist_train.training.protocols import Source
 
-_NONE = len(SPLITS)
-_RULE = ("split_column", "validation_fraction", "test_fraction")
+_RULE = (
+    "split_column", "time_column", "group_column", "validation_fraction", "test_fraction", "folds", "fold",
+)  # fmt: skip
 
 
 def write_split(folder: RunFolder, config: JobConfig, task: Task) -> None:
@@ -54,10 +55,10 @@ def write_split(folder: RunFolder, config: JobConfig, task: Task) -> None:
 
 
 def split_codes(splits: Mapping[str, Source]) -> npt.NDArray[np.uint8]:
-    """Place in SPLITS of each row of the data, in their order, (rows,); 3: the row is in no split."""
+    """Place in SPLITS of each row of the data up to the last that is in a split, (rows,); IN_NONE between them."""
     numbers = {name: rows.row_numbers.cpu().numpy() for name, rows in splits.items()}
     num_rows = max((int(of_split.max()) + 1 for of_split in numbers.values() if len(of_split)), default=0)
-    codes = np.full(num_rows, _NONE, dtype=np.uint8)
+    codes = np.full(num_rows, IN_NONE, dtype=np.uint8)
     for name, of_split in numbers.items():
         codes[of_split] = SPLITS.index(name)
     return codes

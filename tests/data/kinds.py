@@ -8,8 +8,9 @@ from tempfile import TemporaryDirectory
 
 import polars as pl
 
+from dist_train.data.columns import Columns, kinds_of
 from dist_train.data.inputs import whole_file
-from dist_train.data.spool import Columns, kinds_of, read_in_memory
+from dist_train.data.spool import read_in_memory
 from dist_train.data.table import ColumnKinds
 
 
