@@ -8,11 +8,16 @@ The input needs the feature columns that the run was trained on, in any order. O
 are ignored. A missing cell and an unknown category have codes of their own. The output has one row for each input row,
 in the same order: probability_<class> for each class, and predicted_class. An output that is a link stays one: the file
 behind it is written. The input and the run's own data are never overwritten.
+
+stderr names the columns of which many cells are unknown categories, or missing although none was in training. Where
+there are such, stdout gets one line of JSON with the rows and, by column, the shares of such cells:
+{"rows": ..., "unknown_categories": {...}, "missing_unlike_training": {...}}.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -52,10 +57,14 @@ def main(program: str, argv: Sequence[str]) -> None:
         source = locate(str(arguments.input))
         kept = {"the input": source, "the data of the run": Path(predictor.config.data.path)}
         predictor.collectives.on_rank_zero(lambda: _require_writable(output, kept))
-        scores = predictor.table(source)
+        found = predictor.table(source)
+        scores = found and found[0]
         predictor.collectives.on_rank_zero(lambda: _write(scores, output))
-    if scores is not None:
-        log.info("%d rows scored into %s", scores.height, output)
+    if found is not None:
+        scored, unfamiliar = found
+        log.info("%d rows scored into %s", scored.height, output)
+        if shares := unfamiliar.as_json():
+            print(json.dumps({"rows": scored.height, **shares}, ensure_ascii=False), flush=True)
 
 
 def _require_writable(output: Path, kept: Mapping[str, Path]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import polars as pl
 import torch
 from torch import Tensor
 
+from dist_train.data.spelling import alike
 from dist_train.data.table import as_text
 from dist_train.errors import UserError
 
@@ -57,6 +58,12 @@ def ordered_names(names: Iterable[str], target: str, source: str) -> list[str]:
     whole = all(re.fullmatch("-?[0-9]{1,18}", name) for name in names)
     key: Callable[[str], tuple[int, str]] | None = (lambda name: (int(name), name)) if whole else None
     return sorted(names, key=key)
+
+
+def index_of_classes(class_names: Sequence[str], texts: Iterable[str] = ()) -> dict[str, int]:
+    """Index of each class by its name, and by those of the `texts` that mean a class: 1 where `true` is one."""
+    index = {name: number for number, name in enumerate(class_names)}
+    return index | alike([text for text in texts if text not in index], class_names, typed=False)
 
 
 def class_indices(text: pl.Series, class_names: Iterable[str]) -> Tensor:

@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dist_train.data.classes import check_whole, ordered_names
 from dist_train.data.readers import Part
 from dist_train.data.table import ColumnKinds, no_number, numbers_with_stray_text
 from dist_train.errors import UserError
 
+# In fewer rows a column counts them by chance.
+_ROWS_THAT_TELL = 20
+
+FloatArray = np.ndarray[Any, np.dtype[np.float64]]
+
 
 @dataclass(frozen=True)
 class Columns:
-    """What is taken of each row; `features` in the order of the first file."""
+    """What is taken of each row; `features` in the order of the first file.
+
+    Of a model: `numbers` are its columns of numbers, and `categories` the words for "missing" that are categories of
+    its columns, by name. `left_out`: columns of the file that are not used, and why.
+    """
 
     features: list[str]
     target: str
@@ -24,6 +36,9 @@ class Columns:
     weight: str | None = None
     time_column: str | None = None
     group_column: str | None = None
+    numbers: list[str] = field(default_factory=list)
+    categories: dict[str, list[str]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -63,12 +78,18 @@ class Unit:
 
 @dataclass
 class ColumnFacts:
-    """What a column holds in a unit: cells that are there, those that are numbers, the first other one and its row."""
+    """What a column holds in a unit: cells that are there, those that are numbers, the first other one and its row.
+
+    `row_offset`: where each cell is the number of its row in the file plus a constant, that constant. `padded`: a cell
+    of digits that begins with a zero, where there is one among the first rows.
+    """
 
     text: bool
     present: int = 0
     numbers: int = 0
     stray: tuple[int, str] | None = None
+    row_offset: int | None = None
+    padded: str | None = None
 
 
 @dataclass
@@ -82,6 +103,14 @@ class UnitFacts:
     columns: dict[str, ColumnFacts] = field(default_factory=dict)
     classes: dict[str, tuple[int, int]] = field(default_factory=dict)
     times: dict[str, int] = field(default_factory=dict)
+
+
+def row_offset(values: FloatArray, row: int) -> int | None:
+    """What is added to the number of the row, from `row` on, in each cell; None where it is not the same in all."""
+    first = values[0]
+    if not (values[-1] - first == len(values) - 1 and first.is_integer()):
+        return None
+    return int(first) - row if (np.diff(values) == 1).all() else None
 
 
 def class_places(found: Sequence[tuple[Unit, UnitFacts]], target: str) -> dict[str, tuple[str, int]]:
@@ -102,18 +131,40 @@ def check_classes(found: Sequence[tuple[Unit, UnitFacts]], target: str) -> list[
 
 def kinds_of(found: Sequence[tuple[Unit, UnitFacts]], columns: Columns) -> ColumnKinds:
     """Numbers or categories, by all cells of each column; UserError names the first stray text among numbers."""
-    numeric = []
+    numeric: list[str] = []
+    categorical: list[str] = []
+    left_out = dict(columns.left_out)
+    named = frozenset(columns.categorical)
     for name in columns.features:
+        if name in named:
+            categorical.append(name)
+            continue
         facts = [(unit, of_unit.columns[name]) for unit, of_unit in found if of_unit.batches]
         present, count = (sum(getattr(f, what) for _, f in facts) for what in ("present", "numbers"))
-        if name in columns.categorical:
-            continue
         if numbers_with_stray_text(count, present):
             unit, stray = next((unit, f.stray) for unit, f in facts if f.stray)
             raise no_number(name, unit.source, *stray)
-        if count == present:
-            numeric.append(name)
-    return ColumnKinds(tuple(numeric), tuple(name for name in columns.features if name not in numeric))
+        if count == present and _is_row_number(found, name):
+            left_out[name] = "the number of the row"
+        else:
+            (numeric if count == present else categorical).append(name)
+    if not numeric and not categorical:
+        raise UserError(f"{found[0][0].source}: no feature columns are left besides {', '.join(left_out)}")
+    return ColumnKinds(tuple(numeric), tuple(categorical), tuple(left_out.items()))
+
+
+def _is_row_number(found: Sequence[tuple[Unit, UnitFacts]], name: str) -> bool:
+    """Whether a column counts the rows from 0 or 1 on, through the table or in each file anew."""
+    in_table: set[int | None] = set()
+    in_file: set[int | None] = set()
+    rows = 0
+    for unit, facts in found:
+        if facts.batches:
+            offset = facts.columns[name].row_offset
+            in_file.add(offset)
+            in_table.add(None if offset is None else offset + unit.part.first_row - rows)
+            rows += sum(facts.batches)
+    return rows >= _ROWS_THAT_TELL and any(offsets in ({0}, {1}) for offsets in (in_file, in_table))
 
 
 def units_to_read_as_text(found: Sequence[tuple[Unit, UnitFacts]], kinds: ColumnKinds) -> list[int]:

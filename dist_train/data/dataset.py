@@ -11,17 +11,18 @@ from torch import Tensor
 
 from dist_train.config.schema import DataConfig
 from dist_train.data.batches import InMemory
+from dist_train.data.classes import index_of_classes
 from dist_train.data.columns import Columns, Unit, UnitFacts, check_classes, class_places, kinds_of
 from dist_train.data.encoder import Encoder, Inputs, smallest_int
 from dist_train.data.inputs import columns_of, whole_file
 from dist_train.data.prepare import TableSplit, fit_table, split_of_column, split_table, whole_table
-from dist_train.data.readers import read_header
+from dist_train.data.readers import read_header, read_index_names
 from dist_train.data.sources import MappedRows, ResidentRows, resident
 from dist_train.data.spec import FeatureSpec
 from dist_train.data.split import SPLITS
 from dist_train.data.spool import Spool, read_in_memory
 from dist_train.data.store import Settings, Store, is_store
-from dist_train.data.table import ColumnKinds, locate, no_number, require_names, sha256_of
+from dist_train.data.table import TRAINED_ON, ColumnKinds, locate, no_number, require_names, sha256_of
 from dist_train.data.weights import require_some_weight
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
@@ -42,11 +43,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Encoded rows by split, on the device or in a store, and the spec that they were encoded by."""
+    """Encoded rows by split, on the device or in a store, and the spec that they were encoded by.
+
+    `columns`: what the columns became, in words.
+    """
 
     splits: dict[str, ResidentRows | MappedRows]
     spec: FeatureSpec
     sha256: str
+    columns: Sequence[str] = ()
 
 
 def load_dataset(
@@ -100,7 +105,7 @@ def read_labelled(data: DataConfig, spec: FeatureSpec | None = None) -> Table:
     header = read_header(file)
     if not header:
         raise UserError(f"{source}: the table has no rows")
-    columns = columns_of(header, data, source)
+    columns = columns_of(header, data, source, read_index_names(file))
     if spec:
         columns = _columns_of_spec(columns, header, spec, source)
     unit = whole_file(file, source)
@@ -110,7 +115,8 @@ def read_labelled(data: DataConfig, spec: FeatureSpec | None = None) -> Table:
     found = [(unit, facts)]
     class_names = check_classes(found, data.target)
     if spec:
-        unknown = [name for name in class_names if name not in spec.class_names]
+        known = index_of_classes(spec.class_names, class_names)
+        unknown = [name for name in class_names if name not in known]
         if unknown:
             raise UserError(f"{source}: class {unknown[0]!r} was not there when the encoder was fitted")
         class_names = list(spec.class_names)
@@ -139,7 +145,8 @@ def read_for_evaluation(file: Path, data: DataConfig, spec: FeatureSpec, split: 
     facts, batches = read_in_memory(unit, _columns_of_spec(wanted, header, spec, source))
     found = [(unit, facts)]
     places = class_places(found, data.target)
-    unknown = [(row, text) for text, (_, row) in places.items() if text not in spec.class_names]
+    known = index_of_classes(spec.class_names, places)
+    unknown = [(row, text) for text, (_, row) in places.items() if text not in known]
     if unknown:
         row, text = min(unknown)
         raise UserError(
@@ -267,10 +274,19 @@ def _require_some_weight(splits: Mapping[str, ResidentRows | MappedRows], data: 
 
 def _columns_of_spec(columns: Columns, header: Sequence[str], spec: FeatureSpec, source: str) -> Columns:
     """The columns of a model's spec; its categories are read as text."""
-    categorical = [column.name for column in spec.categorical]
-    features = [*(column.name for column in spec.numeric), *categorical]
-    require_names(header, features, source, "the model was trained on it")
-    return replace(columns, features=features, categorical=categorical)
+    require_names(header, spec.names, source, TRAINED_ON)
+    words = set(columns.missing_values)
+    categories = {c.name: list(c.categories) for c in spec.categorical if words.intersection(c.categories)}
+    if words.intersection(spec.class_names):
+        categories[columns.target] = list(spec.class_names)
+    return replace(
+        columns,
+        features=spec.names,
+        categorical=[column.name for column in spec.categorical],
+        numbers=[column.name for column in spec.numeric],
+        categories=categories,
+        left_out={},
+    )
 
 
 def _kinds_of_spec(found: Sequence[tuple[Unit, UnitFacts]], spec: FeatureSpec) -> ColumnKinds:

@@ -26,7 +26,8 @@ from dist_train.data.spec import (
     FeatureSpec,
     NumericColumn,
 )
-from dist_train.data.table import ColumnKinds, as_text, numbers, require_columns
+from dist_train.data.spelling import alike, merged
+from dist_train.data.table import TRAINED_ON, ColumnKinds, as_text, numbers, require_columns, without_missing_words
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.system.console import log
@@ -68,7 +69,7 @@ class Encoder:
     @property
     def names(self) -> list[str]:
         """Names of the columns that are read."""
-        return [*(c.name for c in self.spec.numeric), *(c.name for c in self.spec.categorical)]
+        return self.spec.names
 
     def to_arrays(self, frame: pl.DataFrame, source: str, first_row: int = 0) -> Inputs:
         """Columns by name -> float32 numbers, uint8 flags, codes in the smallest integer type.
@@ -79,7 +80,7 @@ class Encoder:
             UserError: a column is missing, or a cell cannot be read; column and row are named.
         """
         spec = self.spec
-        require_columns(frame, self.names, source, "the model was trained on it")
+        require_columns(frame, self.names, source, TRAINED_ON)
         numeric, flags, codes = inputs = self.empty(frame.height)
         flag = 0
         for index, column in enumerate(spec.numeric):
@@ -102,6 +103,14 @@ class Encoder:
         )
 
 
+def with_missing_cells(table: pl.DataFrame, spec: FeatureSpec, words: Sequence[str]) -> pl.DataFrame:
+    """A table whose cells of text are null where they are a word for "missing" and no category of the spec."""
+    categories = {column.name: column.categories for column in spec.categorical}
+    wanted = frozenset(spec.names)
+    cells = (column for column in table.get_columns() if column.dtype == pl.String and column.name in wanted)
+    return table.with_columns(without_missing_words(column, words, categories.get(column.name, ())) for column in cells)
+
+
 def smallest_int(count: int) -> torch.dtype:
     """The smallest integer type that holds the numbers below `count`."""
     if count <= 1 << 8:
@@ -109,15 +118,16 @@ def smallest_int(count: int) -> torch.dtype:
     return torch.int16 if count <= 1 << 15 else torch.int32
 
 
-def _codes(column: pl.Series, words: CategoricalColumn, source: str) -> Tensor:
+def _codes(column: pl.Series, vocabulary: CategoricalColumn, source: str) -> Tensor:
     text = as_text(column, source)
-    codes = text.replace_strict(
-        {word: FIRST_CATEGORY + index for index, word in enumerate(words.categories)},
-        default=UNKNOWN,
-        return_dtype=pl.Int32,
-    ) if words.categories else pl.Series([UNKNOWN] * len(text), dtype=pl.Int32)  # fmt: skip
-    missing = torch.from_numpy(text.is_null().to_numpy())
-    return torch.where(missing, MISSING, torch.from_numpy(codes.to_numpy(writable=True)))
+    codes = {word: FIRST_CATEGORY + index for index, word in enumerate(vocabulary.categories)}
+    # A text that is a category as it stands is that one; so a vocabulary of an earlier release keeps its meaning.
+    others = [word for word in text.unique().to_list() if word not in codes]
+    typed = column.dtype.is_numeric() or column.dtype == pl.Boolean
+    found = alike(others, vocabulary.categories, typed=typed) if codes and others else {}
+    codes |= {word: FIRST_CATEGORY + index for word, index in found.items()}
+    coded = text.replace_strict([None, *codes], [MISSING, *codes.values()], default=UNKNOWN, return_dtype=pl.Int32)
+    return torch.from_numpy(coded.to_numpy(writable=True))
 
 
 def fit_spec(
@@ -196,6 +206,7 @@ def _values(column: pl.Series, source: str) -> Tensor:
 
 
 def _fit_categorical(name: str, counts: Counter[str | None], limit: int) -> CategoricalColumn:
+    counts = merged(counts)
     words = sorted((-count, word) for word, count in counts.items() if word is not None)
     categories = [word for _, word in words[:limit]]
     seen = [True] * (FIRST_CATEGORY + len(categories))

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
+from dist_train.data.arrow_types import frame_of_arrow
 from dist_train.errors import UserError
 
 Table = Any
 """A DataFrame of polars, pandas or pyarrow; a list of records (dicts); a dict of columns; a NumPy array of two axes."""
 
 # Types of columns that are text in a CSV file.
-_AS_TEXT = (pl.Categorical, pl.Enum, pl.Boolean)
+_AS_TEXT = (pl.Categorical, pl.Enum)
 
 
-def frame_of(table: Table, names: Sequence[str] | None = None) -> pl.DataFrame:
+def frame_of(table: Table, names: Sequence[str] | None = None, wanted: Sequence[str] | None = None) -> pl.DataFrame:
     """The rows in their order, with the types that a Parquet file of them would have. Nothing is written.
 
-    `names` are those of the columns of an array, which has none itself.
+    `names` are those of the columns of an array, which has none itself. Only the `wanted` columns of a DataFrame or a
+    dict are looked at, where they are given.
 
     Raises:
         UserError: the object is not a table, or a column holds values of several types.
     """
-    frame = _frame_of(table, names)
-    repeated = {name for name in frame.columns if frame.columns.count(name) > 1}
-    if repeated:
-        raise UserError(f"two columns are named {repeated.pop()!r}")
+    frame = _frame_of(table, names, None if wanted is None else frozenset(wanted))
     return frame.with_columns(
         frame[name].cast(pl.String) for name, dtype in frame.schema.items() if isinstance(dtype, _AS_TEXT)
     )
@@ -40,21 +40,20 @@ def is_dataframe(table: object) -> bool:
     return hasattr(table, "columns") and hasattr(table, "shape")
 
 
-def _frame_of(table: Table, names: Sequence[str] | None) -> pl.DataFrame:
-    if isinstance(table, pl.DataFrame):
-        return table
-    if isinstance(table, pl.LazyFrame):
-        return table.collect()
+def _frame_of(table: Table, names: Sequence[str] | None, wanted: Collection[str] | None) -> pl.DataFrame:
+    if isinstance(table, (pl.DataFrame, pl.LazyFrame)):
+        frame = table.lazy().collect()
+        return frame if wanted is None else frame.select(name for name in frame.columns if name in wanted)
     try:
         if isinstance(table, Mapping):
-            return pl.DataFrame({str(name): values for name, values in table.items()})
+            return pl.DataFrame(_of(table, wanted))
         if isinstance(table, np.ndarray):
             return _frame_of_array(table, names)
         if isinstance(table, Sequence) and not isinstance(table, (str, bytes, os.PathLike)):
-            return _frame_of_records(table)
+            return _frame_of_records(table, wanted)
         if is_dataframe(table) or hasattr(table, "__arrow_c_stream__"):
-            return _frame_of_dataframe(table)
-    except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:
+            return _frame_of_dataframe(table, wanted)
+    except (pl.exceptions.PolarsError, pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"the rows cannot be read as a table: {_first_line(error)}") from None
     raise UserError(
         f"a {type(table).__name__} is not a table: give a DataFrame, a list of records, a dict of columns, or the path "
@@ -62,19 +61,40 @@ def _frame_of(table: Table, names: Sequence[str] | None) -> pl.DataFrame:
     )
 
 
-def _frame_of_records(records: Sequence[Any]) -> pl.DataFrame:
+def _of(columns: Mapping[Any, Any], wanted: Collection[str] | None) -> dict[str, Any]:
+    _require_single(columns)
+    return {str(name): values for name, values in columns.items() if wanted is None or str(name) in wanted}
+
+
+def _require_single(names: Iterable[Any]) -> None:
+    seen: set[str] = set()
+    for name in map(str, names):
+        if name in seen:
+            raise UserError(f"two columns are named {name!r}")
+        seen.add(name)
+
+
+def _frame_of_records(records: Sequence[Any], wanted: Collection[str] | None) -> pl.DataFrame:
     for number, record in enumerate(records, 1):
         if not isinstance(record, Mapping):
             raise UserError(f"record {number} is a {type(record).__name__}, not a dict of column names and values")
-    return pl.DataFrame([{str(name): value for name, value in r.items()} for r in records], infer_schema_length=None)
+    return pl.DataFrame([_of(record, wanted) for record in records], infer_schema_length=None)
 
 
-def _frame_of_dataframe(table: Any) -> pl.DataFrame:
-    if type(table).__module__.partition(".")[0] == "pandas":
-        frame = pl.from_pandas(table.rename(columns=str), nan_to_null=False)
-    else:
-        frame = pl.DataFrame(table)
-    return frame
+def _frame_of_dataframe(table: Any, wanted: Collection[str] | None) -> pl.DataFrame:
+    if type(table).__module__.partition(".")[0] != "pandas":
+        return _frame_of(pl.DataFrame(table), None, wanted)
+    _require_single(table.columns)
+    columns = [(str(name), column) for name, column in table.items() if wanted is None or str(name) in wanted]
+    arrays = [_array_of(name, column) for name, column in columns]
+    return frame_of_arrow(pa.table(arrays, names=[name for name, _ in columns]), "the table")
+
+
+def _array_of(name: str, column: Any) -> pa.Array:
+    try:
+        return pa.array(column, from_pandas=True)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"the rows cannot be read as a table: column {name!r}: {_first_line(error)}") from None
 
 
 def _frame_of_array(array: Any, names: Sequence[str] | None) -> pl.DataFrame:

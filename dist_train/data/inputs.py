@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dist_train.config.schema import DataConfig
 from dist_train.data.columns import Columns, Unit
-from dist_train.data.readers import Part, read_header, read_parts
+from dist_train.data.readers import Part, read_header, read_index_names, read_parts
 from dist_train.data.table import BUILTIN, locate, require_names
 from dist_train.errors import UserError
 
 # Rows of a Parquet file that one rank reads in one go.
 _ROWS_OF_A_UNIT = 1 << 20
+# What pandas calls an index that has no name: in Parquet files, and in CSV files that were written and read again.
+_INDEX_NAME = re.compile(r"__index_level_[0-9]+__|Unnamed: 0(\.[0-9]+)*")
+PANDAS_INDEX = "an index of pandas"
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
@@ -38,11 +42,13 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 def plan_columns(files: Sequence[Path], data: DataConfig) -> Columns:
     """What is taken of each row; UserError names a file that has other columns than the first one."""
     first = read_header(files[0])
-    columns = columns_of(first, data, str(files[0]))
+    columns = columns_of(first, data, str(files[0]), read_index_names(files[0]))
+    known = {*first, *data.drop}
     for file in files[1:]:
         names = read_header(file)
-        require_names(names, [n for n in first if n not in data.drop], str(file), f"{files[0]} has it")
-        strange = [name for name in names if name not in first and name not in data.drop]
+        require_names(names, columns.names, str(file), f"{files[0]} has it")
+        index = read_index_names(file)
+        strange = [name for name in names if name not in known and not _is_index(name, index)]
         if strange:
             raise UserError(
                 f"{file}: column {strange[0]!r} is not in {files[0]}: name it in data.drop, or mend the file"
@@ -50,16 +56,21 @@ def plan_columns(files: Sequence[Path], data: DataConfig) -> Columns:
     return columns
 
 
-def columns_of(header: Sequence[str], data: DataConfig, source: str) -> Columns:
-    """What is taken of each row of a file with such columns; UserError when one that is named is not there."""
+def columns_of(header: Sequence[str], data: DataConfig, source: str, index_names: Sequence[str] = ()) -> Columns:
+    """What is taken of each row of a file with such columns; UserError when one that is named is not there.
+
+    The index of a pandas frame, by its name or because the file says so, is left out unless the configuration names it.
+    """
     of_rows = (data.split_column, data.weight, data.time_column, data.group_column)
     no_features = [name for name in of_rows if name is not None]
     named = [data.target, *data.drop, *data.categorical, *no_features]
     require_names(header, named, source, "named in the configuration")
-    others = {data.target, *no_features, *data.drop}
-    features = [name for name in header if name not in others]
+    others, index = {data.target, *no_features, *data.drop}, frozenset(index_names)
+    left_out = {name: PANDAS_INDEX for name in header if _is_index(name, index) and name not in named}
+    features = [name for name in header if name not in others and name not in left_out]
     if not features:
-        raise UserError(f"{source}: no feature columns are left besides {', '.join(sorted(others))}")
+        rest = ", ".join(sorted({*others, *left_out}))
+        raise UserError(f"{source}: no feature columns are left besides {rest}")
     return Columns(
         features,
         data.target,
@@ -69,7 +80,12 @@ def columns_of(header: Sequence[str], data: DataConfig, source: str) -> Columns:
         data.weight,
         data.time_column,
         data.group_column,
+        left_out=left_out,
     )
+
+
+def _is_index(name: str, index_names: Collection[str]) -> bool:
+    return name in index_names or _INDEX_NAME.fullmatch(name) is not None
 
 
 def plan_units(files: Sequence[Path]) -> list[Unit]:

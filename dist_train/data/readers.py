@@ -6,7 +6,7 @@ line that names it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,12 @@ import pyarrow.csv
 import pyarrow.parquet
 from polars.exceptions import PanicException, PolarsError
 
+from dist_train.data.arrow_types import frame_of_arrow
 from dist_train.data.csv_files import LATIN_NAME, is_csv_name, opened_csv
 from dist_train.errors import Stopped, UserError
+
+UNNAMED_INDEX = "Unnamed: 0"
+"""Name of a first column of a CSV file that has none."""
 
 _MAX_REASON = 300
 _CELLS_AT_ONCE = 1 << 21
@@ -41,12 +45,18 @@ class Part:
 def read_header(file: Path) -> list[str]:
     """Names of the columns."""
     with _mistakes(file):
-        if _is_csv(file):
-            names = [name.strip() for name in _written_names(file)]
-        else:
-            names = list(pyarrow.parquet.read_schema(file).names)
+        names = _names_of(_written_names(file)) if _is_csv(file) else list(pyarrow.parquet.read_schema(file).names)
     _check_names(names, file)
     return names
+
+
+def read_index_names(file: Path) -> list[str]:
+    """Names of the columns that are the index of the pandas frame which a file was written from, as it says itself."""
+    if _is_csv(file):
+        return []
+    with _mistakes(file):
+        metadata = pyarrow.parquet.read_schema(file).pandas_metadata or {}
+    return [name for name in metadata.get("index_columns", []) if isinstance(name, str)]
 
 
 def read_parts(file: Path, rows: int) -> list[Part]:
@@ -65,18 +75,29 @@ def read_parts(file: Path, rows: int) -> list[Part]:
     return parts
 
 
-def read_rows(file: Path, missing_values: Sequence[str], part: Part = Part()) -> Iterator[pl.DataFrame]:
-    """The rows in order, some of them at a time; at least one table, without rows when there are none."""
+def read_rows(
+    file: Path, missing_values: Sequence[str], part: Part = Part(), columns: Collection[str] | None = None
+) -> Iterator[pl.DataFrame]:
+    """The rows in order, some of them at a time; at least one table, without rows when there are none.
+
+    Only `columns` are read, as far as they are there; None: all of them.
+    """
+    wanted = None if columns is None else frozenset(columns)
     with _mistakes(file):
-        yield from _csv_rows(file, missing_values) if _is_csv(file) else _parquet_rows(file, part)
+        if _is_csv(file):
+            yield from _csv_rows(file, missing_values, wanted)
+        else:
+            yield from _parquet_rows(file, part, wanted)
 
 
-def _csv_rows(file: Path, missing_values: Sequence[str]) -> Iterator[pl.DataFrame]:
+def _csv_rows(file: Path, missing_values: Sequence[str], columns: Collection[str] | None) -> Iterator[pl.DataFrame]:
     written = _written_names(file)
-    names = [name.strip() for name in written]
+    names = _names_of(written)
     _check_names(names, file)
+    wanted = {name: text for name, text in zip(names, written, strict=True) if columns is None or name in columns}
     convert = pyarrow.csv.ConvertOptions(
-        column_types={name: pa.string() for name in written},
+        include_columns=list(wanted.values()),
+        column_types={text: pa.string() for text in wanted.values()},
         null_values=list(missing_values),
         strings_can_be_null=True,
         quoted_strings_can_be_null=True,
@@ -84,10 +105,10 @@ def _csv_rows(file: Path, missing_values: Sequence[str]) -> Iterator[pl.DataFram
     empty = True
     with opened_csv(file, convert) as stream:
         for batch in stream:
-            yield _as_frame(batch.rename_columns(names))
+            yield frame_of_arrow(batch.rename_columns(list(wanted)), str(file))
             empty = False
     if empty:
-        yield pl.DataFrame(schema=dict.fromkeys(names, pl.String))
+        yield pl.DataFrame(schema=dict.fromkeys(wanted, pl.String))
 
 
 def _written_names(file: Path) -> list[str]:
@@ -96,36 +117,29 @@ def _written_names(file: Path) -> list[str]:
         return list(head.schema.names)
 
 
-def _parquet_rows(file: Path, part: Part) -> Iterator[pl.DataFrame]:
+def _names_of(written: Sequence[str]) -> list[str]:
+    """Names without spaces around them; a first column without a name is what pandas and R write an index as."""
+    names = [name.strip() for name in written]
+    return [UNNAMED_INDEX, *names[1:]] if names[:1] == [""] and UNNAMED_INDEX not in names else names
+
+
+def _parquet_rows(file: Path, part: Part, columns: Collection[str] | None) -> Iterator[pl.DataFrame]:
     # Arrow, because a damaged file makes it raise; polars may abort the process on the same bytes.
     with pyarrow.parquet.ParquetFile(
         file, page_checksum_verification=True, pre_buffer=False, buffer_size=_PARQUET_BUFFER_BYTES
     ) as stream:
-        names = stream.schema_arrow.names
-        _check_names(names, file)
+        _check_names(stream.schema_arrow.names, file)
+        names = [name for name in stream.schema_arrow.names if columns is None or name in columns]
         groups = range(*part.row_groups) if part.row_groups else range(stream.num_row_groups)
         rows = max(1, min(_MAX_ROWS_AT_ONCE, _CELLS_AT_ONCE // max(1, len(names))))
         empty = True
-        for batch in stream.iter_batches(rows, row_groups=list(groups)):
+        for batch in stream.iter_batches(rows, row_groups=list(groups), columns=names):
+            batch = batch.select(names)  # Arrow also reads `a.b` where `a` is asked for
             batch.validate(full=True)
-            yield _parquet_frame(batch)
+            yield frame_of_arrow(batch, str(file))
             empty = False
         if empty:
-            yield _parquet_frame(stream.schema_arrow.empty_table())
-
-
-def _parquet_frame(batch: pa.RecordBatch | pa.Table) -> pl.DataFrame:
-    frame = _as_frame(batch.replace_schema_metadata(None))
-    for name, dtype in frame.schema.items():
-        if isinstance(dtype, (pl.Categorical, pl.Enum, pl.Boolean)):
-            # As the same column would read from a CSV file.
-            frame = frame.with_columns(pl.col(name).cast(pl.String))
-    return frame
-
-
-def _as_frame(batch: pa.RecordBatch | pa.Table) -> pl.DataFrame:
-    data = pl.from_arrow(batch)
-    return data if isinstance(data, pl.DataFrame) else data.to_frame()
+            yield frame_of_arrow(stream.schema_arrow.empty_table().select(names), str(file))
 
 
 def _is_csv(file: Path) -> bool:
@@ -161,8 +175,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _check_names(names: Sequence[str], file: Path) -> None:
+    seen: set[str] = set()
     for index, name in enumerate(names):
         if not name.strip():
             raise UserError(f"{file}: column {index + 1} has no name")
-        if name in names[:index]:
+        if name in seen:
             raise UserError(f"{file}: two columns are named {name!r}")
+        seen.add(name)

@@ -65,6 +65,11 @@ class FeatureSpec:
     class_names: tuple[str, ...]
 
     @property
+    def names(self) -> list[str]:
+        """Names of the columns that are read, numbers first."""
+        return [*(column.name for column in self.numeric), *(column.name for column in self.categorical)]
+
+    @property
     def num_numeric(self) -> int:
         """Numeric columns."""
         return len(self.numeric)

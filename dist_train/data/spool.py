@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from dist_train.data.batches import Batches
-from dist_train.data.classes import MAX_CLASSES, first_rows, target_text
-from dist_train.data.columns import ColumnFacts, Columns, Unit, UnitFacts, check_classes
+from dist_train.data.classes import MAX_CLASSES, first_rows, index_of_classes, target_text
+from dist_train.data.columns import ColumnFacts, Columns, FloatArray, Unit, UnitFacts, check_classes, row_offset
 from dist_train.data.readers import read_rows
 from dist_train.data.row_keys import group_keys, time_keys
 from dist_train.data.split import codes_of_column
@@ -31,9 +31,11 @@ from dist_train.data.table import (
     ColumnKinds,
     as_text,
     float32_range,
+    parse_known_numbers,
     parse_numbers,
     require_columns,
     require_numbers_or_text,
+    without_missing_words,
 )
 from dist_train.data.weights import weights_of_column
 from dist_train.errors import UserError
@@ -41,7 +43,9 @@ from dist_train.system.files import TMP_PREFIX, write_atomically
 
 _TARGET, _SPLIT, _WEIGHT, _TIME, _GROUP, _FEATURE = "target", "split", "weight", "time", "group", "feature:"
 # Types whose numbers float32 holds exactly.
-_SMALL = (pl.Float32, pl.Int8, pl.Int16, pl.UInt8, pl.UInt16)
+_SMALL = (pl.Float16, pl.Float32, pl.Int8, pl.Int16, pl.UInt8, pl.UInt16)
+# A number of digits that begins with a zero: a postcode, an account, a code.
+_PADDED = "^0[0-9]+$"
 
 
 class _TurnsOutText(Exception):
@@ -141,16 +145,17 @@ class _Spooling:
         self._unit = unit
         self._source = unit.source
         self._columns = columns
+        self._categorical = frozenset(columns.categorical)
+        self._known_numbers = frozenset(columns.numbers)
         self._text = text
         self._codes: dict[str, int] = {}
 
     def run(self) -> Iterator[tuple[int, pa.RecordBatch | None]]:
         """Rows that were read, and the batch of them; None for no rows."""
         row = self._unit.part.first_row
-        for frame in read_rows(self._unit.file, self._columns.missing_values, self._unit.part):
-            require_columns(
-                frame, self._columns.names, self._source, "the first file has it, or the configuration names it"
-            )
+        columns = self._columns
+        for frame in read_rows(self._unit.file, columns.missing_values, self._unit.part, columns.names):
+            require_columns(frame, columns.names, self._source, "the first file has it, or the configuration names it")
             batch = self._batch(frame, row) if frame.height else None
             if frame.height:
                 self.facts.batches.append(frame.height)
@@ -177,7 +182,7 @@ class _Spooling:
         return pa.record_batch(arrays | {f"{_FEATURE}{name}": values for name, values in features.items()})
 
     def _target(self, column: pl.Series, row: int) -> np.ndarray[Any, Any]:
-        text = target_text(column, self._source, row)
+        text = target_text(self._with_nulls(column), self._source, row)
         for name, first in first_rows(text).items():
             self._codes.setdefault(name, len(self._codes))
             self.facts.classes.setdefault(name, (0, row + first))
@@ -191,15 +196,20 @@ class _Spooling:
     def _feature(self, column: pl.Series, row: int) -> pa.Array:
         name = column.name
         facts = self.facts.columns.setdefault(name, ColumnFacts(name in self._text))
-        if name in self._columns.categorical:
+        column = self._with_nulls(column)
+        if name in self._categorical:
             return _texts(column, self._source)
-        require_numbers_or_text(column, self._source)
-        parsed = parse_numbers(column)
+        known = name in self._known_numbers
+        if not known:
+            require_numbers_or_text(column, self._source)
+        parsed = parse_known_numbers(column, self._source) if known else parse_numbers(column)
         present, found = len(column) - column.null_count(), len(parsed) - parsed.null_count()
+        if column.dtype == pl.Boolean and not known:
+            found = 0  # true and false are categories
         if found < present:
             self._text.add(name)
             facts.text = True
-            if facts.stray is None:
+            if facts.stray is None and column.dtype != pl.Boolean:
                 stray = int((parsed.is_null() & column.is_not_null()).arg_max() or 0)
                 facts.stray = row + stray, str(column[stray])
         facts.present += present
@@ -207,7 +217,20 @@ class _Spooling:
         if name in self._text:
             return _texts(column, self._source)
         values = float32_range(parsed, column, self._source, row).numpy()
+        self._look_at_numbers(facts, column, values, row)
         return pa.array(values.astype(np.float32) if column.dtype in _SMALL else values)
+
+    def _look_at_numbers(self, facts: ColumnFacts, column: pl.Series, values: FloatArray, row: int) -> None:
+        begins = not self.facts.batches
+        offset = row_offset(values, row) if begins or facts.row_offset is not None else None
+        facts.row_offset = offset if begins or offset == facts.row_offset else None
+        if begins and column.dtype == pl.String:
+            padded = column.filter(column.str.contains(_PADDED))
+            facts.padded = padded[0] if len(padded) else None
+
+    def _with_nulls(self, column: pl.Series) -> pl.Series:
+        kept = self._columns.categories.get(column.name, ())
+        return without_missing_words(column, self._columns.missing_values, kept)
 
 
 def _texts(column: pl.Series, source: str) -> pa.Array:
@@ -238,9 +261,10 @@ class Spool:
     ) -> None:
         self.kinds = kinds
         self.weighted = weighted
+        self._numeric = frozenset(kinds.numeric)
         self._batches = batches
         self._found = found
-        self._class_index = {name: index for index, name in enumerate(class_names)}
+        self._class_index = index_of_classes(class_names, self.classes)
 
     @cached_property
     def chunks(self) -> list[Chunk]:
@@ -308,7 +332,7 @@ class Spool:
 
     def _feature(self, chunk: Chunk, name: str) -> pl.Series:
         column = self._column(chunk, f"{_FEATURE}{name}")
-        if name in self.kinds.numeric:
+        if name in self._numeric:
             return pl.Series(name, column.to_numpy().astype(np.float64))
         if pa.types.is_floating(column.type):  # without any value in this unit, or it would have been read as text
             return pl.Series(name, [None] * len(column), dtype=pl.String)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,22 +13,27 @@ import torch
 from polars.exceptions import PolarsError
 from torch import Tensor
 
-from dist_train.data.readers import read_rows
+from dist_train.data.readers import read_header, read_rows
 from dist_train.errors import UserError
 
 BUILTIN = "builtin:"
+TRAINED_ON = "the model was trained on it"
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 # A text column in which at least this share of the cells are numbers is a column of numbers with stray text in it.
 MOSTLY_NUMBERS = 0.5
 
 
+_TRUTH = {"true": 1.0, "false": 0.0}
+
+
 @dataclass(frozen=True)
 class ColumnKinds:
-    """Names of the feature columns by kind, in the order of the table."""
+    """Names of the feature columns by kind, in the order of the table; `left_out`: those that are not used, and why."""
 
     numeric: tuple[str, ...]
     categorical: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...] = ()
 
 
 def locate(path: str) -> Path:
@@ -54,9 +59,29 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_table(file: Path, missing_values: Sequence[str]) -> pl.DataFrame:
-    """Read a file whole. CSV cells come as text (null where missing), Parquet columns in their own types."""
-    return pl.concat(read_rows(file, missing_values))
+def read_table(file: Path, missing_values: Sequence[str], columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """Read a file whole, or only the columns that are wanted of it, by a trained model.
+
+    CSV cells come as text (null where missing), Parquet columns in their own types.
+
+    Raises:
+        UserError: the file cannot be read, or a wanted column is not there.
+    """
+    if columns is not None:
+        require_names(read_header(file), columns, str(file), TRAINED_ON)
+    return pl.concat(read_rows(file, missing_values, columns=columns))
+
+
+def without_missing_words(column: pl.Series, words: Sequence[str], categories: Collection[str] = ()) -> pl.Series:
+    """A column whose cells of text are null where they are one of the words that mean: no value.
+
+    A word that is among the `categories` stays: a former release took it for one in a Parquet file.
+    """
+    if column.dtype != pl.String:
+        return column
+    missing = [word for word in words if word not in categories]
+    found = column.is_in(missing)
+    return column.set(found, None) if found.any() else column
 
 
 def require_columns(frame: pl.DataFrame, names: Sequence[str], source: str, why: str) -> None:
@@ -66,7 +91,8 @@ def require_columns(frame: pl.DataFrame, names: Sequence[str], source: str, why:
 
 def require_names(columns: Sequence[str], names: Sequence[str], source: str, why: str) -> None:
     """The same, by the names of the columns."""
-    missing = [name for name in names if name not in columns]
+    present = frozenset(columns)
+    missing = [name for name in names if name not in present]
     if missing:
         have = ", ".join(columns[:12]) + (", ..." if len(columns) > 12 else "")
         listed = ", ".join(repr(name) for name in missing)
@@ -78,7 +104,7 @@ def numbers(column: pl.Series, source: str, first_row: int = 0) -> Tensor:
 
     The column begins with row `first_row` of the source.
     """
-    parsed = _parse_numbers(column, source)
+    parsed = parse_known_numbers(column, source)
     stray = parsed.is_null() & column.is_not_null()
     if stray.any():
         row = int(stray.arg_max() or 0)
@@ -127,7 +153,7 @@ def as_text(column: pl.Series, source: str) -> pl.Series:
 
 def require_numbers_or_text(column: pl.Series, source: str) -> None:
     """UserError when a feature's cells are neither numbers nor text."""
-    if not column.dtype.is_numeric() and column.dtype not in (pl.Null, pl.String):
+    if not column.dtype.is_numeric() and column.dtype not in (pl.Null, pl.String, pl.Boolean):
         raise UserError(
             f"{source}: column {column.name!r} has type {column.dtype}: turn it into numbers or text, "
             "or name it in data.drop"
@@ -146,7 +172,16 @@ def parse_numbers(column: pl.Series) -> pl.Series:
     return column.cast(pl.Float64, strict=False)
 
 
-def _parse_numbers(column: pl.Series, source: str) -> pl.Series:
-    if column.dtype != pl.String and not column.dtype.is_numeric() and column.dtype != pl.Null:
+def parse_known_numbers(column: pl.Series, source: str) -> pl.Series:
+    """A column that a model knows as numbers, as `parse_numbers`; booleans, also as text, are 1 and 0.
+
+    Raises:
+        UserError: the column holds neither numbers nor text.
+    """
+    if not column.dtype.is_numeric() and column.dtype not in (pl.String, pl.Null, pl.Boolean):
         raise UserError(f"{source}: column {column.name!r} has type {column.dtype}, numbers are expected")
-    return parse_numbers(column)
+    parsed = parse_numbers(column)
+    if column.dtype == pl.String and parsed.null_count() > column.null_count():
+        words = column.str.strip_chars().str.to_lowercase()
+        parsed = parsed.fill_null(words.replace_strict(_TRUTH, default=None, return_dtype=pl.Float64))
+    return parsed

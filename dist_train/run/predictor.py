@@ -22,6 +22,7 @@ from dist_train.config.schema import JobConfig, RuntimeConfig
 from dist_train.data.frames import Table, frame_of
 from dist_train.data.split import SPLITS
 from dist_train.data.table import locate, read_table
+from dist_train.data.unfamiliar import Unfamiliar
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.supervision import watched
 from dist_train.distributed.world import device_here, process_group, world_from_environment
@@ -76,6 +77,7 @@ class Predictor:
 
     def _load(self, found: Parts, collectives: Collectives) -> None:
         self.collectives = collectives
+        self._told: set[str] = set()
         self.config = _with_known_metrics(found["config"])
         self._has_data: bool = found["has_data"]
         self.members = [self._member(parts) for parts in found["members"]]
@@ -100,10 +102,11 @@ class Predictor:
             UserError: a column is missing, or a cell cannot be read.
         """
         if isinstance(rows, (str, os.PathLike)):
-            frame = read_table(locate(os.fspath(rows)), self.config.data.missing_values)
-            predicted = self._probabilities(frame, os.fspath(rows))
+            frame = self._read(locate(os.fspath(rows)))
+            predicted, unfamiliar = self._probabilities(frame, os.fspath(rows))
         else:
-            predicted = self._probabilities(frame_of(rows), "the table")
+            predicted, unfamiliar = self._probabilities(frame_of(rows, wanted=self._input_columns), "the table")
+        self._tell(unfamiliar)
         assert predicted is not None  # in a world of one
         return predicted.numpy()
 
@@ -133,23 +136,52 @@ class Predictor:
                 raise UserError(f"{file or self.config.data.path}: there are no {split} rows")
             with self.collectives.heartbeat.phase("evaluation"):
                 predicted = self._mean(lambda task: labelled if task is first else task.labelled(split, file))
-                return scores(predicted, labelled, first, self.collectives)
+                metrics = scores(predicted, labelled, first, self.collectives)
+                unfamiliar = first.unfamiliar(labelled)
+        self._tell(unfamiliar)
+        return metrics | unfamiliar.as_json()
 
-    def table(self, file: Path) -> pl.DataFrame | None:
+    def table(self, file: Path) -> tuple[pl.DataFrame, Unfamiliar] | None:
         """`probability_<class>` for each class and `predicted_class`: a row for each row of a file, in its order.
 
-        Called by all ranks; None on ranks other than 0. Raises as `predict_proba`.
+        And what the model has not seen the like of in it. Called by all ranks; None on ranks other than 0. Raises as
+        `predict_proba`.
         """
-        frame = self.collectives.run_on_all(lambda: read_table(file, self.config.data.missing_values))
-        predicted = self._probabilities(frame, str(file))
+        frame = self.collectives.run_on_all(lambda: self._read(file))
+        predicted, unfamiliar = self._probabilities(frame, str(file))
         if predicted is None:
             return None
+        self._tell(unfamiliar)
         columns = {f"probability_{name}": predicted[:, i].numpy() for i, name in enumerate(self.class_names)}
         winners = [self.class_names[i] for i in predicted.argmax(1).tolist()]
-        return pl.DataFrame(columns).with_columns(pl.Series("predicted_class", winners, dtype=pl.String))
+        scores = pl.DataFrame(columns).with_columns(pl.Series("predicted_class", winners, dtype=pl.String))
+        return scores, unfamiliar
 
-    def _probabilities(self, frame: pl.DataFrame, source: str) -> Tensor | None:
-        return self._mean(lambda task: self.collectives.run_on_all(lambda: task.unlabelled(frame, source)))
+    def _read(self, file: Path) -> pl.DataFrame:
+        return read_table(file, self.config.data.missing_values, self._input_columns)
+
+    @property
+    def _input_columns(self) -> list[str]:
+        return list(dict.fromkeys(name for member in self.members for name in member.task.input_columns))
+
+    def _probabilities(self, frame: pl.DataFrame, source: str) -> tuple[Tensor | None, Unfamiliar]:
+        unfamiliar: list[Unfamiliar] = []
+
+        def rows_of(task: Task) -> EncodedRows:
+            rows = self.collectives.run_on_all(lambda: task.unlabelled(frame, source))
+            if not unfamiliar:  # the members of an ensemble know nearly the same categories
+                unfamiliar.append(task.unfamiliar(rows, frame))
+            return rows
+
+        return self._mean(rows_of), unfamiliar[0]
+
+    def _tell(self, unfamiliar: Unfamiliar) -> None:
+        """Warn of each column once."""
+        for line in unfamiliar.lines():
+            name = line.partition(":")[0]
+            if self.collectives.is_main and name not in self._told:
+                log.warning("%s", line)
+            self._told.add(name)
 
     def _mean(self, rows_of: Callable[[Task], EncodedRows]) -> Tensor | None:
         return mean_probabilities(self.members, rows_of, self.config.evaluation.batch_size, self.collectives)

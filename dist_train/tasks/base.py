@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import polars as pl
 from torch import Tensor, nn
 
 from dist_train.config.schema import JobConfig
+from dist_train.data.unfamiliar import Unfamiliar
 from dist_train.training.loss import Objective
 from dist_train.training.protocols import Source
 
@@ -72,6 +73,16 @@ class Task(Protocol):
         Raises:
             UserError: there are no such rows, or the file does not fit the model.
         """
+
+    @property
+    def input_columns(self) -> Sequence[str]:
+        """Columns of a table that a row is scored by; no other column is read."""
+
+    def unfamiliar(self, rows: Source, table: pl.DataFrame | None = None) -> Unfamiliar:
+        """What the model has not seen the like of among some rows; of `table`, if they were made of one."""
+
+    def inputs(self) -> list[str]:
+        """What the columns of the data became, in lines for the plan."""
 
     def unlabelled(self, table: pl.DataFrame, source: str) -> Source:
         """Rows of a table to score, in its order; the targets are zeros.

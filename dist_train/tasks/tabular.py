@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from dist_train.data.dataset import (
     read_for_evaluation,
     read_labelled,
 )
-from dist_train.data.encoder import Encoder
+from dist_train.data.encoder import Encoder, with_missing_cells
 from dist_train.data.prepare import split_table
 from dist_train.data.sources import MappedRows, ResidentRows, resident
 from dist_train.data.spec import FeatureSpec, spec_of_encoder
 from dist_train.data.store import is_store
 from dist_train.data.table import locate
+from dist_train.data.unfamiliar import Unfamiliar, unfamiliar_cells
 from dist_train.data.weights import require_some_weight
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
@@ -42,6 +43,7 @@ from dist_train.training.metrics import (
     unweighted_metrics,
 )
 from dist_train.training.precision import dtype_of
+from dist_train.training.protocols import Source
 
 
 class TabularTask:
@@ -55,6 +57,7 @@ class TabularTask:
         self._encoder = Encoder(dataset.spec)
         self.splits: Mapping[str, ResidentRows | MappedRows] = dataset.splits
         self.fingerprint = dataset.sha256
+        self._columns = list(dataset.columns)
         if config.train.class_weights is not None:
             given_class_weights(config.train, self.class_names)  # a mistake is told before anything is written
         if config.data.weight and dataset.splits:
@@ -154,8 +157,22 @@ class TabularTask:
             lambda: encoded_rows(table, chosen, self.spec, [split], collectives.device, self._dtype)
         )[split]
 
+    @property
+    def input_columns(self) -> Sequence[str]:
+        """Feature columns."""
+        return self.spec.names
+
+    def unfamiliar(self, rows: Source, table: pl.DataFrame | None = None) -> Unfamiliar:
+        """Unknown categories, and missing cells in columns that had none in training."""
+        return unfamiliar_cells(rows.slice, len(rows), self.spec, table)
+
+    def inputs(self) -> list[str]:
+        """The columns by kind, and those that are left out."""
+        return self._columns
+
     def unlabelled(self, table: pl.DataFrame, source: str) -> ResidentRows:
-        """Rows to score."""
+        """Rows to score; cells of text that are a word for "missing" are missing, as in a CSV file."""
+        table = with_missing_cells(table, self.spec, self._config.data.missing_values)
         inputs = self._encoder.to_arrays(table, source)
         targets = torch.zeros(table.height, dtype=torch.int64)
         rows, device = torch.arange(table.height), self._collectives.device
