@@ -4,8 +4,8 @@ python -m benchmarks.quality --table small --contestant any_table --contestant l
 
 Each contestant runs as a process of its own, with one thread. Its log loss on the validation and the test rows, its
 wall time and its processor time, both from the start of the command, are written to benchmarks/results/quality.json as
-soon as they are known, and a result that is there is not measured again (`--again` does). docs/quality.md is made of
-them.
+soon as they are known. A log loss that is there is not measured again (`--again` does). docs/quality.md and the
+leaderboard of the README are made of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.page import write_page
+from benchmarks.quality.page import write_leaderboard, write_page
 from benchmarks.quality.peers import PEERS, missing_package
 from benchmarks.quality.tables import TABLES, write
 
@@ -47,12 +47,13 @@ def main() -> None:
             for table in arguments.table or TABLES:
                 for contestant in arguments.contestant or CONTESTANTS:
                     of_table = known["results"].setdefault(table, {}).setdefault(contestant, {})
-                    if str(seed) in of_table and not arguments.again:
+                    if "test" in of_table.get(str(seed), {}) and not arguments.again:
                         continue
                     of_table[str(seed)] = measure(contestant, table, seed, arguments.tables, Path(folder))
                     print(table, contestant, seed, json.dumps(of_table[str(seed)]), flush=True)
                     _store(known)
     write_page(known, REPOSITORY / "docs" / "quality.md")
+    write_leaderboard(known, REPOSITORY / "README.md")
 
 
 def measure(contestant: str, table: str, seed: int, tables: Path, folder: Path) -> dict[str, Any]:

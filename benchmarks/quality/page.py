@@ -32,9 +32,20 @@ _TITLES = {
 }
 
 
+_MARKS = ("<!-- leaderboard: made by `make bench-quality` -->\n", "<!-- end of the leaderboard -->\n")
+
+
 def write_page(known: Mapping[str, Any], file: Path) -> None:
     """Write the page of these results."""
     file.write_text("\n".join(_lines(known)) + "\n")
+
+
+def write_leaderboard(known: Mapping[str, Any], readme: Path) -> None:
+    """Put the leaderboard of the built-in table between the two marks of another page."""
+    before, rest = readme.read_text().split(_MARKS[0])
+    _, after = rest.split(_MARKS[1])
+    shown = "\n".join(_leaderboard(_summaries(known).get(BUILT_IN, {})))
+    readme.write_text(f"{before}{_MARKS[0]}\n{shown}\n\n{_MARKS[1]}{after}")
 
 
 def summarised(of_seeds: Mapping[str, Any]) -> dict[str, float] | None:
@@ -47,11 +58,7 @@ def summarised(of_seeds: Mapping[str, Any]) -> dict[str, float] | None:
 
 
 def _lines(known: Mapping[str, Any]) -> Iterator[str]:
-    results = {
-        table: {name: summarised(of_seeds) for name, of_seeds in known["results"][table].items()}
-        for table in TABLES
-        if table in known["results"]
-    }
+    results = _summaries(known)
     yield HEAD
     machine = ", ".join(f"{name} {value}" for name, value in known.get("machine", {}).items())
     yield f"Machine: {machine}; commit {known.get('commit', '?')}.\n"
@@ -61,6 +68,16 @@ def _lines(known: Mapping[str, Any]) -> Iterator[str]:
     yield from _all_tables(results)
     yield "\nAn empty cell was not run."
     yield from _skipped(known["results"])
+
+
+def _summaries(known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Table -> contestant -> means over the seeds, the tables in their order."""
+    found = known["results"]
+    return {
+        table: {name: summarised(of_seeds) for name, of_seeds in found[table].items()}
+        for table in TABLES
+        if table in found
+    }
 
 
 def _leaderboard(of_table: Mapping[str, Any]) -> Iterator[str]:

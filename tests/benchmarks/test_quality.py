@@ -67,6 +67,18 @@ def test_the_page_has_means_spreads_and_what_was_not_measured(tmp_path: Path) ->
     assert "- RealMLP (pytabkit): pytabkit is not installed (small)" in text
 
 
+def test_the_leaderboard_stands_between_its_marks(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{page._MARKS[0]}old\n{page._MARKS[1]}after\n")
+    known = {"results": {"credit_card_risk": {"any_table": {"0": {"valid": 0.5, "test": 0.5, "cpu_seconds": 9.0}}}}}
+    for _ in range(2):
+        page.write_leaderboard(known, readme)
+    assert readme.read_text().splitlines()[0] == "before"
+    assert readme.read_text().splitlines()[-1] == "after"
+    assert "old" not in readme.read_text()
+    assert readme.read_text().count("| any_table.yaml | 0.5000 | 1 | 9 |") == 1
+
+
 def test_every_contestant_has_a_title_and_a_configuration() -> None:
     assert list(page._TITLES) == CONTESTANTS
     assert all((REPOSITORY / file).is_file() for files in OWN.values() for file in files)
