@@ -46,6 +46,7 @@ trap 'on_signal TERM' TERM
 trap 'on_signal USR1' USR1
 trap 'on_signal USR2' USR2
 trap 'on_signal INT' INT
+trap 'on_signal HUP' HUP
 
 # shellcheck disable=SC2034  # `code` is for the caller
 # Waits for a child and sets `code`. A signal ends `wait` early, with a code that is not the child's: then wait again.

@@ -15,7 +15,8 @@ from types import FrameType
 
 from dist_train.distributed.slurm import Attempt
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""SIGHUP: the terminal was closed, or its connection lost."""
 LAUNCHER_DIED = "its launcher died"
 
 _PR_SET_PDEATHSIG = 1
@@ -114,7 +115,9 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        former = {s: signal.signal(s, self._handle) for s in STOP_SIGNALS}
+        # nohup has SIGHUP ignored: training goes on.
+        handled = [s for s in STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+        former = {s: signal.signal(s, self._handle) for s in handled}
         try:
             if self.launcher:
                 self.launcher.wake_when_it_dies()

@@ -10,6 +10,7 @@ from torch.distributed import Store
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.stopping import Launcher
 from dist_train.errors import EXIT_FAULT, LauncherDied, PeerFailed, Stopped, TrainingFault, UserError
+from dist_train.system.console import log
 from dist_train.watchdog import watchdog
 
 
@@ -27,6 +28,13 @@ def watched(
     UserError, TrainingFault and Stopped pass through. Any other failure, on any rank, ends every rank with EXIT_FAULT
     within `timeout_seconds` and ten seconds; the report is appended to `report_file`, None: it goes to stderr.
     """
+
+    def warn_of_pause(seconds: float) -> None:
+        if collectives.is_main:
+            log.warning(
+                "the ranks were suspended for %.0f s: training goes on; such time counts for no timeout", seconds
+            )
+
     settings = watchdog.Settings(
         timeout_seconds=timeout_seconds,
         exit_code=EXIT_FAULT,
@@ -35,6 +43,7 @@ def watched(
         launcher_died=None if launcher is None else lambda: launcher.died,
         passed=(UserError, TrainingFault, Stopped),
         effects=(PeerFailed, LauncherDied),
+        paused=warn_of_pause,
     )
     return watchdog.watched(
         collectives.rank,

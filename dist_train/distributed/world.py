@@ -17,6 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from dist_train.errors import TrainingFault, UserError
@@ -26,6 +27,7 @@ from dist_train.system.torchrun import TORCHRUN_VARIABLES, missing_from_torchrun
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 
 TIMEOUT_GRACE_SECONDS = 10.0
+_LONGEST_PAUSE = timedelta(days=365)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +157,12 @@ def process_group(world: World, timeout_seconds: float) -> Iterator[Store]:
             store=PrefixStore("process_group", store),
             rank=world.rank,
             world_size=world.size,
-            # The watchdog ends a collective that hangs; torch's own timeout is for the case that the watchdog cannot.
             timeout=timeout + timedelta(seconds=TIMEOUT_GRACE_SECONDS),
             device_id=world.device if world.backend == "nccl" else None,
         )
+    # The watchdog ends a collective that hangs, and counts no time in which the ranks were suspended. torch's timeout
+    # would count it, so it holds only until all ranks have met.
+    _set_pg_timeout(_LONGEST_PAUSE, dist.group.WORLD)
     try:
         yield store
     finally:

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -70,7 +71,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         if rank != 0 and not missing_from_torchrun(os.environ):
             time.sleep(QUIET_RANK_GRACE_SECONDS)
         show_in_report(f"error: {error}", os.environ)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}")
     except BrokenPipeError:
         pass  # the program that read stdout has ended: nobody is left to tell
     except SystemExit as stop:
@@ -78,8 +79,13 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except BaseException:
-        print("\n".join(map(printable, traceback.format_exc().splitlines())), file=sys.stderr, flush=True)
+        _say("\n".join(map(printable, traceback.format_exc().splitlines())))
     leave(code)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the terminal was closed: the exit code still counts
+        print(text, file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:

@@ -30,12 +30,14 @@ from torch.distributed import PrefixStore, Store
 from dist_train.watchdog.diagnosis import RankReport, Verdict, diagnose, headline, report
 from dist_train.watchdog.heartbeat import STACK_SIGNAL, Heartbeat, RankState, read
 from dist_train.watchdog.processes import Process
+from dist_train.watchdog.running_time import RunningTime
 
 T = TypeVar("T")
 
 _LOOK_SECONDS = 0.5
 # To publish a report; to hear from all others; to close files and connections once the report is written.
 _ASK_SECONDS = 2.0
+_ASK_TURNS = 20
 _COLLECT_SECONDS = 3.0
 _LEAVE_SECONDS = 2.0
 _MAX_FLIGHT = 20_000
@@ -49,6 +51,7 @@ class Settings:
     `exit_code`. The report is appended to `report_file` under `title`; None: it goes to stderr. `launcher_died` says
     whether the launcher of this process is gone; None: it has none. An exception of the types `passed` leaves the block
     as it is. One of the types `effects` ends every rank, but has its cause elsewhere: this rank is not blamed for it.
+    Time in which this process was suspended does not count; `paused` is told the seconds of the first such pause.
     """
 
     timeout_seconds: float
@@ -58,6 +61,7 @@ class Settings:
     launcher_died: Callable[[], bool] | None = None
     passed: tuple[type[Exception], ...] = ()
     effects: tuple[type[Exception], ...] = ()
+    paused: Callable[[float], None] = lambda _seconds: None
 
 
 Share = Callable[[object], Sequence[Any]]
@@ -139,14 +143,19 @@ class Watchdog:
 
     def _watch(self) -> None:
         """The thread."""
+        running, timeout, told = RunningTime(_LOOK_SECONDS), self._settings.timeout_seconds, False
         orphaned_at = None
         while not self._ended.wait(_LOOK_SECONDS):
+            paused = running.look()
+            if paused and not told:
+                told = True
+                self._settings.paused(paused)
             own = self._heartbeat.read()
-            waited = own.collective is not None and own.seconds > self._settings.timeout_seconds
+            waited = own.collective is not None and running.of_the_last(own.seconds) > timeout
             if orphaned_at is None and self._launcher_died():
                 orphaned_at = time.monotonic()
             # An orphan ends by itself at the next step; unless it hangs.
-            orphaned = orphaned_at is not None and time.monotonic() - orphaned_at > self._settings.timeout_seconds
+            orphaned = orphaned_at is not None and running.of_the_last(time.monotonic() - orphaned_at) > timeout
             if (waited or orphaned or self._another_has_tripped()) and self._tripped.acquire(blocking=False):
                 self._trip(timed_out=waited, error=None)
                 os._exit(self._settings.exit_code)
@@ -216,7 +225,8 @@ class Watchdog:
             except OSError as error:
                 where = f"{file} cannot be written ({error.strerror}):\n{whole}"
         errors = [r.error for r in ranks if r.rank in verdict.blamed and r.error and not r.launcher_died]
-        print(_escaped("\n".join([f"error: {said}", *errors[:1], where or whole])), file=sys.stderr, flush=True)
+        with suppress(OSError):  # the terminal was closed
+            print(_escaped("\n".join([f"error: {said}", *errors[:1], where or whole])), file=sys.stderr, flush=True)
 
     def _own_report(self, error: Exception | None) -> RankReport:
         who = self._ranks[self._rank]
@@ -279,7 +289,10 @@ class Watchdog:
         answers: list[T] = []
         asking = threading.Thread(target=_suppressed(lambda: answers.append(question(store))), daemon=True)
         asking.start()
-        asking.join(_ASK_SECONDS)
+        for _ in range(_ASK_TURNS):  # of a pause in which this process is suspended, only a turn counts
+            asking.join(_ASK_SECONDS / _ASK_TURNS)
+            if not asking.is_alive():
+                break
         if not answers:
             self._store = None
             return None

@@ -181,7 +181,7 @@ def test_a_mistake_is_told_before_a_node_is_set_to_work(
     assert not stage.asked("srun")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_becomes_the_stop_file_and_the_job_waits_for_the_save(number: int, stage: Stage) -> None:
     stage.stand_in(
         "srun", f'until [ -s "$RUN/stop" ]; do sleep 0.05; done; cp "$RUN/stop" "$RUN/seen"; {MARKER}; exit 7'

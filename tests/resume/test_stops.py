@@ -20,7 +20,7 @@ from tests.resume.processes import job
 PAUSE_SECONDS = 0.05  # after each step, so that a signal from outside comes in the middle of training
 
 
-@pytest.mark.parametrize("told", [(1, 0, 1, 0), pytest.param((0, 1, 0, 1), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("told", [(1, 0, 1, 0, 1), pytest.param((0, 1, 0, 1, 0), marks=pytest.mark.slow)], ids=str)
 def test_a_signal_to_one_rank_of_two_stops_both_and_nothing_is_lost(
     table: Path, tmp_path: Path, uninterrupted: Whole, told: tuple[int, ...]
 ) -> None:

@@ -5,6 +5,8 @@ Nor is a line of its metrics doubled or missing, and wandb sees one run.
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tests.pace import SLOW, Pace
@@ -112,3 +114,18 @@ def test_the_loss_of_the_first_node(stage: Stage) -> None:
         assert len(job.wandb_runs()) == 1
     finally:
         cluster.restore(first)
+
+
+@pytest.mark.slow
+@side_by_side
+def test_a_job_that_is_suspended_for_longer_than_the_timeout(stage: Stage) -> None:
+    """`scontrol suspend` stops every process of a job on all nodes; `resume` continues them."""
+    job = submit(stage, "runtime.timeout_seconds=10", sbatch=["--nodes=2"], pace=Pace(step_seconds=0.5))
+    job.wait_for_step()
+    stage.cluster.command("scontrol", "suspend", job.id)
+    step = job.step()
+    time.sleep(25)
+    assert job.step() == step
+    stage.cluster.command("scontrol", "resume", job.id)
+    assert job.completed(restarts=0) == stage.whole
+    assert job.output().count("suspended for") == 1, job.output()

@@ -14,6 +14,9 @@ from dist_train.run.tracking.jsonl_tracker import JsonlTracker
 from dist_train.run.tracking.wandb_tracker import WandbTracker, choose_mode
 from dist_train.system.console import terminal
 
+_SERVER_SECONDS = 30.0
+"""How long a server of wandb may take to answer."""
+
 
 class Trackers:
     """All trackers of a run, on rank 0.
@@ -33,13 +36,17 @@ class Trackers:
         environ: Mapping[str, str],
     ) -> None:
         self.jsonl = JsonlTracker(metrics_file)
+        mode = choose_mode(config.wandb.mode, environ)
+        # The other ranks wait meanwhile, for no longer than runtime.timeout_seconds.
+        patience = 0.8 * config.runtime.timeout_seconds
         self.wandb = WandbTracker(
             folder=metrics_file.parent,
             name=config.run.name,
             project=config.wandb.project,
-            mode=choose_mode(config.wandb.mode, environ),
+            mode=mode,
             config=asdict(config),
             last_step=self.jsonl.last_step,
+            patience_seconds=min(_SERVER_SECONDS, patience) if mode == "online" else patience,
         )
         self.jsonl.load_state_dict(_metrics_state(state) if state else {"bytes": 0})
         self.console = ConsoleTracker(

@@ -1,11 +1,13 @@
-"""Weights & Biases. Training never depends on it: any failure here is one warning."""
+"""Weights & Biases. Training never depends on it: any failure here is one warning, and so is a server in silence."""
 
 from __future__ import annotations
 
 import json
 import netrc
 import secrets
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -31,12 +33,22 @@ class WandbTracker:
     """One wandb run for one run folder, also after a resume. No step is sent twice.
 
     `wandb/run.json` in the run folder keeps the id of the wandb run and the last step that was sent. `last_step` is the
-    last step in metrics.jsonl before a resume cuts it: later resumes no longer see that step in the file.
+    last step in metrics.jsonl before a resume cuts it: later resumes no longer see that step in the file. A call that
+    takes longer than `patience_seconds` is the last one: the other ranks wait meanwhile.
     """
 
     def __init__(
-        self, *, folder: Path, name: str, project: str, mode: Mode, config: Mapping[str, Any], last_step: int
+        self,
+        *,
+        folder: Path,
+        name: str,
+        project: str,
+        mode: Mode,
+        config: Mapping[str, Any],
+        last_step: int,
+        patience_seconds: float = 30.0,
     ) -> None:
+        self._patience_seconds = patience_seconds
         self._sent_step = 0
         self._run: Any = None
         if mode == "disabled":
@@ -45,23 +57,27 @@ class WandbTracker:
             import wandb
 
             run_id, self._sent_step = _remembered(folder / "wandb" / "run.json", last_step)
-            self._run = wandb.init(
-                dir=folder,
-                id=run_id,
-                resume="allow",
-                name=name,
-                project=project,
-                mode=mode,
-                config=dict(config),
-                # No console capture, no git or host metadata: neither environment nor a secret in an argument leaves.
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    disable_git=True,
-                    save_code=False,
-                    x_disable_meta=True,
-                    x_disable_stats=True,
-                ),
+            # No console capture, no git or host metadata: neither environment nor a secret in an argument leaves.
+            settings = wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                save_code=False,
+                x_disable_meta=True,
+                x_disable_stats=True,
+                init_timeout=patience_seconds,
+            )
+            self._run = self._in_time(
+                lambda: wandb.init(
+                    dir=folder,
+                    id=run_id,
+                    resume="allow",
+                    name=name,
+                    project=project,
+                    mode=mode,
+                    config=dict(config),
+                    settings=settings,
+                )
             )
         except ImportError:
             log.warning("wandb is not installed: metrics go to metrics.jsonl alone")
@@ -70,11 +86,12 @@ class WandbTracker:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Send a line of metrics under `<split>/<name>`."""
-        if self._run is None or record["step"] <= self._sent_step:
+        run = self._run
+        if run is None or record["step"] <= self._sent_step:
             return
         values = {f"{record['split']}/{name}": value for name, value in record.items() if name not in _SKIPPED}
         try:
-            self._run.log(values, step=record["step"])
+            self._in_time(lambda: run.log(values, step=record["step"]))
         except Exception as error:
             self._give_up(error)
 
@@ -83,14 +100,15 @@ class WandbTracker:
 
         `valid/<name>`, `test/<name>`, and what else of summary.json a table of runs is sorted by.
         """
-        if self._run is None:
+        run = self._run
+        if run is None:
             return
         values = {name: summary[name] for name in ("best_step", "weights_sha256")}
         for split in ("valid", "test"):
             scores = summary[split] or {}
             values |= {f"{split}/{name}": value for name, value in scores.items() if name not in _SKIPPED}
         try:
-            self._run.summary.update(values)
+            self._in_time(lambda: run.summary.update(values))
         except Exception as error:
             self._give_up(error)
 
@@ -99,9 +117,22 @@ class WandbTracker:
         run, self._run = self._run, None
         try:
             if run is not None:
-                run.finish(exit_code=int(failed))
+                self._in_time(lambda: run.finish(exit_code=int(failed)))
         except Exception as error:
             self._give_up(error)
+
+    def _in_time(self, call: Callable[[], Any]) -> Any:
+        """What a call returns. Raises TimeoutError where it takes too long; it is left to itself then."""
+        outcome: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(call())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=run, name="wandb", daemon=True).start()
+        return outcome.result(self._patience_seconds)
 
     def _give_up(self, error: Exception) -> None:
         self._run = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +14,15 @@ import pytest
 
 from dist_train.run.tracking.wandb_tracker import Mode, WandbTracker, choose_mode
 from tests.commands import run as run_command
+from tests.patience import PATIENCE_SECONDS
 from tests.resume.jobs import Trap, finish, run_job, tiny_job, write_table
 
 
 class FakeWandb:
-    """Stands for the module; `fail` names the call that raises."""
+    """Stands for the module; `fail` names the call that raises, `hangs` the one that does not come back."""
 
-    def __init__(self, fail: str = "") -> None:
-        self.fail = fail
+    def __init__(self, fail: str = "", hangs: str = "") -> None:
+        self.fail, self.hangs = fail, hangs
         self.inits: list[dict[str, Any]] = []
         self.sent: list[tuple[int, dict[str, Any]]] = []
         self.finished: list[int] = []
@@ -29,6 +31,8 @@ class FakeWandb:
         self.shown: dict[str, Any] = {}
 
     def _do(self, call: str) -> None:
+        if call == self.hangs:
+            threading.Event().wait(PATIENCE_SECONDS)
         if call == self.fail:
             raise RuntimeError("secret-token must not be shown")
 
@@ -154,6 +158,21 @@ def test_a_failure_is_one_warning_without_its_text(
     run.log_summary(SUMMARY)
     run.close()
     assert _warnings(heard) == ["wandb failed (RuntimeError): training goes on without it"]
+
+
+@pytest.mark.parametrize("call", ["init", "log", "summary", "finish"])
+def test_a_server_that_does_not_answer_is_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: pytest.LogCaptureFixture, call: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(hangs=call))
+    run = WandbTracker(
+        folder=tmp_path, name="n", project="p", mode="online", config={}, last_step=0, patience_seconds=0.1
+    )
+    for step in (1, 2, 3):
+        run.log(_record(step))
+    run.log_summary(SUMMARY)
+    run.close()
+    assert _warnings(heard) == ["wandb failed (TimeoutError): training goes on without it"]
 
 
 def test_a_missing_wandb_is_one_warning(
