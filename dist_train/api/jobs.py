@@ -73,7 +73,8 @@ def train(config: Config = None, overrides: Sequence[str] = (), *, verbose: bool
     It is the same job as `dist-train train`: the same call continues a run that was interrupted, and a run that is
     finished is left alone. In the main thread SIGTERM, SIGINT (Ctrl-C), SIGUSR1, SIGUSR2 and SIGHUP stop it at the
     next step with everything saved; the former handlers are put back. A program with several ranks calls it in each
-    of them; a rank that fails or hangs then ends all of them, as it does under the command. `verbose` shows the log lines.
+    of them; a rank that fails or hangs then ends all of them, as it does under the command. `verbose` shows the
+    log lines.
 
     Raises:
         UserError: the configuration or the data have a mistake; nothing has been written.
