@@ -18,14 +18,15 @@ class MemberRun:
 
 
 def members_of(config: JobConfig) -> list[MemberRun]:
-    """The runs of an ensemble in their order; none where the configuration is that of one run.
+    """The runs of an ensemble in their order, fold by fold; none where the configuration is that of one run.
 
     Seed `i` of a member is `run.seed + i`; all members have the split of the first.
     """
+    folds = range(config.data.folds) if config.data.folds is not None and config.data.fold is None else [None]
     seeds = range(config.ensemble.seeds)
-    if len(seeds) == 1:
+    if len(folds) * len(seeds) == 1:
         return []
-    return [MemberRun(f"seed_{index}", _member(config, f"seed_{index}", index)) for index in seeds]
+    return [_member(config, fold, seed, several_seeds=len(seeds) > 1) for fold in folds for seed in seeds]
 
 
 def is_ensemble(config: JobConfig) -> bool:
@@ -33,7 +34,12 @@ def is_ensemble(config: JobConfig) -> bool:
     return bool(members_of(config))
 
 
-def _member(config: JobConfig, name: str, seed: int) -> JobConfig:
-    run = replace(config.run, dir=str(Path(config.run.dir) / config.run.name), name=name, seed=config.run.seed + seed)
-    data = replace(config.data, split_seed=split_seed(config)) if seed else config.data
-    return replace(config, run=run, data=data, ensemble=replace(config.ensemble, seeds=1))
+def _member(config: JobConfig, fold: int | None, seed: int, *, several_seeds: bool) -> MemberRun:
+    names = [] if fold is None else [f"fold_{fold}"]
+    name = "_".join([*names, *([f"seed_{seed}"] if several_seeds else [])])
+    folder = str(Path(config.run.dir) / config.run.name)
+    run = replace(config.run, dir=folder, name=name, seed=config.run.seed + seed)
+    data = config.data if fold is None else replace(config.data, fold=fold)
+    if seed:
+        data = replace(data, split_seed=split_seed(config))
+    return MemberRun(name, replace(config, run=run, data=data, ensemble=replace(config.ensemble, seeds=1)))

@@ -8,12 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from statistics import mean, stdev
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from dist_train import __version__
 from dist_train.config.members import MemberRun
 from dist_train.config.schema import JobConfig
+from dist_train.data.store import is_store
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import TrainingFault, UserError, os_errors_as_faults
@@ -22,14 +26,13 @@ from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import Parts, encode_parts, pack_json
 from dist_train.run.checkpoint.trained_model import DESCRIPTION, ENSEMBLE, read_trained_model
 from dist_train.run.members import Member, ensemble_parts, mean_probabilities, with_weights
+from dist_train.run.predictions import Predictions, joined, mean_of
 from dist_train.run.resume import open_ensemble
 from dist_train.run.tracking.console_tracker import describe_scores
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
 from dist_train.system.machine import describe_machine
-from dist_train.tasks.base import Task
 from dist_train.tasks.registry import description_in, load_task
-from dist_train.training.evaluation import scores
 
 Summary = dict[str, Any]
 
@@ -70,6 +73,11 @@ class Ensemble:
 
         A dry run tries the first member. Raises Stopped when all ranks have agreed to stop, saved by then.
         """
+        if self.config.data.folds is not None and is_store(self.config.data.path):
+            raise UserError(
+                f"{self.config.data.path}: a store holds one split: prepare one for each of the data.folds, and train "
+                "each with data.fold"
+            )
         log.info("ensemble of %d runs: %s", len(self.members), ", ".join(member.name for member in self.members))
         if dry_run:
             return self._train_member(self.members[0].config, before_writing=lambda: None, dry_run=True)
@@ -113,13 +121,15 @@ class Ensemble:
     def _combine(self, summaries: Sequence[Summary], world: World) -> Summary:
         collectives = self._collectives
         parts = [collectives.on_rank_zero(partial(self._parts_of, member)) for member in self.members]
-        task = load_task(self.members[0].config, collectives, description_in(parts[0]))
-        trained = [with_weights(task, of_member["model.pth"]) for of_member in parts]
-        found = {split: self._score(split, task, trained) for split in ("valid", "test")}
+        validated, tested = self._predictions(parts)
 
         def write() -> Summary:
             model = ensemble_parts(self.config, [member.name for member in self.members], parts)
-            summary = self._summary(summaries, model[ENSEMBLE], world) | found
+            of_folds = joined(validated)
+            scores = {"valid": of_folds.metrics(), "test": mean_of(tested).metrics()}
+            summary = self._summary(summaries, model[ENSEMBLE], world) | scores
+            if of_folds.folds is not None:
+                write_atomically(self.folder.path / "out_of_fold.parquet", of_folds.parquet())
             commit(self.folder.model, encode_parts(model), self.folder.confirm)
             write_atomically(self.folder.summary, pack_json(summary))
             return summary
@@ -129,20 +139,30 @@ class Ensemble:
         log.info("summary in %s", self.folder.summary)
         return summary
 
+    def _predictions(self, parts: Sequence[Parts]) -> tuple[list[Predictions], list[Predictions]]:
+        """Of each fold the mean of its members, for its validation rows and for the test rows; empty but on rank 0."""
+        validated: list[Predictions] = []
+        tested: list[Predictions] = []
+        for fold, pairs in groupby(zip(self.members, parts, strict=True), lambda pair: pair[0].config.data.fold):
+            runs = list(pairs)
+            task = load_task(runs[0][0].config, self._collectives, description_in(runs[0][1]))
+            members = [with_weights(task, of_member["model.pth"]) for _, of_member in runs]
+            for split, found in (("valid", validated), ("test", tested)):
+                predicted = self._mean(members, split)
+                if predicted is not None:
+                    found.append(Predictions.of(task, task.splits[split], predicted, fold))
+        return validated, tested
+
+    def _mean(self, members: Sequence[Member], split: str) -> Tensor | None:
+        batch_size = self.config.evaluation.batch_size
+        return mean_probabilities(members, lambda task: task.splits[split], batch_size, self._collectives)
+
     def _parts_of(self, member: MemberRun) -> Parts:
         folder = self.folder.path / member.name / "model"
         try:
             return read_trained_model(folder)
         except CorruptCheckpoint as damage:
             raise TrainingFault(f"the trained model of a member is damaged: {damage}") from None
-
-    def _score(self, split: str, task: Task, members: Sequence[Member]) -> dict[str, Any] | None:
-        rows = task.splits[split]
-        if not len(rows):
-            return None
-        batch_size = self.config.evaluation.batch_size
-        predicted = mean_probabilities(members, lambda _task: rows, batch_size, self._collectives)
-        return scores(predicted, rows, task, self._collectives)
 
     def _summary(self, summaries: Sequence[Summary], described: Mapping[str, Any], world: World) -> Summary:
         """Content of summary.json without the scores of the whole. Steps, samples and seconds are sums."""

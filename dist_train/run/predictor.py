@@ -129,6 +129,11 @@ class Predictor:
             raise UserError(
                 "a trained model outside of its run folder has no data of its own: give a table (--data FILE)"
             )
+        if data is None and split != "test" and len(self.members) > 1 and self.config.data.folds is not None:
+            raise UserError(
+                f"--split {split}: each fold of an ensemble has other {split} rows: summary.json and "
+                "out_of_fold.parquet are of all folds; name a member for those of one"
+            )
         with _file_of(data) as file:
             first = self.members[0].task
             labelled = first.labelled(split, file)

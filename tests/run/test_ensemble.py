@@ -14,6 +14,7 @@ import pytest
 import dist_train
 from dist_train.config.load import load_config
 from dist_train.config.members import members_of
+from dist_train.distributed.stopping import StopRequest
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
 from dist_train.run.job import Job, train
@@ -98,6 +99,24 @@ def test_an_ensemble_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytes
     before = {path: path.stat().st_mtime_ns for path in checkpoints.rglob("*")}
     assert _train(tmp_path / "b")["test"] == whole["test"]
     assert {path: path.stat().st_mtime_ns for path in checkpoints.rglob("*")} == before
+
+
+def test_an_ensemble_that_is_told_to_stop_leaves_its_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = StopRequest.wanted
+
+    def in_the_second_member(self: StopRequest) -> bool:
+        if (tmp_path / "run" / "seed_1" / "config.yaml").exists() and not (tmp_path / "run" / "requeue").exists():
+            self.cause = "a test"
+        return wanted(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StopRequest, "wanted", in_the_second_member)
+        assert train(load_config(_arguments(tmp_path)), World(), {}) is None
+    marker = json.loads((tmp_path / "run" / "requeue").read_text())
+    assert marker["cause"] == "a test"
+    assert not (tmp_path / "run" / "seed_2").exists()
+    assert len(_train(tmp_path)["ensemble"]["members"]) == 3
+    assert not (tmp_path / "run" / "requeue").exists()
 
 
 def test_mistakes_cost_one_line(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
