@@ -30,7 +30,7 @@ def unseen_table(folder: Path) -> Path:
     return folder / "table.csv"
 
 
-@pytest.mark.parametrize(("name", "more"), [("any_table", ()), ("any_table_best", ("ensemble.seeds=2",))])
+@pytest.mark.parametrize(("name", "more"), [("any_table", ()), ("any_table_best", ("data.folds=2",))])
 def test_a_path_and_a_target_are_enough(name: str, more: tuple[str, ...], tmp_path: Path) -> None:
     table = unseen_table(tmp_path)
     few = [setting.format(folder=tmp_path) for setting in FEW_STEPS]
@@ -38,7 +38,7 @@ def test_a_path_and_a_target_are_enough(name: str, more: tuple[str, ...], tmp_pa
     summary = train(load_config(arguments), World(), {})
     assert summary is not None
     run = tmp_path / name
-    trained = read_config((run / "seed_1" if more else run) / "config.yaml")
+    trained = read_config((run / "fold_1" if more else run) / "config.yaml")
     assert trained.task.auto == []
     assert trained.train.global_batch_size == 32
     probabilities = load(run).predict_proba(table)
