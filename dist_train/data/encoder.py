@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
+import pyarrow.compute
 import torch
 from torch import Tensor
 
-from dist_train.data.quantiles import exact_quantiles
+from dist_train.data.quantiles import columns_to_sort, exact_quantiles
 from dist_train.data.scaling import scaled
 from dist_train.data.spec import (
     FIRST_CATEGORY,
@@ -27,7 +29,15 @@ from dist_train.data.spec import (
     NumericColumn,
 )
 from dist_train.data.spelling import alike, merged
-from dist_train.data.table import TRAINED_ON, ColumnKinds, as_text, numbers, require_columns, without_missing_words
+from dist_train.data.table import (
+    TRAINED_ON,
+    ColumnKinds,
+    arrow_text,
+    as_text,
+    numbers,
+    require_columns,
+    without_missing_words,
+)
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.system.console import log
@@ -38,6 +48,7 @@ SMALLEST_SPREAD = 2.0**-149
 # Quantiles that are found at once: the more, the fewer passes, and the shorter the digits of each.
 _QUANTILES_AT_ONCE = 64 * NUM_QUANTILES
 
+IntArray = np.ndarray[Any, np.dtype[np.int32]]
 Pieces = Callable[[Sequence[str]], Iterable[pl.DataFrame]]
 """Gives the named columns of this rank's training rows in parts, anew at each call."""
 
@@ -91,7 +102,7 @@ class Encoder:
                 flags[:, flag] = missing
                 flag += 1
         for index, words in enumerate(spec.categorical):
-            codes[:, index] = _codes(frame[words.name], words, source)
+            codes[:, index] = torch.from_numpy(_codes(frame[words.name], words, source))
         return inputs
 
     def empty(self, num_rows: int) -> Inputs:
@@ -118,16 +129,18 @@ def smallest_int(count: int) -> torch.dtype:
     return torch.int16 if count <= 1 << 15 else torch.int32
 
 
-def _codes(column: pl.Series, vocabulary: CategoricalColumn, source: str) -> Tensor:
-    text = as_text(column, source)
+def _codes(column: pl.Series, vocabulary: CategoricalColumn, source: str) -> IntArray:
+    text = arrow_text(as_text(column, source))
     codes = {word: FIRST_CATEGORY + index for index, word in enumerate(vocabulary.categories)}
     # A text that is a category as it stands is that one; so a vocabulary of an earlier release keeps its meaning.
-    others = [word for word in text.unique().to_list() if word not in codes]
+    others = [word for word in pyarrow.compute.unique(text).to_pylist() if word is not None and word not in codes]
     typed = column.dtype.is_numeric() or column.dtype == pl.Boolean
     found = alike(others, vocabulary.categories, typed=typed) if codes and others else {}
     codes |= {word: FIRST_CATEGORY + index for word, index in found.items()}
-    coded = text.replace_strict([None, *codes], [MISSING, *codes.values()], default=UNKNOWN, return_dtype=pl.Int32)
-    return torch.from_numpy(coded.to_numpy(writable=True))
+    places = pyarrow.compute.index_in(text, value_set=arrow_text(pl.Series(list(codes), dtype=pl.String)))
+    coded: IntArray = np.array([*codes.values(), UNKNOWN], np.int32)[places.fill_null(len(codes)).to_numpy()]
+    coded[text.is_null().to_numpy(zero_copy_only=False)] = MISSING
+    return coded
 
 
 def fit_spec(
@@ -140,9 +153,11 @@ def fit_spec(
     source: str,
     max_distinct: int | None = None,
     numeric_transform: str = "robust",
+    num_rows: int | None = None,
 ) -> FeatureSpec:
     """The spec of the training rows; `pieces` are this rank's share of them, which may be empty.
 
+    `num_rows`: rows over all ranks, where they are known.
     `numeric_transform` is robust or quantile: see `scaling.scaled`.
 
     Raises:
@@ -152,29 +167,35 @@ def fit_spec(
     counts = _count_categories(pieces, kinds.categorical, collectives, source, max_distinct)
     numeric: list[NumericColumn] = []
     num_quantiles = NUM_QUANTILES if numeric_transform == "robust" else NUM_TRANSFORM_QUANTILES
-    at_once = max(1, _QUANTILES_AT_ONCE // num_quantiles)
+    at_once = max(1, _QUANTILES_AT_ONCE // num_quantiles, columns_to_sort(num_rows) if num_rows else 0)
     for start in range(0, len(kinds.numeric), at_once):
-        found = _fit_numeric(kinds.numeric[start : start + at_once], pieces, collectives, source, num_quantiles)
+        names = kinds.numeric[start : start + at_once]
+        found = _fit_numeric(names, pieces, collectives, source, num_quantiles, num_rows)
         numeric += [replace(column, transform=numeric_transform) for column in found]
     categorical = [_fit_categorical(name, counts[name], max_categories) for name in kinds.categorical]
     return FeatureSpec(numeric=tuple(numeric), categorical=tuple(categorical), class_names=tuple(class_names))
 
 
 def _fit_numeric(
-    names: Sequence[str], pieces: Pieces, collectives: Collectives, source: str, num_quantiles: int
+    names: Sequence[str],
+    pieces: Pieces,
+    collectives: Collectives,
+    source: str,
+    num_quantiles: int,
+    num_rows: int | None,
 ) -> Iterator[NumericColumn]:
-    num_rows = 0
+    own_rows = 0
 
     def columns() -> Iterator[list[Tensor]]:
-        nonlocal num_rows
-        num_rows = 0
+        nonlocal own_rows
+        own_rows = 0
         for frame in pieces(names):
-            num_rows += frame.height
+            own_rows += frame.height
             yield [_values(frame[name], source) for name in names]
 
     fractions = [index / (num_quantiles - 1) for index in range(num_quantiles)]
-    quantiles, present = exact_quantiles(columns, len(names), fractions, collectives)
-    missing = collectives.all_reduce(torch.tensor(num_rows)) - present
+    quantiles, present = exact_quantiles(columns, len(names), fractions, collectives, num_rows)
+    missing = collectives.all_reduce(torch.tensor(own_rows)) - present
     for name, found, num_missing in zip(names, quantiles.tolist(), missing.tolist(), strict=True):
         yield _numeric_column(name, found, num_missing > 0, collectives)
 
@@ -223,7 +244,8 @@ def _count_categories(
     def count() -> Iterator[int]:
         for frame in pieces(names):
             for name in names:
-                counts[name].update(dict(as_text(frame[name], source).value_counts().iter_rows()))
+                found = pyarrow.compute.value_counts(arrow_text(as_text(frame[name], source)))
+                counts[name].update(dict(zip(*(part.to_pylist() for part in found.flatten()), strict=True)))
                 _check_distinct(counts, name, source, limit)
             yield frame.height
 

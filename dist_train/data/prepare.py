@@ -284,6 +284,7 @@ def fit_table(
         source=source,
         max_distinct=max_distinct,
         numeric_transform=data.numeric_transform,
+        num_rows=split.num_rows[SPLITS[_TRAIN]],
     )
 
 

@@ -21,6 +21,8 @@ _MOST_BITS, _FEWEST_BITS = 13, 4
 # Counts of a pass: 32 MiB, and not many more than there are keys to count.
 _MOST_COUNTS, _FEWEST_COUNTS = 1 << 22, 1 << 16
 _SIGN_BIT = torch.iinfo(torch.int64).min
+# Numbers that are sorted at once: 32 MiB.
+_MOST_SORTED = 1 << 22
 
 Keys = Callable[[], Iterable[Sequence[tuple[Tensor, "Tensor | int"]]]]
 """Gives this rank's keys in parts, anew at each call. A part is a sequence of (keys, groups): keys (n,) int64, ordered
@@ -32,14 +34,19 @@ def exact_quantiles(
     num_columns: int,
     fractions: Sequence[float],
     collectives: Collectives,
+    num_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantiles (linear interpolation) of columns over the rows of all ranks, float64, (num_columns, fractions).
 
     `pieces` gives this rank's rows, in parts, as often as it is asked: float64 columns (n,), NaN where there is no
     value; neighbours must not lie further apart than float64 reaches. Also returned: how many values each column has,
     (num_columns,). Quantiles of none are NaN. Raises Stopped when the ranks have agreed to stop.
+
+    `num_rows`: rows over all ranks. Where they are few, they are sorted, with the same result.
     """
     shares = torch.tensor(fractions, dtype=torch.float64)
+    if num_rows is not None and columns_to_sort(num_rows) >= num_columns:
+        return _quantiles_of_sorted(pieces, num_columns, shares, collectives)
     present = torch.zeros(num_columns, dtype=torch.int64)
 
     def keys() -> Iterator[list[tuple[Tensor, Tensor | int]]]:
@@ -62,11 +69,42 @@ def exact_quantiles(
         exact = shares * (present - 1).clamp(min=0).unsqueeze(1)
         return torch.cat([exact.floor(), exact.ceil()], 1).long()
 
-    found = order_statistics(keys, num_columns, places, collectives)
-    below, above = _values_of(found).view(num_columns, 2, len(fractions)).unbind(1)
+    return _interpolated(order_statistics(keys, num_columns, places, collectives), shares, present), present
+
+
+def columns_to_sort(num_rows: int) -> int:
+    """Columns of so many rows over all ranks that are few enough to be gathered and sorted at once."""
+    return _MOST_SORTED // max(1, num_rows)
+
+
+def _quantiles_of_sorted(
+    pieces: Callable[[], Iterable[Sequence[Tensor]]], num_columns: int, shares: Tensor, collectives: Collectives
+) -> tuple[Tensor, Tensor]:
+    own = [torch.empty((0, num_columns), dtype=torch.float64)]
+
+    def gather() -> Iterator[int]:
+        for piece in pieces():
+            own.append(torch.stack(list(piece), 1))
+            yield len(own[-1])
+
+    collectives.lockstep(gather())
+    rows = torch.cat(list(collectives.all_gather_object(lambda: torch.cat(own))))
+    present = len(rows) - rows.isnan().sum(0)
+    if not len(rows):
+        return torch.full((num_columns, len(shares)), float("nan"), dtype=torch.float64), present
+    keys = _ordered_keys(rows.masked_fill(rows.isnan(), float("nan"))) ^ _SIGN_BIT
+    exact = shares * (present - 1).clamp(min=0).unsqueeze(1)
+    places = torch.cat([exact.floor(), exact.ceil()], 1).long()
+    found = keys.t().contiguous().sort(1).values.gather(1, places) ^ _SIGN_BIT
+    return _interpolated(found, shares, present), present
+
+
+def _interpolated(found: Tensor, shares: Tensor, present: Tensor) -> Tensor:
+    """Quantiles from the keys below and above each of them, (columns, 2 * shares)."""
+    below, above = _values_of(found).view(len(present), 2, len(shares)).unbind(1)
     exact = shares * (present - 1).unsqueeze(1)
     quantiles = below + (above - below) * (exact - exact.floor())
-    return quantiles.masked_fill((present == 0).unsqueeze(1), float("nan")), present
+    return quantiles.masked_fill((present == 0).unsqueeze(1), float("nan"))
 
 
 def order_statistics(

@@ -26,7 +26,7 @@ UNNAMED_INDEX = "Unnamed: 0"
 
 _MAX_REASON = 300
 _CELLS_AT_ONCE = 1 << 21
-_MAX_ROWS_AT_ONCE = 1 << 16
+_MIN_ROWS_AT_ONCE, _MAX_ROWS_AT_ONCE = 1 << 9, 1 << 16
 # Of each column of a Parquet file that is being read; without it Arrow holds whole row groups.
 _PARQUET_BUFFER_BYTES = 1 << 18
 
@@ -131,7 +131,7 @@ def _parquet_rows(file: Path, part: Part, columns: Collection[str] | None) -> It
         _check_names(stream.schema_arrow.names, file)
         names = [name for name in stream.schema_arrow.names if columns is None or name in columns]
         groups = range(*part.row_groups) if part.row_groups else range(stream.num_row_groups)
-        rows = max(1, min(_MAX_ROWS_AT_ONCE, _CELLS_AT_ONCE // max(1, len(names))))
+        rows = max(_MIN_ROWS_AT_ONCE, min(_MAX_ROWS_AT_ONCE, _CELLS_AT_ONCE // max(1, len(names))))
         empty = True
         for batch in stream.iter_batches(rows, row_groups=list(groups), columns=names):
             batch = batch.select(names)  # Arrow also reads `a.b` where `a` is asked for

@@ -24,11 +24,13 @@ from torch import Tensor
 from dist_train.data.batches import Batches
 from dist_train.data.classes import MAX_CLASSES, first_rows, index_of_classes, target_text
 from dist_train.data.columns import ColumnFacts, Columns, FloatArray, Unit, UnitFacts, check_classes, row_offset
+from dist_train.data.csv_files import is_csv_name
 from dist_train.data.readers import read_rows
 from dist_train.data.row_keys import group_keys, time_keys
 from dist_train.data.split import codes_of_column
 from dist_train.data.table import (
     ColumnKinds,
+    arrow_text,
     as_text,
     float32_range,
     parse_known_numbers,
@@ -145,6 +147,7 @@ class _Spooling:
         self._unit = unit
         self._source = unit.source
         self._columns = columns
+        self._missing_words = [] if is_csv_name(unit.file) else columns.missing_values  # they are null in CSV already
         self._categorical = frozenset(columns.categorical)
         self._known_numbers = frozenset(columns.numbers)
         self._text = text
@@ -163,18 +166,18 @@ class _Spooling:
             yield frame.height, batch
 
     def _batch(self, frame: pl.DataFrame, row: int) -> pa.RecordBatch:
-        arrays: dict[str, pa.Array] = {_TARGET: pa.array(self._target(frame[self._columns.target], row))}
+        arrays: dict[str, pa.Array] = {_TARGET: _array(self._target(frame[self._columns.target], row))}
         if self._columns.split_column:
             codes = codes_of_column(frame[self._columns.split_column], self._source, row)
-            arrays[_SPLIT] = pa.array(codes.numpy())
+            arrays[_SPLIT] = _array(codes.numpy())
         if self._columns.weight:
-            arrays[_WEIGHT] = pa.array(weights_of_column(frame[self._columns.weight], self._source, row).numpy())
+            arrays[_WEIGHT] = _array(weights_of_column(frame[self._columns.weight], self._source, row).numpy())
         if self._columns.time_column:
             times, kind = time_keys(frame[self._columns.time_column], self._source, row)
             self.facts.times.setdefault(kind, row)
-            arrays[_TIME] = pa.array(times.numpy())
+            arrays[_TIME] = _array(times.numpy())
         if self._columns.group_column:
-            arrays[_GROUP] = pa.array(group_keys(frame[self._columns.group_column], self._source, row).numpy())
+            arrays[_GROUP] = _array(group_keys(frame[self._columns.group_column], self._source, row).numpy())
         known = len(self._text)
         features = {name: self._feature(frame[name], row) for name in self._columns.features}
         if len(self._text) > known and self.facts.batches:
@@ -218,7 +221,7 @@ class _Spooling:
             return _texts(column, self._source)
         values = float32_range(parsed, column, self._source, row).numpy()
         self._look_at_numbers(facts, column, values, row)
-        return pa.array(values.astype(np.float32) if column.dtype in _SMALL else values)
+        return _array(values.astype(np.float32) if column.dtype in _SMALL else values)
 
     def _look_at_numbers(self, facts: ColumnFacts, column: pl.Series, values: FloatArray, row: int) -> None:
         begins = not self.facts.batches
@@ -230,11 +233,17 @@ class _Spooling:
 
     def _with_nulls(self, column: pl.Series) -> pl.Series:
         kept = self._columns.categories.get(column.name, ())
-        return without_missing_words(column, self._columns.missing_values, kept)
+        return without_missing_words(column, self._missing_words, kept)
+
+
+def _array(values: np.ndarray[Any, Any]) -> pa.Array:
+    # Not pa.array(), which imports pandas: that takes a second.
+    values = np.ascontiguousarray(values)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
 
 
 def _texts(column: pl.Series, source: str) -> pa.Array:
-    return as_text(column, source).to_arrow().cast(pa.large_string())
+    return arrow_text(as_text(column, source))
 
 
 @dataclass(frozen=True)
