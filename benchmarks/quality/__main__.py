@@ -39,21 +39,20 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 
 
 def main() -> None:
-    """Measure what is asked for and not known yet; write the page."""
+    """Measure what is asked for and not known yet; write the pages."""
     arguments = _arguments()
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"results": {}}
     with tempfile.TemporaryDirectory() as folder:
         for seed in arguments.seed or SEEDS:
             for table in arguments.table or TABLES:
                 for contestant in arguments.contestant or CONTESTANTS:
-                    of_table = known["results"].setdefault(table, {}).setdefault(contestant, {})
-                    if "test" in of_table.get(str(seed), {}) and not arguments.again:
+                    former = _known()["results"].get(table, {}).get(contestant, {}).get(str(seed), {})
+                    if "test" in former and not arguments.again:
                         continue
-                    of_table[str(seed)] = measure(contestant, table, seed, arguments.tables, Path(folder))
-                    print(table, contestant, seed, json.dumps(of_table[str(seed)]), flush=True)
-                    _store(known)
-    write_page(known, REPOSITORY / "docs" / "quality.md")
-    write_leaderboard(known, REPOSITORY / "README.md")
+                    result = measure(contestant, table, seed, arguments.tables, Path(folder))
+                    print(table, contestant, seed, json.dumps(result), flush=True)
+                    _store(table, contestant, seed, result)
+    write_page(_known(), REPOSITORY / "docs" / "quality.md")
+    write_leaderboard(_known(), REPOSITORY / "README.md")
 
 
 def measure(contestant: str, table: str, seed: int, tables: Path, folder: Path) -> dict[str, Any]:
@@ -95,17 +94,25 @@ def _timed(command: list[str]) -> dict[str, Any]:
     return {"out": done.stdout, "took": {"wall_seconds": round(wall, 2), "cpu_seconds": round(processor, 2)}}
 
 
-def _store(known: Mapping[str, Any]) -> None:
-    """Write the results with the machine and the commit of the last one."""
+def _known() -> dict[str, Any]:
+    """All results there are."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"results": {}}  # type: ignore[no-any-return]
+
+
+def _store(table: str, contestant: str, seed: int, result: Mapping[str, Any]) -> None:
+    """Put a result beside the others, with the machine and the commit of this one."""
     import torch
 
     from dist_train.system.machine import describe_machine
 
     show = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(show, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout.strip()
-    head = {"machine": describe_machine(torch.device("cpu")), "commit": commit}
+    results = _known()["results"]
+    results.setdefault(table, {}).setdefault(contestant, {})[str(seed)] = {**result, "commit": commit}
     aside = RESULTS.with_suffix(".partial")
-    aside.write_text(json.dumps(head | {"results": known["results"]}, indent=1) + "\n")
+    aside.write_text(
+        json.dumps({"machine": describe_machine(torch.device("cpu")), "results": results}, indent=1) + "\n"
+    )
     aside.replace(RESULTS)
 
 

@@ -61,7 +61,7 @@ def _lines(known: Mapping[str, Any]) -> Iterator[str]:
     results = _summaries(known)
     yield HEAD
     machine = ", ".join(f"{name} {value}" for name, value in known.get("machine", {}).items())
-    yield f"Machine: {machine}; commit {known.get('commit', '?')}.\n"
+    yield f"Machine: {machine}. The commit of each result is in the file.\n"
     yield "## The built-in table\n"
     yield from _leaderboard(results.get(BUILT_IN, {}))
     yield "\n## All tables\n"
