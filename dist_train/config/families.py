@@ -80,7 +80,35 @@ class TabMConfig(FeatureKeys):
             yield "dropout", f"a probability is at least 0 and below 1, is {self.dropout}"
 
 
-BUILT_IN: dict[str, type[Any] | None] = {DEFAULT: None, "tabm": TabMConfig}
+@dataclass(frozen=True, kw_only=True)
+class ResNetConfig(FeatureKeys):
+    """ResNet: residual blocks (Gorishniy, Rubachev, Khrulkov and Babenko 2021)."""
+
+    blocks: int = 2
+    """Residual blocks, of two Linears each."""
+    width: int = 128
+    """Units that a block reads and adds to."""
+    hidden_ratio: float = 2.0
+    """Units between the two Linears of a block, as a multiple of `width`."""
+    dropout: float = 0.2
+    """Dropout probability between the two Linears of a block."""
+    residual_dropout: float = 0.0
+    """Dropout probability of what a block adds."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Key and text of each value that cannot be."""
+        yield from super().problems()
+        for key in ("blocks", "width"):
+            if getattr(self, key) < 1:
+                yield key, f"must be at least 1, is {getattr(self, key)}"
+        if not self.width * self.hidden_ratio >= 1:
+            yield "hidden_ratio", f"leaves no unit, is {self.hidden_ratio}"
+        for key in ("dropout", "residual_dropout"):
+            if not 0 <= getattr(self, key) < 1:
+                yield key, f"a probability is at least 0 and below 1, is {getattr(self, key)}"
+
+
+BUILT_IN: dict[str, type[Any] | None] = {DEFAULT: None, "tabm": TabMConfig, "resnet": ResNetConfig}
 """Block of each family of this package, None where the keys of `model` are its own. Its module has the same name."""
 
 _registered: dict[str, type[Any] | None] = {}
