@@ -14,7 +14,11 @@ def accelerate(model: nn.Module, context: ModelContext, device: torch.device) ->
     state_dict keys do not change, outputs agree to rounding, and masks of dropout are the same bits.
     """
     if device.type == "cpu":
+        from dist_train.accel.cpu_ensemble import fuse_ensembles
         from dist_train.accel.cpu_mlp import fuse_sequences  # imports numba, which takes a while
+        from dist_train.accel.cpu_piecewise_linear import fuse_piecewise_linear
 
         fuse_sequences(model, context)
+        fuse_ensembles(model, context)
+        fuse_piecewise_linear(model)
     return model

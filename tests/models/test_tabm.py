@@ -38,7 +38,11 @@ def test_it_is_the_model_of_the_authors(adapters: str) -> None:
     )
     inputs = make_inputs(spec, 20)
     own = ours.state_dict()
-    names = {"num_module.": "features.numbers.embeddings."}
+    names = {
+        "num_module.": "features.numbers.embeddings.",
+        "backbone.": "members.backbone.",
+        "output.": "members.output.",
+    }
     theirs.load_state_dict(
         {
             name: own[next((name.replace(a, b) for a, b in names.items() if name.startswith(a)), name)]
@@ -46,13 +50,15 @@ def test_it_is_the_model_of_the_authors(adapters: str) -> None:
         }
     )
     assert len(theirs.state_dict()) == len(own)
-    torch.testing.assert_close(ours(*inputs), theirs(inputs.numeric, inputs.codes.long()), rtol=0, atol=1e-6)
+    for training in (True, False):
+        logits = ours.train(training)(*inputs)
+        torch.testing.assert_close(logits, theirs(inputs.numeric, inputs.codes.long()), rtol=0, atol=1e-6)
 
 
 def test_members_begin_apart_and_columns_are_scaled_as_wholes() -> None:
     torch.manual_seed(0)
     model = TabM(make_spec(2, [4]), TabMConfig(members=3, width=8, numeric_width=5))
-    factors = model.backbone.blocks[0][0].r
+    factors = model.members.backbone.blocks[0][0].r
     widths = model.features.widths
     assert widths == [5, 5, 4]
     for member in factors:
@@ -67,9 +73,9 @@ def test_biases_and_scaling_factors_are_not_decayed() -> None:
         "features.numbers.embeddings.linear0.weight",
         "features.numbers.embeddings.linear.weight",
         "features.embeddings.0.weight",
-        "backbone.blocks.0.0.weight",
-        "backbone.blocks.1.0.weight",
-        "output.weight",
+        "members.backbone.blocks.0.0.weight",
+        "members.backbone.blocks.1.0.weight",
+        "members.output.weight",
     }
 
 
