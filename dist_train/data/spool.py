@@ -313,9 +313,9 @@ class Spool:
         """Weights of the rows as the weight column says them, (rows,) float64."""
         return torch.from_numpy(self._column(chunk, _WEIGHT).to_numpy().copy())
 
-    @property
+    @cached_property
     def has_split_column(self) -> bool:
-        """Whether a column says the split."""
+        """Whether a column says the split; kept, since batches in memory are released one by one."""
         return any(_SPLIT in self._batches(c.unit, c.batch).schema.names for c in self.chunks[:1])
 
     def times(self, chunk: Chunk) -> Tensor:

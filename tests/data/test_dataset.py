@@ -191,3 +191,13 @@ def test_a_table_of_numbers_alone_and_one_of_categories_alone(tmp_path: Path, dr
     kept = (0, 1) if dropped == "purpose" else (2,)  # income and its flag, or the codes of purpose
     for part, (of_one, of_both) in enumerate(zip(one.splits["train"].inputs, both.splits["train"].inputs, strict=True)):
         assert torch.equal(of_one, of_both if part in kept else of_both[:, :0])
+
+
+def test_a_table_of_several_batches_is_split_and_encoded(tmp_path: Path) -> None:
+    """Each batch is released once it is encoded, while later ones are still to be split."""
+    rows = 150_000
+    frame = pl.DataFrame({"x": np.arange(rows) % 97, "y": np.where(np.arange(rows) % 3 > 0, "bad", "good")})
+    frame.write_parquet(tmp_path / "t.parquet")
+    data = DataConfig(path=str(tmp_path / "t.parquet"), target="y")
+    loaded = load_dataset(data, Collectives(World()), seed=0, dtype=torch.float32)
+    assert sum(len(split.targets) for split in loaded.splits.values()) == rows
