@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dist_train import load
+from dist_train import Classifier, load
 from dist_train.config.load import load_config, read_config
 from dist_train.distributed.world import World
 from dist_train.run.job import train
@@ -44,3 +44,10 @@ def test_a_path_and_a_target_are_enough(name: str, more: tuple[str, ...], tmp_pa
     probabilities = load(run).predict_proba(table)
     assert probabilities.shape == (300, 2)
     assert np.allclose(probabilities.sum(1), 1)
+
+
+def test_the_estimator_takes_them_too(tmp_path: Path) -> None:
+    frame = pl.read_csv(unseen_table(tmp_path))
+    config = REPOSITORY / "configs" / "any_table.yaml"
+    classifier = Classifier(config, device="cpu", overrides=["train.max_steps=2"])
+    assert classifier.fit(frame.drop("grade"), frame["grade"]).predict_proba(frame.drop("grade")).shape == (300, 2)
