@@ -121,6 +121,14 @@ def test_folds_in_time_cover_all_rows_after_the_first_window(tmp_path: Path) -> 
     assert summary["test"]["rows"] == len(test)
 
 
+def test_a_store_holds_one_split(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="a store holds one split: prepare one for each"):
+        train(load_config(tiny_job(tmp_path / "store", tmp_path / "run", *GROUPED)), World(), {})
+    assert not (tmp_path / "run").exists()
+
+
 def test_members_are_folds_times_seeds() -> None:
     config = load_config(["data.folds=2", "ensemble.seeds=2", "data.split_column=null", "run.seed=3"])
     members = members_of(config)
