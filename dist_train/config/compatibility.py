@@ -27,6 +27,18 @@ FORMATS = {
 RENAMED: dict[str, str] = {}
 """Former name of a key -> its name now, both as `section.key`. A former name is read wherever a key is."""
 
+
+def _selected_before(tree: Mapping[str, Any]) -> str | None:
+    """`train.select_by` of a run of before: the log loss, also where the loss that was trained is another one."""
+    train = tree["train"]
+    return "loss" if train["class_weights"] is not None or train["loss"] != "cross_entropy" else None
+
+
+def _warmed_up_before(tree: Mapping[str, Any]) -> bool:
+    """`train.ema_warmup` of a run of before: a moving average was not."""
+    return tree["train"]["ema_decay"] is None
+
+
 ADDED: dict[str, Any] = {
     "task.name": "tabular",
     "task.auto": [],
@@ -40,8 +52,14 @@ ADDED: dict[str, Any] = {
     "data.fold": None,
     "ensemble.seeds": 1,
     "data.weight": None,
+    "schedule.name": "cosine",
+    "schedule.plateau_patience": 3,
+    "schedule.plateau_factor": 0.3,
+    "train.select_by": _selected_before,
+    "train.ema_warmup": _warmed_up_before,
 }
-"""Key that came after format 1 -> the default that it had when it came: what a run that lacks it was trained with."""
+"""Key that came after format 1 -> what a run that lacks it was trained with: the key's first default, or a function of
+the configuration that gives it."""
 
 REDEFINED_METRICS = {"brier": (2, 2, "of two classes it is now scikit-learn's brier_score_loss, half of what it was")}
 """Metric -> (first format with its present definition, number of classes that it changed for, the change in words)."""
@@ -54,7 +72,8 @@ REDEFINED_METRICS = {"brier": (2, 2, "of two classes it is now scikit-learn's br
 # because the content of the file is compared instead.
 _COMPATIBLE = (
     "run.name", "run.dir", "run.resume", "run.force", "run.time_limit_minutes", "data.path", "train.epochs",
-    "train.max_steps", "train.early_stopping_patience", "evaluation.", "checkpoint.", "runtime.", "log.", "wandb.",
+    "train.max_steps", "train.early_stopping_patience", "train.select_by", "evaluation.", "checkpoint.",
+    "runtime.", "log.", "wandb.",
 )  # fmt: skip
 
 
@@ -98,7 +117,7 @@ def migrated(tree: Mapping[str, Any]) -> dict[str, Any]:
     copy = with_renamed_keys(tree)
     for name, default in ADDED.items():
         section, _, key = name.partition(".")
-        copy.setdefault(section, {}).setdefault(key, default)
+        copy.setdefault(section, {}).setdefault(key, default(copy) if callable(default) else default)
     return copy
 
 

@@ -11,6 +11,18 @@ from dist_train.config.schema import DataConfig, JobConfig, ModelConfig, TrainCo
 from dist_train.config.yaml_text import parse_argument, plain_values
 from dist_train.errors import UserError
 
+HIGHER_IS_BETTER = {
+    "loss": False,
+    "objective": False,
+    "accuracy": True,
+    "balanced_accuracy": True,
+    "macro_f1": True,
+    "auroc": True,
+    "brier": False,
+    "ece": False,
+}
+"""Metrics of this package that `train.select_by` may name, with their direction."""
+
 
 def dropout_pair(model: ModelConfig) -> tuple[float, float]:
     """The two dropout probabilities of `model.dropout`, which may be one number or two."""
@@ -59,6 +71,7 @@ def _broken(c: JobConfig) -> Iterator[tuple[str, str]]:
     yield from _optim(c)
     yield from _train(c.train)
     yield from _at_least("ensemble.seeds", c.ensemble.seeds, 1)
+    yield from _select_by(c)
     yield from _at_least("evaluation.every_steps", c.evaluation.every_steps, 1)
     yield from _at_least("evaluation.batch_size", c.evaluation.batch_size, 1)
     yield from _at_least("checkpoint.every_steps", c.checkpoint.every_steps, 1)
@@ -168,6 +181,16 @@ def _optim(c: JobConfig) -> Iterator[tuple[str, str]]:
     yield from _positive("optim.eps", c.optim.eps)
     yield from _positive("optim.max_grad_norm", c.optim.max_grad_norm)
     yield from _at_least("schedule.warmup_steps", c.schedule.warmup_steps, 0)
+    yield from _at_least("schedule.plateau_patience", c.schedule.plateau_patience, 1)
+    if not 0 < c.schedule.plateau_factor < 1:
+        yield "schedule.plateau_factor", f"must be above 0 and below 1, is {c.schedule.plateau_factor}"
+    patience = c.train.early_stopping_patience
+    if c.schedule.name == "plateau" and patience is not None and patience <= c.schedule.plateau_patience:
+        yield (
+            "schedule.plateau_patience",
+            f"is {c.schedule.plateau_patience}: train.early_stopping_patience={patience} ends the run before the "
+            "learning rate is reduced",
+        )
     if not 0 <= c.schedule.min_lr_ratio <= 1:
         yield "schedule.min_lr_ratio", f"must be from 0 to 1, is {c.schedule.min_lr_ratio}"
 
@@ -192,6 +215,13 @@ def _train(t: TrainConfig) -> Iterator[tuple[str, str]]:
     if t.ema_decay is not None and not 0 < t.ema_decay < 1:
         yield "train.ema_decay", f"must be above 0 and below 1, is {t.ema_decay}"
     yield from _at_least("train.early_stopping_patience", t.early_stopping_patience, 1)
+
+
+def _select_by(c: JobConfig) -> Iterator[tuple[str, str]]:
+    name = c.train.select_by
+    if name is not None and name not in HIGHER_IS_BETTER and name not in c.evaluation.metrics:
+        known = ", ".join([*HIGHER_IS_BETTER, *c.evaluation.metrics])
+        yield "train.select_by", f"there is no metric {name!r}; there is {known} (evaluation.metrics adds others)"
 
 
 def _is_number(value: Any) -> bool:

@@ -110,12 +110,18 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The learning rate as a function of the step: linear warm-up, then cosine."""
+    """The learning rate: a linear warm-up, then what `name` says (docs/training.md)."""
 
+    name: Literal["cosine", "constant", "plateau"] = "cosine"
+    """`cosine`: falls to its lowest over all steps of the run. `constant`: stays at its peak. `plateau`: is multiplied by `plateau_factor` after each `plateau_patience` evaluations in a row without a better validation; it does not depend on the number of epochs, which early stopping leaves open."""
     warmup_steps: int = 100
     """Optimizer steps over which the learning rate rises to its peak."""
     min_lr_ratio: float = 0.0
-    """Learning rate at the last step, as a share of the peak."""
+    """Lowest learning rate, as a share of the peak: `cosine` reaches it at the last step, `plateau` does not go below it."""
+    plateau_patience: int = 3
+    """Of `plateau`: evaluations without a better validation before the learning rate is reduced."""
+    plateau_factor: float = 0.3
+    """Of `plateau`: what the learning rate is multiplied by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +148,12 @@ class TrainConfig:
     """Share of the target probability spread evenly over the classes."""
     ema_decay: float | None = None
     """Evaluate and ship an exponential moving average of the weights with this decay per step; null: the weights themselves."""
+    ema_warmup: bool = True
+    """The decay of the average after update t is at most (1 + t) / (10 + t), so that the initial weights are soon forgotten. False: `ema_decay` from the first step on, as before this key was there."""
+    select_by: str | None = None
+    """Metric of the validation rows that chooses the epoch to ship and drives early stopping, in its own direction: loss, objective, accuracy, balanced_accuracy, macro_f1, auroc, brier, ece, or one of `evaluation.metrics`. Null: the loss that is trained, that is `loss` (log loss), or `objective` where classes are weighed or sampled or `train.loss` is another one (docs/training.md)."""
     early_stopping_patience: int | None = None
-    """Stop after this many evaluations in a row without a better validation loss; null: never."""
+    """Stop after this many evaluations in a row without a better value of what `train.select_by` says; null: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +178,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoints are also written at each evaluation with a better validation loss, at a stop and at the end."""
+    """Checkpoints are also written at each evaluation with a better validation, at a stop and at the end."""
 
     every_steps: int = 500
     """Optimizer steps between checkpoints."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +12,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_train.execution.flat_parameters import FlatParameters
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019, "Decoupled weight decay regularization") on all parameters of a model at once.
 
-    The kernel is that of torch.optim.AdamW(fused=True), called on two tensors: the parameters that are decayed, and
-    those named in `undecayed`. torch's optimizer around it takes longer than the kernel does on a
-    small network.
+    The kernel is that of torch.optim.AdamW(fused=True), called on one tensor for each group: the parameters that are
+    decayed, those named in `undecayed`, and both again for each multiplier of the learning rate in `lr_multipliers`
+    (name -> multiplier; 1 where a name is not there). torch's optimizer around it takes longer than the kernel does on
+    a small network.
     """
 
     def __init__(
@@ -27,18 +32,21 @@ class AdamW:
         betas: tuple[float, float],
         eps: float,
         undecayed: Collection[str],
+        lr_multipliers: Mapping[str, float] | None = None,
     ) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        decayed = [p for name, p in named.items() if name not in undecayed]
-        others = [p for name, p in named.items() if name in undecayed]
-        self.parameters = FlatParameters([*decayed, *others])
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, weight_decay): [], (1.0, 0.0): []}
+        for name, parameter in named.items():
+            group = (lr_multipliers or {}).get(name, 1.0), 0.0 if name in undecayed else weight_decay
+            groups.setdefault(group, []).append(parameter)
+        groups = {group: members for group, members in groups.items() if members}
+        self.parameters = FlatParameters([p for members in groups.values() for p in members])
         self._names = {p: name for name, p in named.items()}
-        border = self.parameters.offset_of(others[0]) if others else self.parameters.size
+        starts = [self.parameters.offset_of(members[0]) for members in groups.values()]
         self._moments = self.parameters.zeros(2)
         self._parts = [
-            (part, decay, self.parameters.values[part], *self._moments[:, part])
-            for part, decay in ((slice(border), weight_decay), (slice(border, None), 0.0))
-            if len(self.parameters.values[part])
+            (slice(start, end), *group, self.parameters.values[start:end], *self._moments[:, start:end])
+            for group, (start, end) in zip(groups, pairwise([*starts, self.parameters.size]), strict=True)
         ]
         self._betas = betas
         self._eps = eps
@@ -54,10 +62,11 @@ class AdamW:
         self._steps += finite
         skip = (~finite).float() if isinstance(finite, Tensor) else None
         beta1, beta2 = self._betas
-        for part, decay, values, mean, square in self._parts:
+        for part, multiplier, decay, values, mean, square in self._parts:
+            rate = lr if multiplier == 1.0 else lr * multiplier
             torch._fused_adamw_(
                 [values], [gradients[part]], [mean], [square], [], [self._steps],
-                lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=self._eps,
+                lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=self._eps,
                 amsgrad=False, maximize=False, grad_scale=None, found_inf=skip,
             )  # fmt: skip
 
@@ -89,6 +98,37 @@ def undecayed_parameters(model: nn.Module) -> set[str]:
     return names
 
 
-def average_of(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of the parameters; buffers follow the model. Call `update_parameters` after a step."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+def lr_multipliers(model: nn.Module) -> dict[str, float]:
+    """Multipliers of the learning rate by name of the parameter, as modules declare them.
+
+    A module declares them in an attribute `lr_multipliers`: name of a parameter of its own -> number above 0.
+
+    Raises:
+        ValueError: there is no such parameter, or the number is not above 0.
+    """
+    known = {name for name, _ in model.named_parameters()}
+    found: dict[str, float] = {}
+    for prefix, module in model.named_modules():
+        for own, multiplier in getattr(module, "lr_multipliers", {}).items():
+            name = f"{prefix}.{own}".lstrip(".")
+            if name not in known or not (multiplier > 0 and math.isfinite(multiplier)):
+                raise ValueError(f"{type(module).__name__}.lr_multipliers: {own!r}: {multiplier} fits no parameter")
+            found[name] = float(multiplier)
+    return found
+
+
+def average_of(model: nn.Module, decay: float, *, warm_up: bool = False) -> AveragedModel:
+    """Exponential moving average of the parameters; buffers follow the model. Call `update_parameters` after a step.
+
+    With `warm_up` the decay of update t is min(decay, (1 + t) / (10 + t)), as tf.train.ExponentialMovingAverage has it
+    with `num_updates`: a run that is short against 1 / (1 - decay) does not keep its initial weights.
+    """
+    if not warm_up:
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def update(averages: Tensors, parameters: Tensors, _count: Tensor | int) -> None:
+        done = int(average.n_averaged)  # on the host: the count that is handed over is on the device
+        torch._foreach_lerp_(averages, parameters, 1 - min(decay, (1 + done) / (10 + done)))
+
+    average = AveragedModel(model, multi_avg_fn=update)
+    return average

@@ -82,10 +82,30 @@ def export_best(
     summary = collectives.on_rank_zero(lambda: os_errors_as_faults(write, "the trained model"))
     for split, metrics in scores.items():
         if metrics:
-            log.info("%s  %s  (weights of step %d)", split, describe_scores(metrics), best or session.progress.step)
+            log.info(
+                "%s  %s  (weights of step %d)",
+                split,
+                describe_scores(metrics, session.progress.selection.metric),
+                best or session.progress.step,
+            )
             _warn_of_base_rate(split, metrics)
+    _note_early_best(session)
     log.info("summary in %s", folder.summary)
     return summary
+
+
+def _note_early_best(session: Session) -> None:
+    """Say so where most of the training came after the best validation."""
+    progress, steps_per_epoch = session.progress, session.feed.steps_per_epoch
+    best, waited = progress.best_step, progress.evaluations_without_gain
+    if best is None or waited < 3 or 2 * best > progress.step:
+        return
+    epoch, epochs = -(-best // steps_per_epoch), -(-progress.step // steps_per_epoch)
+    log.info(
+        "the best validation %s was that of step %d of %d (epoch %d of %d): the %d evaluations after it were worse, as "
+        "of a model that overfits; train.early_stopping_patience would have ended the run sooner",
+        progress.selection.metric, best, progress.step, epoch, epochs, waited,
+    )  # fmt: skip
 
 
 def _warn_of_base_rate(split: str, metrics: Mapping[str, Any]) -> None:
@@ -127,6 +147,7 @@ def _summary(config: JobConfig, session: Session, world: World, digest: str) -> 
         "trainable_parameters": sum(p.numel() for p in session.model.parameters() if p.requires_grad),
         "classes": session.task.class_names,
         "best_step": progress.best_step,
+        "selected_by": progress.selection.metric,
         "seed": config.run.seed,
         "weights_sha256": digest,
         "data_sha256": session.task.fingerprint,

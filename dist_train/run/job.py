@@ -196,7 +196,8 @@ class Job:
             self.folder.metrics,
             total_steps=session.total_steps,
             start_step=session.progress.step,
-            best_loss=session.progress.best_loss,
+            best_value=session.progress.best_value,
+            selection=session.progress.selection,
             state=state,
             environ=self.variables,
         )

@@ -26,12 +26,15 @@ from dist_train.system.files import write_atomically
 from dist_train.system.machine import describe_machine
 from dist_train.tasks.base import Task
 from dist_train.tasks.registry import description_in, load_task
-from dist_train.training.progress import Progress
+from dist_train.training.progress import Progress, migrated_progress
+from dist_train.training.selection import Selection
 
 _LEAVING_SECONDS = 10.0  # from a collective that timed out to the end of the process
 
 # Compatible keys that nevertheless change learning rates, lines of metrics, or which weights are the best.
-_CHANGES_THE_RECORD = ("train.epochs", "train.max_steps", "train.early_stopping_patience", "evaluation.", "log.")
+_CHANGES_THE_RECORD = (
+    "train.epochs", "train.max_steps", "train.early_stopping_patience", "train.select_by", "evaluation.", "log.",
+)  # fmt: skip
 
 
 def finished_line(
@@ -46,7 +49,7 @@ def finished_line(
     found, _ = checkpoints.newest()
     if found is None:
         return None
-    progress = Progress()
+    progress = Progress(Selection.of(config.train))
     progress.load_state_dict(found.parts["state.json"]["progress"])
     if progress.trains_on(total_steps, config.train.early_stopping_patience):
         return None
@@ -300,7 +303,7 @@ def _check_best(found: Found, config: JobConfig, checkpoints: Checkpoints) -> No
                 "or go on without it with run.force=true"
             ) from None
         log.warning("the best weights so far are lost, going on without them: %s", error)
-    progress |= {"best_step": None, "best_loss": None}
+    progress |= migrated_progress(progress) | {"best_step": None, "best_value": None}
 
 
 def matching_task(found: Found | None, config: JobConfig, task: Task, collectives: Collectives) -> Task:

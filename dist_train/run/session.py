@@ -17,8 +17,9 @@ from dist_train.distributed.world import World
 from dist_train.errors import UserError
 from dist_train.execution.base import GuardedStep, bind
 from dist_train.execution.choose import choose_execution
-from dist_train.execution.optimizer import AdamW, average_of, undecayed_parameters
+from dist_train.execution.optimizer import AdamW, average_of, lr_multipliers, undecayed_parameters
 from dist_train.run.checkpoint.state import Parts
+from dist_train.system.console import log
 from dist_train.tasks.base import Task
 from dist_train.training.evaluation import evaluate
 from dist_train.training.loop import Intervals, Loop
@@ -28,6 +29,7 @@ from dist_train.training.precision import autocast_dtype_of
 from dist_train.training.progress import Progress
 from dist_train.training.protocols import Save, Stateful, Track
 from dist_train.training.schedule import learning_rate
+from dist_train.training.selection import Selection
 from dist_train.training.step import EagerStep, Step
 
 # Steps that may be on their way to a GPU: enough to keep it busy while the host looks after a line or a signal.
@@ -45,10 +47,12 @@ class Session:
         self.config = config
         self.task = task
         train_rows = task.splits["train"]
+        _require_validation_rows(config, len(task.splits["valid"]))
         self.execution = choose_execution(train, collectives, seed=config.run.seed, rows_on_device=train_rows.on_device)
         plain, sample = task.model(), train_rows.slice(0, 4)
         undecayed = undecayed_parameters(plain)
-        self.average = average_of(plain, train.ema_decay) if train.ema_decay else None
+        multipliers = lr_multipliers(plain)
+        self.average = average_of(plain, train.ema_decay, warm_up=train.ema_warmup) if train.ema_decay else None
         self.model = self.execution.prepare(plain, sample, config.model.name)
         self.optimizer = AdamW(
             self.model,
@@ -56,6 +60,7 @@ class Session:
             betas=(config.optim.betas[0], config.optim.betas[1]),
             eps=config.optim.eps,
             undecayed=undecayed,
+            lr_multipliers=multipliers,
         )
         sampler = PositionSampler(
             len(train_rows),
@@ -70,7 +75,8 @@ class Session:
         self.feed = Feed(train_rows, sampler)
         self.total_steps = min(train.epochs * self.feed.steps_per_epoch, train.max_steps or 2**63)
         self.meter = Meter()
-        self.progress = Progress()
+        plateau = config.schedule.plateau_patience if config.schedule.name == "plateau" else None
+        self.progress = Progress(Selection.of(train), plateau)
         trained, reducer = self.execution.reduce(self.model, self.optimizer.parameters, sample)
         eager = EagerStep(
             bind(trained, self.execution.context),
@@ -99,13 +105,19 @@ class Session:
     @property
     def learning_rate(self) -> Callable[[int], float]:
         """The schedule of this run."""
-        return partial(
+        schedule = self.config.schedule
+        rate = partial(
             learning_rate,
             peak=self.config.optim.lr,
-            warmup_steps=self.config.schedule.warmup_steps,
+            warmup_steps=schedule.warmup_steps,
             total_steps=self.total_steps,
-            min_ratio=self.config.schedule.min_lr_ratio,
+            min_ratio=schedule.min_lr_ratio,
+            name=schedule.name,
+            factor=schedule.plateau_factor,
         )
+        if schedule.name != "plateau":
+            return rate
+        return lambda step: rate(step, reductions=self.progress.reductions)
 
     @property
     def trains_on(self) -> bool:
@@ -138,6 +150,8 @@ class Session:
                     f"the checkpoint's {name} does not fit this model: {str(error).splitlines()[0]}"
                 ) from None
         self.progress.load_state_dict(parts["state.json"]["progress"])
+        if parts["state.json"]["progress"]["best_step"] is not None and self.progress.best_step is None:
+            log.warning("the best step so far was chosen by another metric: the choice begins anew (train.select_by)")
 
     def plan(self, world: World, chosen: Mapping[str, Any] | None = None) -> Plan:
         """What this run is going to do; `chosen` are the values of keys that were `auto`."""
@@ -163,6 +177,22 @@ class Session:
     def close(self) -> None:
         """Give back what the device holds for the step; before the process group goes."""
         self.execution.close()
+
+
+def _require_validation_rows(config: JobConfig, num_rows: int) -> None:
+    """UserError where the configuration decides by validation rows, and there are none."""
+    if num_rows:
+        return
+    asking = {
+        "train.early_stopping_patience": config.train.early_stopping_patience is not None,
+        "train.select_by": config.train.select_by is not None,
+        "schedule.name=plateau": config.schedule.name == "plateau",
+    }
+    keys = ", ".join(key for key, asked in asking.items() if asked)
+    if keys:
+        raise UserError(
+            f"{keys}: there are no validation rows to decide by: set data.validation_fraction, or leave the key out"
+        )
 
 
 def build_loop(

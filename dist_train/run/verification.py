@@ -27,11 +27,12 @@ from dist_train.run.checkpoint.trained_model import DESCRIPTION, config_of_model
 from dist_train.run.session import Session, build_loop
 from dist_train.system.machine import describe_machine
 from dist_train.tasks.registry import description_in, load_task
+from dist_train.training.progress import migrated_progress
 from dist_train.training.protocols import Record
 
 # What a clock says, and what a run notes about itself: everything else must be equal.
 _OF_THE_CLOCK = ("samples_per_second", "train_seconds")
-_OF_THE_EVALUATION = ("best_loss", "best_step", "evaluations_without_gain", "evaluation_due")
+_OF_THE_EVALUATION = ("best_value", "best_step", "evaluations_without_gain", "reductions", "evaluation_due")
 
 
 @dataclass
@@ -240,7 +241,8 @@ class _Replay:
         elif not self._same_task(recorded):
             self.report.differ(step, "the checkpoint's task (fitted preprocessing) is not what the replay has")
         else:
-            recorded_progress, replayed_progress = state["progress"], self.session.progress.state_dict()
+            recorded_progress = migrated_progress(state["progress"])
+            replayed_progress = self.session.progress.state_dict()
             if recorded_progress["evaluation_due"]:  # stopped before an evaluation that the replay has done by now
                 replayed_progress |= {name: recorded_progress[name] for name in _OF_THE_EVALUATION}
             name = _first_difference(recorded_progress, replayed_progress)

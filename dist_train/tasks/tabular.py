@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ from dist_train.training.metrics import (
 )
 from dist_train.training.precision import dtype_of
 from dist_train.training.protocols import Source
+from dist_train.training.selection import OBJECTIVE, Selection
 
 
 class TabularTask:
@@ -113,17 +116,34 @@ class TabularTask:
 
     def objective(self) -> Objective:
         """The loss of the configuration with its class weights."""
-        return objective_of(self._config.train, self._class_weights())
+        return objective_of(self._config.train, self._class_weights)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over the classes, mean over the members of an ensemble: (rows, classes) float64."""
         return class_probabilities(logits)
 
     def metrics(self, probabilities: Tensor, targets: Tensor, weights: Tensor | None = None) -> dict[str, Any]:
-        """`classification_metrics` of the rows, and the metrics of `evaluation.metrics`."""
+        """`classification_metrics` of the rows, `objective` where it chooses the epoch, and the registered metrics."""
         of_rows = None if weights is None else weights.numpy()
         rows = (probabilities.numpy(), targets.numpy(), self.class_names, of_rows)
-        return classification_metrics(*rows) | registered_metrics(self._config.evaluation.metrics, *rows)
+        metrics = classification_metrics(*rows) | self._objective_on(probabilities, targets, weights)
+        return metrics | registered_metrics(self._config.evaluation.metrics, *rows)
+
+    def _objective_on(self, probabilities: Tensor, targets: Tensor, weights: Tensor | None) -> dict[str, float]:
+        """The loss that is trained, without label smoothing, with the logs of the probabilities for logits.
+
+        Not of a restored task whose class weights are those of training rows that it does not have.
+        """
+        train = self._config.train
+        needs_rows = train.class_weights == "balanced"
+        if Selection.of(train).metric != OBJECTIVE or (needs_rows and "train" not in self.splits):
+            return {}
+        device = self._collectives.device
+        logits = probabilities.clamp_min(torch.finfo(torch.float64).tiny).log().to(device, self._dtype)
+        objective = objective_of(replace(train, label_smoothing=0.0), self._class_weights)
+        on_device = () if weights is None else (weights.to(device),)
+        loss, weight = objective(logits, targets.to(device), (len(targets),), *on_device)
+        return {OBJECTIVE: float(loss.double() / weight.double())}
 
     def description(self) -> Description:
         """The spec of the columns."""
@@ -195,16 +215,17 @@ class TabularTask:
                     f"of class {name!r} is 0 (data.weight)"
                 )
 
+    @cached_property
     def _class_weights(self) -> Tensor | None:
         train = self._config.train
         if train.class_weights is None:
             return None
-        given, rows = given_class_weights(train, self.class_names), self.splits["train"]
-        weights = (
-            torch.tensor(given, dtype=torch.float64)
-            if given
-            else balanced_weights(rows.targets, len(self.class_names), rows.weights)
-        )
+        given = given_class_weights(train, self.class_names)
+        if given:
+            weights = torch.tensor(given, dtype=torch.float64)
+        else:
+            rows = self.splits["train"]
+            weights = balanced_weights(rows.targets, len(self.class_names), rows.weights)
         return weights.to(self._collectives.device, self._dtype)
 
 

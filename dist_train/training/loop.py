@@ -26,7 +26,7 @@ class Ending(Enum):
     """Why the loop returned."""
 
     FINISHED = "finished"
-    EARLY_STOP = "stopped early: the validation loss no longer improves"
+    EARLY_STOP = "stopped early: the validation no longer improves"
     STOPPED = "stopped on request"
 
 
@@ -186,8 +186,9 @@ class Loop:
         metrics = self._untimed(self.evaluate)
         if metrics is None:
             return False
+        value = self.progress.selection.value(metrics)
         self.track(self._record("valid") | metrics)
-        return self.progress.note_validation(metrics["loss"])
+        return self.progress.note_validation(value)
 
     def _log(self, outcome: StepResult) -> None:
         self._update_clock()

@@ -27,22 +27,24 @@ One that has a parameter `weights` gets the weights of the rows, (rows,) float64
 """
 _AnyMetric = TypeVar("_AnyMetric", bound=Metric)
 
+_DIRECTIONS: dict[str, bool] = {}
+"""Registered metric -> whether higher is better, where that was said."""
 _METRICS: Registry[Metric] = Registry("metric", "evaluation.metrics", "dist_train.metrics", {})
 # Names in a line of metrics.jsonl that a registered metric cannot have.
 _TAKEN = frozenset((
     "step", "epoch", "samples", "split", "learning_rate", "grad_norm", "samples_per_second", "rows", "loss", "accuracy",
-    "balanced_accuracy", "macro_f1", "auroc", "brier", "ece", "per_class", "confusion_matrix", "weight",
+    "balanced_accuracy", "macro_f1", "auroc", "brier", "ece", "per_class", "confusion_matrix", "weight", "objective",
 ))  # fmt: skip
 
 
-def register_metric(name: str) -> Callable[[_AnyMetric], _AnyMetric]:
+def register_metric(name: str, *, higher_is_better: bool | None = None) -> Callable[[_AnyMetric], _AnyMetric]:
     """Decorator that makes a function the metric `name`, for `evaluation.metrics=[<name>]`.
 
     The function gets the probabilities of all rows of a split, (rows, classes) float64, their class indices, (rows,)
     int64, and the class names in the order of the columns; all of them in numpy, on rank 0. It returns a number, or
     another JSON value; None where the metric is not defined. A NaN and an infinite number become None. A function with
     a parameter named `weights` gets the weights of the rows (`data.weight`), (rows,) float64, or None; one without
-    counts every row alike.
+    counts every row alike. `higher_is_better` lets `train.select_by` name the metric.
 
         >>> from dist_train import register_metric
         >>> @register_metric("worst_case")
@@ -57,6 +59,9 @@ def register_metric(name: str) -> Callable[[_AnyMetric], _AnyMetric]:
 
     def register(metric: _AnyMetric) -> _AnyMetric:
         _METRICS.register(name, metric)
+        _DIRECTIONS.pop(name, None)
+        if higher_is_better is not None:
+            _DIRECTIONS[name] = higher_is_better
         return metric
 
     return register
@@ -70,6 +75,20 @@ def check_metrics(names: Iterable[str]) -> None:
     """
     for name in names:
         _METRICS.find(name)
+
+
+def direction_of(name: str) -> bool:
+    """Whether a higher value of a registered metric is better.
+
+    Raises:
+        UserError: there is no such metric, or its direction was not said.
+    """
+    _METRICS.find(name)
+    if name not in _DIRECTIONS:
+        raise UserError(
+            f"train.select_by: the metric {name!r} has no direction: register_metric({name!r}, higher_is_better=...)"
+        )
+    return _DIRECTIONS[name]
 
 
 def is_metric(name: str) -> bool:

@@ -1,17 +1,33 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate as a pure function of the step and of how often it was reduced, which a checkpoint holds."""
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, min_ratio: float) -> float:
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    warmup_steps: int,
+    total_steps: int,
+    min_ratio: float,
+    name: Literal["cosine", "constant", "plateau"] = "cosine",
+    reductions: int = 0,
+    factor: float = 1.0,
+) -> float:
     """Learning rate of optimizer step `step`, counted from 0.
 
-    Linear from peak / warmup_steps to the peak over the first `warmup_steps`, then a half cosine (Loshchilov and
-    Hutter 2017, "SGDR") that would reach peak * min_ratio at `total_steps`; steps beyond stay there.
+    Linear from peak / warmup_steps to the peak over the first `warmup_steps`. Then, by `name`: a half cosine
+    (Loshchilov and Hutter 2017, "SGDR") that would reach peak * min_ratio at `total_steps`, and steps beyond stay
+    there; the peak; or the peak times `factor` for each of the `reductions` so far, not below peak * min_ratio.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
+    if name == "constant":
+        return peak
+    if name == "plateau":
+        return peak * max(min_ratio, factor**reductions)
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return peak * (min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * progress)) / 2)

@@ -132,7 +132,7 @@ def altered_encoder(run_dir: Path) -> None:
 def altered_progress(run_dir: Path) -> None:
     checkpoint = run_dir / "checkpoints" / "step_00000020"
     parts = read_parts(checkpoint)
-    parts["state.json"]["progress"]["best_loss"] = 0.1
+    parts["state.json"]["progress"]["best_value"] = 0.1
     commit(checkpoint, encode_parts(parts))
 
 
@@ -176,7 +176,7 @@ def altered_row(run_dir: Path, split: str) -> None:
         (edit_summary(weights_sha256="0"), "differs: model/model.pth does not have the weights_sha256 of summary.json"),
         (edit_summary(test={"loss": 0.1}), "differs: the summary's test loss is not what the replayed weights have"),
         (altered_encoder, "differs: the checkpoint's task (fitted preprocessing) is not what the replay has"),
-        (altered_progress, "step 20 differs: the checkpoint's best_loss is not what the replay has"),
+        (altered_progress, "step 20 differs: the checkpoint's best_value is not what the replay has"),
         (edit_line(4, lambda line: line | {"loss": line["loss"] * (1 + 2**-51)}), "differs: {split} loss: recorded"),
         (edit_line(0, lambda line: line | {"grad_norm": 0.1}), "differs: {split} grad_norm: recorded"),
         (edit_line(4, lambda line: line | {"samples": line["samples"] + 1}), "differs: {split} samples: recorded"),

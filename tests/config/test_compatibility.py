@@ -30,7 +30,8 @@ def test_nothing_changed_is_nothing_said() -> None:
 
 HARMLESS = [
     "run.name=x", "run.dir=x", "run.resume=never", "run.force=true", "data.path=x.csv", "train.epochs=7",
-    "train.max_steps=7", "train.early_stopping_patience=7", "evaluation.batch_size=7", "checkpoint.keep=7",
+    "train.max_steps=7", "train.early_stopping_patience=7", "train.select_by=auroc", "evaluation.batch_size=7",
+    "checkpoint.keep=7",
     "runtime.timeout_seconds=7", "log.every_steps=7", "wandb.mode=disabled",
 ]  # fmt: skip
 HARMFUL = [
@@ -85,6 +86,27 @@ def test_a_renamed_key_is_compared_under_its_new_name(monkeypatch: pytest.Monkey
     assert differences(old, BASE) == ([], [])
     old["optim"]["epsilon"] = 1e-5
     assert differences(old, BASE) == (["optim.eps: was 1e-05, is 1e-08"], [])
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "was"),
+    [
+        ("train.class_weights=balanced", "train.select_by", "loss"),
+        ("train.loss=own", "train.select_by", "loss"),
+        ("train.ema_decay=0.99", "train.ema_warmup", False),
+    ],
+)
+def test_a_run_of_before_keeps_what_it_was_trained_with(argument: str, key: str, was: Any) -> None:
+    now = asdict(load_config([argument]))
+    before = {section: dict(values) for section, values in now.items()}
+    del before["train"]["select_by"], before["train"]["ema_warmup"]
+    section, name = key.split(".")
+    assert compatibility.migrated(before)[section][name] == was
+    incompatible, compatible = differences(before, now)
+    assert [line.partition(":")[0] for line in (*incompatible, *compatible)] == [key]
+    plain = {section: dict(values) for section, values in BASE.items()}
+    del plain["train"]["select_by"], plain["train"]["ema_warmup"]
+    assert differences(plain, BASE) == ([], [])
 
 
 def test_a_key_of_a_newer_version_is_a_difference() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from dist_train.errors import Stopped, TrainingFault, UserError
 from dist_train.training.loop import WARMUP_STEPS, Ending, Intervals, Loop
 from dist_train.training.meter import Meter
 from dist_train.training.progress import Progress
+from dist_train.training.selection import Selection
 from dist_train.training.step import StepResult
 from tests.ranks import on_ranks
 from tests.training.fakes import FakeFeed, FakeStep
@@ -31,6 +33,7 @@ class Rig:
 
     losses: Sequence[float] = (2.0, 4.0, 6.0)
     validation: Sequence[float] | None = None
+    aurocs: Sequence[Any] = ()
     stop_at: int | None = None
     collectives: Collectives = field(default_factory=lambda: Collectives(World()))
     steps_per_epoch: int = 4
@@ -48,11 +51,11 @@ class Rig:
     def run(self, **intervals: Any) -> Ending:
         """Train; every rhythm that is not given is `never`."""
         quiet = {"log_steps": NEVER, "save_steps": NEVER, "evaluate_steps": NEVER, "patience": None}
-        evaluations = iter(self.validation or [])
+        evaluations, aurocs = iter(self.validation or []), iter(self.aurocs)
 
         def evaluate() -> dict[str, Any] | None:
             self.before_evaluation()
-            return None if self.validation is None else {"loss": next(evaluations), "auroc": 0.8}
+            return None if self.validation is None else {"loss": next(evaluations), "auroc": next(aurocs, 0.8)}
 
         def updated() -> None:
             self.updates += 1
@@ -98,7 +101,7 @@ def test_evaluations_at_their_rhythm_and_at_the_end(every: int | None, expected:
     rig.run(total_steps=10, evaluate_steps=every)
     assert rig.logged("valid", "step") == expected
     assert rig.logged("valid", "loss") == [5, 4, 6, 7][: len(expected)]
-    assert (rig.progress.best_step, rig.progress.best_loss) == (expected[1], 4)
+    assert (rig.progress.best_step, rig.progress.best_value) == (expected[1], 4)
 
 
 def test_checkpoints_at_their_rhythm_at_each_best_and_at_the_end() -> None:
@@ -277,7 +280,65 @@ def test_progress_counts_evaluations_and_survives_json() -> None:
         progress.step = step
         results.append(note(loss))
     assert results == [True, True, False, False, True]
-    assert (progress.best_step, progress.best_loss, progress.evaluations_without_gain) == (4, 1.0, 0)
+    assert (progress.best_step, progress.best_value, progress.evaluations_without_gain) == (4, 1.0, 0)
+
+
+def test_a_metric_of_its_own_direction_chooses_the_step() -> None:
+    rig = Rig(validation=[1, 2, 3, 4], progress=Progress(Selection("auroc", higher_is_better=True)))
+    rig.aurocs = [0.6, 0.8, 0.7, 0.75]
+    assert rig.run(total_steps=100, evaluate_steps=2, patience=2) is Ending.EARLY_STOP
+    assert (rig.progress.best_step, rig.progress.best_value, rig.progress.step) == (4, 0.8, 8)
+
+
+def test_the_objective_chooses_where_there_is_one_and_else_the_loss() -> None:
+    rig = Rig(validation=[5, 4, 6, 7], progress=Progress(Selection("objective")))
+    rig.run(total_steps=4, evaluate_steps=1)
+    assert (rig.progress.best_step, rig.progress.best_value) == (2, 4)
+    assert Selection("objective").value({"loss": 1.0, "objective": 3}) == 3
+
+
+@pytest.mark.parametrize("value", [None, math.nan, "high", True])
+def test_a_metric_that_is_no_number_chooses_nothing(value: Any) -> None:
+    rig = Rig(validation=[5], progress=Progress(Selection("auroc", higher_is_better=True)))
+    rig.aurocs = [value]
+    with pytest.raises(UserError, match=r"train\.select_by: auroc is .* not a number to choose by"):
+        rig.run(total_steps=4, evaluate_steps=2)
+    assert rig.saved == [2]
+    assert rig.lines == []
+
+
+def test_the_rate_is_reduced_on_a_plateau_and_the_state_keeps_it() -> None:
+    progress = Progress(plateau_patience=2)
+    seen = []
+    for loss in [5, 6, 6, 6, 6, 4, 5, 5]:
+        progress.note_validation(loss)
+        seen.append(progress.reductions)
+    assert seen == [0, 0, 1, 1, 2, 2, 2, 3]
+    later = Progress(plateau_patience=2)
+    later.load_state_dict(json.loads(json.dumps(progress.state_dict())))
+    assert later.state_dict() == progress.state_dict()
+
+
+def test_a_best_of_another_metric_is_none() -> None:
+    progress = Progress()
+    progress.step = 3
+    progress.note_validation(0.5)
+    progress.note_validation(0.7)
+    other = Progress(Selection("auroc", higher_is_better=True))
+    other.load_state_dict(progress.state_dict())
+    assert (other.step, other.best_step, other.best_value, other.evaluations_without_gain) == (3, None, None, 0)
+    assert other.note_validation(0.1)
+
+
+def test_the_state_of_an_earlier_program_was_chosen_by_the_loss() -> None:
+    progress = Progress()
+    progress.note_validation(0.5)
+    old = progress.state_dict()
+    del old["selected_by"], old["reductions"]
+    old["best_loss"] = old.pop("best_value")
+    later = Progress()
+    later.load_state_dict(old)
+    assert later.state_dict() == progress.state_dict()
 
 
 @pytest.mark.parametrize(("position", "epoch"), [(Position(0, 10), 1), (Position(1, 0), 1), (Position(1, 10), 2)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -45,3 +46,21 @@ def test_closed_form() -> None:
     assert rate(0, warmup_steps=0) == 1.0
     assert rate(5, warmup_steps=10, total_steps=6) == 0.6  # a run that ends in its warm-up
     assert [rate(s) for s in (60, 3, 60)] == [rate(60), rate(3), rate(60)]  # nothing is remembered
+
+
+def test_constant_and_plateau_follow_the_warm_up() -> None:
+    def rate(step: int, name: Literal["constant", "plateau"], reductions: int = 0) -> float:
+        return learning_rate(
+            step,
+            peak=1.0,
+            warmup_steps=10,
+            total_steps=50,
+            min_ratio=0.05,
+            name=name,
+            reductions=reductions,
+            factor=0.3,
+        )
+
+    assert [rate(s, "constant") for s in (0, 4, 9, 10, 49, 10**6)] == [0.1, 0.5, 1, 1, 1, 1]
+    assert [rate(s, "plateau") for s in (0, 4, 9, 10, 49)] == [0.1, 0.5, 1, 1, 1]
+    assert [rate(20, "plateau", count) for count in range(4)] == pytest.approx([1, 0.3, 0.09, 0.05])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import TrainingFault
 from dist_train.execution.base import bind
-from dist_train.execution.optimizer import AdamW, average_of, undecayed_parameters
+from dist_train.execution.optimizer import AdamW, average_of, lr_multipliers, undecayed_parameters
 from dist_train.execution.reducers import DDPReducer, SliceReducer
 from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.training.loop import Intervals, Loop
@@ -320,6 +320,73 @@ def test_moving_average_is_the_recursion_and_buffers_follow() -> None:
         torch.testing.assert_close(p.detach(), expected[name], rtol=0, atol=1e-14)
     for ours, theirs in zip(average.module.buffers(), model.buffers(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_an_average_that_is_warmed_up_forgets_where_it_began() -> None:
+    """tf.train.ExponentialMovingAverage's decay with num_updates, in closed form."""
+    model = nn.Linear(1, 1, bias=False).double()
+    average, expected = average_of(model, 0.9, warm_up=True), 0.0
+    for update in range(200):
+        value = 100.0 if update == 0 else float(update % 7)
+        with torch.no_grad():
+            model.weight.fill_(value)
+        average.update_parameters(model)
+        decay = min(0.9, (1 + update) / (10 + update)) if update else 0.0
+        expected = decay * expected + (1 - decay) * value
+        assert average.module.weight.item() == pytest.approx(expected, abs=1e-12)
+    slow = [average_of(model, 0.999, warm_up=warm_up) for warm_up in (True, False)]
+    for update in range(1420):
+        with torch.no_grad():
+            model.weight.fill_(float(update == 0))
+        for one in slow:
+            one.update_parameters(model)
+    assert slow[0].module.weight.item() < 1e-9
+    assert slow[1].module.weight.item() > 0.2
+
+
+class Grouped(nn.Module):
+    """Declares a rate of its own for a layer, and no decay for a matrix."""
+
+    lr_multipliers: ClassVar = {"first.weight": 0.1, "first.bias": 3.0}
+    no_weight_decay = ("last.weight",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8).double(), nn.Linear(8, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).tanh())
+
+
+def test_groups_of_a_family_are_those_of_torchs_adamw() -> None:
+    with seeded("groups"):
+        model, plain = Grouped(), Grouped()
+    plain.load_state_dict(model.state_dict())
+    optimizer = AdamW(
+        model, weight_decay=0.1, undecayed=undecayed_parameters(model), lr_multipliers=lr_multipliers(model), **ADAMW
+    )
+    groups = [
+        {"params": [plain.first.weight], "lr": 1e-3, "weight_decay": 0.1},
+        {"params": [plain.first.bias], "lr": 3e-2, "weight_decay": 0.0},
+        {"params": [plain.last.weight, plain.last.bias], "lr": 1e-2, "weight_decay": 0.0},
+    ]
+    theirs = torch.optim.AdamW(groups, **ADAMW)
+    for index in range(5):
+        x, y = data(index)
+        flat = optimizer.parameters.zeros()
+        gradients = torch.autograd.grad(F.cross_entropy(model(x), y), optimizer.parameters.parameters)
+        torch._foreach_copy_(optimizer.parameters.views(flat), list(gradients))
+        optimizer.step(flat, 1e-2, finite=True)
+        theirs.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        theirs.step()
+    assert_close(state(model), state(plain), 1e-12)
+
+
+def test_a_multiplier_of_no_parameter_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Grouped, "lr_multipliers", {"second.weight": 0.1})
+    with pytest.raises(ValueError, match=r"Grouped\.lr_multipliers: 'second\.weight': 0\.1 fits no parameter"):
+        lr_multipliers(Grouped())
 
 
 def test_meter_weighs_steps_by_their_rows() -> None:

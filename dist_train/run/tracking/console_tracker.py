@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import IO, Any, cast
@@ -11,21 +10,31 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dist_train.system.console import log
+from dist_train.training.selection import Selection
 
 
 class ConsoleTracker:
     """Shows each record; on a terminal training lines move a bar, and validation lines stay above it.
 
-    The best validation so far is marked; `best_loss` is that of the steps up to `start_step`.
+    The best validation so far is marked, by the metric of `selection`; `best_value` is that of the steps up to
+    `start_step`.
     """
 
     def __init__(
-        self, console: Console, *, total_steps: int, num_epochs: int, start_step: int, best_loss: float = math.inf
+        self,
+        console: Console,
+        *,
+        total_steps: int,
+        num_epochs: int,
+        start_step: int,
+        best_value: float | None = None,
+        selection: Selection = Selection(),  # noqa: B008  (immutable)
     ) -> None:
         self._console = console
         self._total_steps = total_steps
         self._num_epochs = num_epochs
-        self._best_loss = best_loss
+        self._best_value = best_value
+        self._selection = selection
         self._bar: Progress | None = None
         if console.is_terminal and not console.quiet:
             console.file = cast(IO[str], _ErrorTolerantStream(console.file))
@@ -68,10 +77,13 @@ class ConsoleTracker:
 
     def _evaluation_line(self, record: Mapping[str, Any]) -> str:
         epoch = f"epoch {record['epoch']}/{self._num_epochs}"
-        best = record["split"] == "valid" and record["loss"] < self._best_loss
-        if best:
-            self._best_loss = record["loss"]
-        return f"{epoch}  step {record['step']}  {record['split']} {describe_scores(record)}{'  best so far' * best}"
+        best = False
+        if record["split"] == "valid":
+            value = self._selection.value(record)
+            best = self._selection.betters(value, self._best_value)
+            self._best_value = value if best else self._best_value
+        scores = describe_scores(record, self._selection.metric)
+        return f"{epoch}  step {record['step']}  {record['split']} {scores}{'  best so far' * best}"
 
     def _show(self, line: str) -> None:
         if self._bar is None:
@@ -80,9 +92,10 @@ class ConsoleTracker:
             self._console.print(line, soft_wrap=True)
 
 
-def describe_scores(metrics: Mapping[str, Any]) -> str:
-    """The metrics of a split that fit on a line."""
+def describe_scores(metrics: Mapping[str, Any], selected_by: str = "loss") -> str:
+    """The metrics of a split that fit on a line, and the one that chooses the best step."""
     names = {"loss": "loss", "auroc": "auroc", "macro_f1": "macro-F1"}
+    names |= {} if selected_by in names else {selected_by: selected_by}
     shown = {label: metrics[name] for name, label in names.items() if name in metrics}
     return "  ".join(f"{label} {'-' if value is None else f'{value:.4f}'}" for label, value in shown.items())
 

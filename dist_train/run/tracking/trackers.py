@@ -13,6 +13,7 @@ from dist_train.run.tracking.console_tracker import ConsoleTracker
 from dist_train.run.tracking.jsonl_tracker import JsonlTracker
 from dist_train.run.tracking.wandb_tracker import WandbTracker, choose_mode
 from dist_train.system.console import terminal
+from dist_train.training.selection import Selection
 
 _SERVER_SECONDS = 30.0
 """How long a server of wandb may take to answer."""
@@ -31,7 +32,8 @@ class Trackers:
         *,
         total_steps: int,
         start_step: int,
-        best_loss: float,
+        best_value: float | None,
+        selection: Selection,
         state: Mapping[str, Any] | None,
         environ: Mapping[str, str],
     ) -> None:
@@ -54,7 +56,8 @@ class Trackers:
             total_steps=total_steps,
             num_epochs=config.train.epochs,
             start_step=start_step,
-            best_loss=best_loss,
+            best_value=best_value,
+            selection=selection,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class WandbTracker:
         run = self._run
         if run is None:
             return
-        values = {name: summary[name] for name in ("best_step", "weights_sha256")}
+        values = {name: summary[name] for name in ("best_step", "selected_by", "weights_sha256") if name in summary}
         for split in ("valid", "test"):
             scores = summary[split] or {}
             values |= {f"{split}/{name}": value for name, value in scores.items() if name not in _SKIPPED}

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from dist_train.run.tracking.console_tracker import ConsoleTracker
+from dist_train.training.selection import Selection
 
 
 def _train(step: int, rate: float | None = 1000.0) -> dict[str, Any]:
@@ -78,10 +79,26 @@ def test_the_best_validation_so_far_is_marked(
     monkeypatch.setattr(logging.getLogger("dist_train"), "propagate", True)
     caplog.set_level(logging.INFO, "dist_train")
     console = Console(file=StringIO(), force_terminal=False, width=140)
-    screen = ConsoleTracker(console, total_steps=100, num_epochs=5, start_step=20, best_loss=0.7)
+    screen = ConsoleTracker(console, total_steps=100, num_epochs=5, start_step=20, best_value=0.7)
     for loss in (0.75, 0.6, 0.6, 0.59):
         screen.log(_valid() | {"loss": loss})
     assert [record.getMessage().endswith("best so far") for record in caplog.records] == [False, True, False, True]
+
+
+def test_the_best_is_marked_by_the_metric_that_chooses(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dist_train"), "propagate", True)
+    caplog.set_level(logging.INFO, "dist_train")
+    console = Console(file=StringIO(), force_terminal=False, width=140)
+    screen = ConsoleTracker(
+        console, total_steps=100, num_epochs=5, start_step=0, selection=Selection("accuracy", higher_is_better=True)
+    )
+    for loss, accuracy in ((0.5, 0.7), (0.4, 0.6), (0.6, 0.8)):
+        screen.log(_valid() | {"loss": loss, "accuracy": accuracy})
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.endswith("best so far") for line in lines] == [True, False, True]
+    assert "accuracy 0.8000" in lines[-1]
 
 
 class _Terminal(StringIO):
