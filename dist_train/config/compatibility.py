@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 from dist_train.config import families
+from dist_train.config.schema import JobConfig
 from dist_train.errors import UserError
 
 FORMATS = {
@@ -30,13 +31,14 @@ RENAMED: dict[str, str] = {}
 
 def _selected_before(tree: Mapping[str, Any]) -> str | None:
     """`train.select_by` of a run of before: the log loss, also where the loss that was trained is another one."""
-    train = tree["train"]
-    return "loss" if train["class_weights"] is not None or train["loss"] != "cross_entropy" else None
+    train = tree["train"]  # of a trained model it has few keys
+    another = train.get("class_weights") is not None or train.get("loss", "cross_entropy") != "cross_entropy"
+    return "loss" if another else None
 
 
 def _warmed_up_before(tree: Mapping[str, Any]) -> bool:
     """`train.ema_warmup` of a run of before: a moving average was not."""
-    return tree["train"]["ema_decay"] is None
+    return tree["train"].get("ema_decay") is None
 
 
 ADDED: dict[str, Any] = {
@@ -56,6 +58,7 @@ ADDED: dict[str, Any] = {
     "schedule.plateau_patience": 3,
     "schedule.plateau_factor": 0.3,
     "train.select_by": _selected_before,
+    "train.class_sampling": None,
     "train.ema_warmup": _warmed_up_before,
 }
 """Key that came after format 1 -> what a run that lacks it was trained with: the key's first default, or a function of
@@ -119,6 +122,24 @@ def migrated(tree: Mapping[str, Any]) -> dict[str, Any]:
         section, _, key = name.partition(".")
         copy.setdefault(section, {}).setdefault(key, default(copy) if callable(default) else default)
     return copy
+
+
+def as_begun(config: JobConfig, begun: Mapping[str, Any]) -> tuple[JobConfig, list[str]]:
+    """The configuration with which a run goes on that was begun by an earlier version, and the keys that were changed.
+
+    `begun` is its resolved configuration, as it was written. A key that it lacks, whose former value is a function of
+    that configuration, gets this value, unless `config` says otherwise than its default.
+    """
+    before, default, changed = migrated(begun), JobConfig(), []
+    for name, former in ADDED.items():
+        section, _, key = name.partition(".")
+        if not callable(former) or key in begun.get(section, {}):
+            continue
+        values = getattr(config, section)
+        if getattr(values, key) == getattr(getattr(default, section), key) != before[section][key]:
+            config = replace(config, **{section: replace(values, **{key: before[section][key]})})
+            changed.append(f"{name}={before[section][key]}")
+    return config, changed
 
 
 def unknown_keys(tree: Mapping[str, Any]) -> list[str]:

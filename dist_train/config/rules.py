@@ -72,6 +72,8 @@ def _broken(c: JobConfig) -> Iterator[tuple[str, str]]:
     yield from _train(c.train)
     yield from _at_least("ensemble.seeds", c.ensemble.seeds, 1)
     yield from _select_by(c)
+    if c.train.class_sampling and c.data.shuffle_block_rows:
+        yield "train.class_sampling", "draws from all rows: data.shuffle_block_rows must be null"
     yield from _at_least("evaluation.every_steps", c.evaluation.every_steps, 1)
     yield from _at_least("evaluation.batch_size", c.evaluation.batch_size, 1)
     yield from _at_least("checkpoint.every_steps", c.checkpoint.every_steps, 1)
@@ -210,6 +212,8 @@ def _train(t: TrainConfig) -> Iterator[tuple[str, str]]:
                 yield "train.class_weights", f"the weight of class {name!r} must be finite and above 0, is {value!r}"
     elif weights is not None and weights != "balanced":
         yield "train.class_weights", f"must be null, balanced or a mapping class: weight, is {weights!r}"
+    if t.class_sampling not in (None, "balanced", "balanced_reweighted"):
+        yield "train.class_sampling", f"must be null, balanced or balanced_reweighted, is {t.class_sampling!r}"
     if not 0 <= t.label_smoothing < 1:
         yield "train.label_smoothing", f"must be at least 0 and below 1, is {t.label_smoothing}"
     if t.ema_decay is not None and not 0 < t.ema_decay < 1:

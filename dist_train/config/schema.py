@@ -144,6 +144,8 @@ class TrainConfig:
     """Name of the loss: `cross_entropy`, or one that a program or an installed package registers (docs/python.md)."""
     class_weights: Any = None
     """Null, `balanced` (inverse class frequency), or a mapping from class name to weight."""
+    class_sampling: str | None = None
+    """Null: an epoch trains every row once. `balanced`: an epoch has as many draws as rows, and every class the same share of them; the probabilities are then those of a population with equal classes. `balanced_reweighted`: the same draws, and a row weighs the inverse of how often it is drawn, so that the expected loss, and the probabilities, are those of the table (docs/training.md)."""
     label_smoothing: float = 0.0
     """Share of the target probability spread evenly over the classes."""
     ema_decay: float | None = None

@@ -1,4 +1,4 @@
-"""In which order an epoch trains its rows: a function of (seed, epoch), every row once."""
+"""In which order an epoch trains its rows: a function of (seed, epoch). Every row once, or classes in equal shares."""
 
 from __future__ import annotations
 
@@ -34,6 +34,39 @@ class FullOrder:
             self._kept = None  # the former epoch's goes before the next one's comes
             self._kept = epoch, permutation(self._num_rows, "order", self._seed, epoch)
         return self._kept[1][begin:end]
+
+
+class BalancedOrder:
+    """As many draws as rows, in which every class that occurs has the same share, to one draw.
+
+    Of a class, each row is drawn as often as its share holds the class, and a random subset of its rows once more. So
+    the expected number of draws of a row is exactly rows / (classes * rows of its class). `classes` are the class
+    indices of all rows, (rows,). Holds 16 bytes a row.
+    """
+
+    def __init__(self, classes: Tensor, seed: int) -> None:
+        self._members = [(classes == index).nonzero().squeeze(1) for index in classes.unique().tolist()]
+        self._num_rows = len(classes)
+        self._seed = seed
+        self._kept: tuple[int, Tensor] | None = None
+
+    def rows(self, epoch: int, begin: int, end: int) -> Tensor:
+        """Row numbers of the places `begin` to `end` of an epoch's order."""
+        if self._kept is None or self._kept[0] != epoch:
+            self._kept = None
+            self._kept = epoch, self._drawn(epoch)
+        return self._kept[1][begin:end]
+
+    def _drawn(self, epoch: int) -> Tensor:
+        share, rest = divmod(self._num_rows, len(self._members))
+        # The draws that are left over go to classes in turn by chance: the expected share of each is the same.
+        favoured = set(permutation(len(self._members), "classes with a draw more", self._seed, epoch)[:rest].tolist())
+        drawn = []
+        for index, members in enumerate(self._members):
+            times, once_more = divmod(share + (index in favoured), len(members))
+            order = permutation(len(members), "rows of a class", self._seed, epoch, index)
+            drawn += [members] * times + [members[order[:once_more]]]
+        return torch.cat(drawn)[permutation(self._num_rows, "order", self._seed, epoch)]
 
 
 class BlockOrder:

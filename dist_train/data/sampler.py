@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from dist_train.data.order import BlockOrder, FullOrder, Order
+from dist_train.data.order import BalancedOrder, BlockOrder, FullOrder, Order
 from dist_train.determinism.position import Position, split_evenly
 from dist_train.errors import UserError
 
@@ -37,7 +37,8 @@ def steps_of_epoch(num_rows: int, batch_size: int) -> int:
 class PositionSampler(DistributedSampler[int]):
     """A DistributedSampler whose state is a position, so that it needs no `set_epoch` and resumes anywhere at once.
 
-    The order of an epoch is a function of (seed, epoch): FullOrder, or BlockOrder where `shuffle_block_rows` is set.
+    The order of an epoch is a function of (seed, epoch): FullOrder, BlockOrder where `shuffle_block_rows` is set, or
+    BalancedOrder where `classes` is given, the class index of each row.
     Each global batch is the next `global_batch_size` rows of that order, cut into `accumulation_steps` passes, each of
     them cut into `num_slices` contiguous slices, of which each rank owns a contiguous run. Nothing is padded and
     nothing dropped: slices differ by one row at most and may be empty.
@@ -57,6 +58,7 @@ class PositionSampler(DistributedSampler[int]):
         accumulation_steps: int = 1,
         num_slices: int | None = None,
         shuffle_block_rows: int | None = None,
+        classes: Tensor | None = None,
         position: Position = Position(),  # noqa: B008  (immutable)
     ) -> None:
         if num_rows < 2:
@@ -69,9 +71,13 @@ class PositionSampler(DistributedSampler[int]):
         self.slices_of_a_rank = (num_slices or world_size) // world_size
         self._own = range(rank * self.slices_of_a_rank, (rank + 1) * self.slices_of_a_rank)
         self.position = position
-        self._order: Order = (
-            BlockOrder(num_rows, shuffle_block_rows, seed) if shuffle_block_rows else FullOrder(num_rows, seed)
-        )
+        self._order: Order
+        if classes is not None:
+            self._order = BalancedOrder(classes, seed)
+        elif shuffle_block_rows:
+            self._order = BlockOrder(num_rows, shuffle_block_rows, seed)
+        else:
+            self._order = FullOrder(num_rows, seed)
 
     @property
     def steps_per_epoch(self) -> int:

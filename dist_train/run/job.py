@@ -25,7 +25,7 @@ from dist_train.run.checkpoint.state import pack_json
 from dist_train.run.dry_run import DryRunReport, profile_session
 from dist_train.run.ensemble import Ensemble
 from dist_train.run.export import checkpoint_parts, export_best
-from dist_train.run.resume import begin_writing, changes_since, finished_line, matching_task, open_run
+from dist_train.run.resume import as_it_began, begin_writing, changes_since, finished_line, matching_task, open_run
 from dist_train.run.session import Session, build_loop
 from dist_train.run.split_record import write_split
 from dist_train.run.tracking.trackers import NullTrackers, Trackers
@@ -136,6 +136,7 @@ class Job:
         """Train to the end and return the summary; raises Stopped when all ranks have agreed to stop, saved by then."""
         config, world, collectives, heartbeat = self.config, self.world, self.collectives, self.collectives.heartbeat
         folder, checkpoints = self.folder, self.checkpoints
+        config = collectives.on_rank_zero(lambda: as_it_began(folder, self.config))
         task = load_task(config, collectives)
         chosen = chosen_values(config, task.config)
         config = self.config = task.config

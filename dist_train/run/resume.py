@@ -8,7 +8,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
-from dist_train.config.compatibility import differences, redefined_metrics
+import yaml
+
+from dist_train.config.compatibility import as_begun, differences, redefined_metrics
 from dist_train.config.load import config_to_yaml
 from dist_train.config.schema import JobConfig
 from dist_train.distributed.collectives import Collectives
@@ -74,6 +76,22 @@ def _limit(config: JobConfig, progress: Progress) -> str:
     if train.max_steps is not None and progress.step >= train.max_steps:
         return f"train.max_steps (now {train.max_steps})"
     return f"train.epochs (now {train.epochs})"
+
+
+def as_it_began(folder: RunFolder, config: JobConfig) -> JobConfig:
+    """Rank 0: the configuration, with what an earlier version did where the run in the folder was begun by one."""
+    if config.run.resume == "never":
+        return config
+    try:
+        begun = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # there is no run, or it is refused later on
+        return config
+    if not isinstance(begun, dict) or not all(isinstance(values, dict) for values in begun.values()):
+        return config
+    config, changed = as_begun(config, begun)
+    if changed:
+        log.info("%s was begun by an earlier version: it goes on with %s", folder.path, ", ".join(changed))
+    return config
 
 
 def open_run(

@@ -71,6 +71,7 @@ class Session:
             accumulation_steps=train.accumulation_steps,
             num_slices=train.virtual_ranks,
             shuffle_block_rows=config.data.shuffle_block_rows,
+            classes=train_rows.targets.cpu() if train.class_sampling else None,
         )
         self.feed = Feed(train_rows, sampler)
         self.total_steps = min(train.epochs * self.feed.steps_per_epoch, train.max_steps or 2**63)

@@ -37,7 +37,7 @@ from dist_train.errors import UserError
 from dist_train.models.registry import build_model
 from dist_train.system.console import log
 from dist_train.tasks.base import Description
-from dist_train.training.loss import Objective, balanced_weights, class_probabilities, objective_of
+from dist_train.training.loss import Objective, balanced_draws, balanced_weights, class_probabilities, objective_of
 from dist_train.training.metrics import (
     check_metrics,
     classification_metrics,
@@ -116,7 +116,11 @@ class TabularTask:
 
     def objective(self) -> Objective:
         """The loss of the configuration with its class weights."""
-        return objective_of(self._config.train, self._class_weights)
+        weights = self._class_weights
+        if self._config.train.class_sampling == "balanced_reweighted":
+            corrections = torch.nan_to_num(1 / self._draws, posinf=1.0)
+            weights = corrections if weights is None else weights * corrections
+        return objective_of(self._config.train, weights)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over the classes, mean over the members of an ensemble: (rows, classes) float64."""
@@ -135,12 +139,16 @@ class TabularTask:
         Not of a restored task whose class weights are those of training rows that it does not have.
         """
         train = self._config.train
-        needs_rows = train.class_weights == "balanced"
+        drawn = train.class_sampling == "balanced"  # a row counts as often as it is drawn
+        needs_rows = train.class_weights == "balanced" or drawn
         if Selection.of(train).metric != OBJECTIVE or (needs_rows and "train" not in self.splits):
             return {}
         device = self._collectives.device
         logits = probabilities.clamp_min(torch.finfo(torch.float64).tiny).log().to(device, self._dtype)
-        objective = objective_of(replace(train, label_smoothing=0.0), self._class_weights)
+        by_class = self._class_weights
+        if drawn:
+            by_class = self._draws if by_class is None else by_class * self._draws
+        objective = objective_of(replace(train, label_smoothing=0.0), by_class)
         on_device = () if weights is None else (weights.to(device),)
         loss, weight = objective(logits, targets.to(device), (len(targets),), *on_device)
         return {OBJECTIVE: float(loss.double() / weight.double())}
@@ -214,6 +222,11 @@ class TabularTask:
                     f"{self._config.data.path}: column {self._config.data.weight!r}: the weight of every training row "
                     f"of class {name!r} is 0 (data.weight)"
                 )
+
+    @cached_property
+    def _draws(self) -> Tensor:
+        draws = balanced_draws(self.splits["train"].targets, len(self.class_names))
+        return draws.to(self._collectives.device, self._dtype)
 
     @cached_property
     def _class_weights(self) -> Tensor | None:

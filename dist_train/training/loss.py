@@ -192,6 +192,12 @@ def class_probabilities(logits: Tensor) -> Tensor:
     return probabilities if probabilities.ndim == 2 else probabilities.mean(1)
 
 
+def balanced_draws(targets: Tensor, num_classes: int) -> Tensor:
+    """How often a row of each class is expected in an epoch of balanced draws, float64; 0 of a class without rows."""
+    counts = torch.bincount(targets, minlength=num_classes).double()
+    return torch.where(counts > 0, len(targets) / ((counts > 0).sum() * counts), 0.0)
+
+
 def balanced_weights(targets: Tensor, num_classes: int, weights: Tensor | None = None) -> Tensor:
     """Weights inverse to class frequency with mean 1 over the rows: rows / (classes * rows of the class), float64.
 

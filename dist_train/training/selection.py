@@ -57,4 +57,4 @@ class Selection:
 
 def trains_another_loss(train: TrainConfig) -> bool:
     """Whether what is trained differs from the log loss in more than label smoothing."""
-    return train.class_weights is not None or train.loss != "cross_entropy"
+    return train.class_weights is not None or train.class_sampling == "balanced" or train.loss != "cross_entropy"

@@ -107,6 +107,11 @@ def test_a_run_of_before_keeps_what_it_was_trained_with(argument: str, key: str,
     plain = {section: dict(values) for section, values in BASE.items()}
     del plain["train"]["select_by"], plain["train"]["ema_warmup"]
     assert differences(plain, BASE) == ([], [])
+    config, changed = compatibility.as_begun(load_config([argument]), before)
+    assert changed == [f"{key}={was}"]
+    assert differences(before, asdict(config)) == ([], [])
+    assert compatibility.as_begun(config, asdict(config)) == (config, [])
+    assert compatibility.as_begun(JobConfig(), plain) == (JobConfig(), [])
 
 
 def test_a_key_of_a_newer_version_is_a_difference() -> None:
