@@ -105,7 +105,7 @@ def _store(table: str, contestant: str, seed: int, result: Mapping[str, Any]) ->
 
     from dist_train.system.machine import describe_machine
 
-    show = ["git", "describe", "--always", "--dirty"]
+    show = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(show, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout.strip()
     results = _known()["results"]
     results.setdefault(table, {}).setdefault(contestant, {})[str(seed)] = {**result, "commit": commit}
