@@ -14,6 +14,7 @@ from dist_train.data.batches import InMemory
 from dist_train.data.classes import index_of_classes
 from dist_train.data.columns import Columns, Unit, UnitFacts, check_classes, class_places, kinds_of
 from dist_train.data.encoder import Encoder, Inputs, smallest_int
+from dist_train.data.findings import described_columns
 from dist_train.data.inputs import columns_of, whole_file
 from dist_train.data.prepare import TableSplit, fit_table, split_of_column, split_table, whole_table
 from dist_train.data.readers import read_header, read_index_names
@@ -90,7 +91,7 @@ def load_dataset(
         splits = collectives.run_on_all(lambda: encoded_rows(table, split, fitted, SPLITS, collectives.device, dtype))
     collectives.raise_if_stop_agreed()
     _require_some_weight(splits, data)
-    return Dataset({**splits}, fitted, table.sha256)
+    return Dataset({**splits}, fitted, table.sha256, described_columns(fitted, table.spool.kinds, data))
 
 
 def read_labelled(data: DataConfig, spec: FeatureSpec | None = None) -> Table:
@@ -264,7 +265,7 @@ def _load_store(
         name: MappedRows(store.tensors(name), store.to_inputs, collectives.device, dtype) for name in SPLITS
     }
     _require_some_weight(splits, data)
-    return Dataset(splits, store.spec, store.sha256)
+    return Dataset(splits, store.spec, store.sha256, described_columns(store.spec, None, data))
 
 
 def _require_some_weight(splits: Mapping[str, ResidentRows | MappedRows], data: DataConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from dist_train.config.schema import DataConfig
 from dist_train.data.classes import check_training_rows
 from dist_train.data.encoder import Encoder, fit_spec
+from dist_train.data.findings import examine, warn_of_columns
 from dist_train.data.spec import FeatureSpec
 from dist_train.data.split import SPLITS, FractionSplit, Parts
 from dist_train.data.split_by_group import GroupRows, GroupSplit
@@ -275,7 +277,7 @@ def fit_table(
             codes = split.codes(spool, chunk)
             yield spool.frame(chunk, names).filter(pl.Series((codes == _TRAIN).numpy()))
 
-    return fit_spec(
+    spec = fit_spec(
         pieces,
         spool.kinds,
         class_names,
@@ -286,6 +288,18 @@ def fit_table(
         numeric_transform=data.numeric_transform,
         num_rows=split.num_rows[SPLITS[_TRAIN]],
     )
+
+    def labelled() -> Iterator[tuple[Callable[[Sequence[str]], pl.DataFrame], np.ndarray[Any, Any]]]:
+        for chunk in own():
+            training = (split.codes(spool, chunk) == _TRAIN).numpy()
+            rows = pl.Series(training)
+            read = partial(lambda chunk, rows, names: spool.frame(chunk, names).filter(rows), chunk, rows)
+            yield read, spool.targets(chunk).numpy()[training]
+
+    lines = examine(labelled(), spec, spool.padded, collectives)
+    if collectives.is_main:
+        warn_of_columns(lines, data)
+    return spec
 
 
 def _own_chunks(

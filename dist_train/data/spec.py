@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from dist_train.config.compatibility import FORMATS, require_format
@@ -109,7 +109,15 @@ class FeatureSpec:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types, which keep every bit of a float64; `from_json` reads it."""
-        return {"format": FORMATS["feature spec"], **_plain(asdict(self))}
+        return {
+            "format": FORMATS["feature spec"],
+            "numeric": [{**vars(column), "quantiles": list(column.quantiles)} for column in self.numeric],
+            "categorical": [
+                {name: list(value) if isinstance(value, tuple) else value for name, value in vars(column).items()}
+                for column in self.categorical
+            ],
+            "class_names": list(self.class_names),
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> FeatureSpec:
@@ -158,10 +166,3 @@ def spec_of_encoder(description: Mapping[str, Any], tensors: Mapping[str, Sequen
         categorical=tuple(categorical),
         class_names=tuple(description["class_names"]),
     )
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as JSON gives them back."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -286,6 +286,12 @@ class Spool:
         return chunks
 
     @property
+    def padded(self) -> dict[str, str]:
+        """Columns of numbers that hold digits after a zero, as postcodes do: such a cell by name of the column."""
+        cells = {n: f.padded for _, facts in self._found for n, f in facts.columns.items() if f.padded is not None}
+        return {name: cells[name] for name in self.kinds.numeric if name in cells}
+
+    @property
     def num_rows(self) -> int:
         """Rows of the table."""
         return sum(sum(facts.batches) for _, facts in self._found)

@@ -165,6 +165,7 @@ class Session:
             rows={name: len(rows) for name, rows in self.task.splits.items()},
             class_names=self.task.class_names,
             num_inputs=self.task.num_inputs,
+            inputs=self.task.inputs(),
             parameters=parameters,
             trainable=trainable,
             global_batch_size=train.global_batch_size,

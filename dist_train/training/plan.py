@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ class Plan:
     total_steps: int
     learning_rate: Callable[[int], float]
     chosen: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Sequence[str] = ()
+    """What the columns of the data became, in lines."""
 
     def lines(self) -> Iterator[str]:
         """The plan in words."""
@@ -38,6 +40,7 @@ class Plan:
         yield f"world      {ranks} on {world.device.type}, backend {world.backend}{exact}"
         yield "rows       " + ", ".join(f"{name} {count:,}" for name, count in self.rows.items())
         yield f"classes    {', '.join(self.class_names)}; {self.num_inputs} input features"
+        yield from self.inputs
         yield f"model      {self.parameters:,} parameters, {self.trainable:,} of them trainable"
         yield (
             f"steps      {self.total_steps:,} of {self.global_batch_size:,} rows ({self.steps_per_epoch:,} an epoch); "
