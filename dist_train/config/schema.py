@@ -53,7 +53,7 @@ class DataConfig:
     categorical: list[str] = field(default_factory=list)
     """Columns of numbers that are codes, not quantities. Text columns are categorical by themselves."""
     missing_values: list[str] = field(default_factory=lambda: ["", "NA", "N/A", "NaN", "nan", "null", "NULL"])
-    """Cells of a CSV file that mean: no value."""
+    """Cells of text that mean: no value, in CSV and Parquet files and in tables of programs. A list replaces this one."""
     max_categories: int = 256
     """Categories kept for one column, the most frequent first; the others share the code for unknown ones."""
     numeric_transform: Literal["robust", "quantile"] = "robust"
