@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 COVERAGE_TESTS := $(addprefix tests/,accel api config contracts data determinism distributed execution models property \
 	run system training watchdog)
 
-.PHONY: train test test-torch211 coverage soak check docs pictures bench bench-quality clean
+.PHONY: train test test-torch211 coverage soak fuzz check docs pictures bench bench-quality clean
 
 # Train the default job on two ranks; more arguments: make train ARGS="train.epochs=5 run.name=short"
 train: $(INSTALLED)
@@ -32,6 +32,10 @@ coverage: $(INSTALLED)
 # The long versions: random kills by the dozen
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
+
+# 50,000 odd tables and configurations, in some ten minutes: each is taken, or refused in one printable line
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 POLARS_MAX_THREADS=1 $(BIN)/python -m tests.fuzz --processes $(NPROC) $(ARGS)
 
 # Lint, types, import contracts
 check: $(INSTALLED)

@@ -160,7 +160,7 @@ def as_text(column: pl.Series, source: str) -> pl.Series:
 
 def arrow_text(texts: pl.Series) -> pa.Array:
     """Text for Arrow's functions, which cost less for a few rows than those of polars."""
-    return texts.to_arrow().cast(pa.large_string())
+    return texts.alias("").to_arrow().cast(pa.large_string())  # Arrow takes no null character in a name
 
 
 _SPELLINGS = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false", "-0.0": "0"}

@@ -38,6 +38,8 @@ _LOOK_SECONDS = 0.5
 # To publish a report; to hear from all others; to close files and connections once the report is written.
 _ASK_SECONDS = 2.0
 _ASK_TURNS = 20
+# A pause of which the user is told; native code that imports a library can make the thread late by some seconds.
+_TOLD_SECONDS = 10.0
 _COLLECT_SECONDS = 3.0
 _LEAVE_SECONDS = 2.0
 _MAX_FLIGHT = 20_000
@@ -147,7 +149,7 @@ class Watchdog:
         orphaned_at = None
         while not self._ended.wait(_LOOK_SECONDS):
             paused = running.look()
-            if paused and not told:
+            if paused > _TOLD_SECONDS and not told:
                 told = True
                 self._settings.paused(paused)
             own = self._heartbeat.read()

@@ -20,7 +20,7 @@ from tests.resume.processes import Job, job
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
 
-TIMEOUT_SECONDS, PAUSE_SECONDS = 5, 11
+TIMEOUT_SECONDS, PAUSE_SECONDS = 5, 12
 
 
 def _all_of(suspended: Job, number: signal.Signals) -> None:

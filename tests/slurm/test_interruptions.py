@@ -120,11 +120,12 @@ def test_the_loss_of_the_first_node(stage: Stage) -> None:
 @side_by_side
 def test_a_job_that_is_suspended_for_longer_than_the_timeout(stage: Stage) -> None:
     """`scontrol suspend` stops every process of a job on all nodes; `resume` continues them."""
-    job = submit(stage, "runtime.timeout_seconds=10", sbatch=["--nodes=2"], pace=Pace(step_seconds=0.5))
+    job = submit(stage, "runtime.timeout_seconds=20", sbatch=["--nodes=2"], pace=Pace(step_seconds=0.5))
     job.wait_for_step()
     stage.cluster.command("scontrol", "suspend", job.id)
+    time.sleep(5)  # it takes the nodes a moment
     step = job.step()
-    time.sleep(25)
+    time.sleep(35)
     assert job.step() == step
     stage.cluster.command("scontrol", "resume", job.id)
     assert job.completed(restarts=0) == stage.whole

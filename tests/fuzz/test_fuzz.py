@@ -1,0 +1,31 @@
+"""What the fuzzer found, and a few of its cases. All of them: `make fuzz`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+
+from tests.fuzz.__main__ import outcome_of, try_case
+from tests.fuzz.generate import Case
+
+QUICK = range(150)
+
+
+def test_the_first_cases_are_taken_or_refused_in_one_line() -> None:
+    outcomes = {number: outcome_of(number) for number in QUICK}
+    assert not {number: said for number, said in outcomes.items() if said.startswith("FAULT")}
+    assert {"accepted", "refused: configuration", "refused: table"} <= set(outcomes.values())
+
+
+def test_a_case_is_a_function_of_its_number() -> None:
+    assert outcome_of(7) == outcome_of(7)
+
+
+# Cases that broke something when they were found. They are kept by what they hold: a number means another case once the
+# generator has changed.
+def test_a_column_whose_name_has_a_null_character(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"a": [1.5, 2.5, 3.5] * 9, "\0": ["x", "y", "z"] * 9, "t": ["u", "v", "w"] * 9})
+    frame.write_csv(tmp_path / "t.csv")
+    arguments = [f"data.path={tmp_path / 't.csv'}", "data.target=t", "runtime.device=cpu"]
+    assert try_case(Case(arguments, tmp_path / "t.csv", tmp_path / "t.csv"), tmp_path) == "accepted"
