@@ -29,6 +29,8 @@ from dist_train.errors import Mistakes, UserError
 
 Setting = tuple[str, str, Any]  # (where it was written, dotted key, value)
 
+_REFUSALS = (OmegaConfBaseException, ValueError, TypeError, ArithmeticError, RecursionError)
+"""What OmegaConf raises: not only errors of its own."""
 _NOTHING = ("~", "null", "Null", "NULL")
 _KEY = re.compile(r"[^\W\d]\w*\.[^/]+", re.DOTALL)
 
@@ -105,7 +107,7 @@ def _resolved(settings: Iterable[Setting], tree: DictConfig, problems: list[str]
             merges = isinstance(value, dict) and isinstance(OmegaConf.select(tree, key), DictConfig)
             OmegaConf.update(tree, key, value, merge=merges)
             sources[key] = source
-        except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        except _REFUSALS as error:
             problems.append(f"{source}: {_explain(key, value, error)}")
     config = _freeze(tree, sources, problems)
     if config is not None:
@@ -312,7 +314,7 @@ def _freeze(tree: DictConfig, sources: Mapping[str, str], problems: list[str]) -
                 value = tree[section][name]
                 if isinstance(value, (DictConfig, ListConfig)):
                     OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
-            except (OmegaConfBaseException, ValueError, RecursionError) as error:
+            except _REFUSALS as error:
                 problems.append(f"{sources.get(key, 'default')}: {key}: {_first_line(error)}")
     return cast(JobConfig, OmegaConf.to_object(tree)) if len(problems) == found else None
 

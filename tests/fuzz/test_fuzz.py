@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import polars as pl
+import pytest
 
 from tests.fuzz.__main__ import outcome_of, try_case
 from tests.fuzz.generate import Case
 
-QUICK = range(150)
+QUICK = range(100)
 
 
 def test_the_first_cases_are_taken_or_refused_in_one_line() -> None:
@@ -28,4 +29,9 @@ def test_a_column_whose_name_has_a_null_character(tmp_path: Path) -> None:
     frame = pl.DataFrame({"a": [1.5, 2.5, 3.5] * 9, "\0": ["x", "y", "z"] * 9, "t": ["u", "v", "w"] * 9})
     frame.write_csv(tmp_path / "t.csv")
     arguments = [f"data.path={tmp_path / 't.csv'}", "data.target=t", "runtime.device=cpu"]
-    assert try_case(Case(arguments, tmp_path / "t.csv", tmp_path / "t.csv"), tmp_path) == "accepted"
+    assert try_case(Case(arguments, tmp_path / "t.csv", tmp_path / "t.csv"), tmp_path) in ("accepted", "refused: table")
+
+
+@pytest.mark.parametrize("argument", [f"schedule.min_lr_ratio={'1' * 400}", f"optim.lr=-{'9' * 400}"])
+def test_a_number_that_no_float_can_hold(argument: str, tmp_path: Path) -> None:
+    assert try_case(Case([argument]), tmp_path) == "refused: configuration"
