@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
+from dist_train.config.load import is_too_long
 from dist_train.errors import printable
 
 INSTALLED = "dist-train"
@@ -19,6 +20,8 @@ class _Parser(argparse.ArgumentParser):
 
 def path(text: str) -> Path:
     """A path in an argument; a shell leaves the `~` in --data=~/clients.csv alone."""
+    if is_too_long(text):
+        raise argparse.ArgumentTypeError(f"a name of {len(text)} characters is too long")
     return Path(text).expanduser() if text.startswith("~/") else Path(text)
 
 

@@ -6,6 +6,7 @@ A value flows one way: default of the schema <- YAML files, left to right <- `ke
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from dist_train.config.auto import AUTO, KEYS_SET_TO_AUTO, RULE, has_key, with_a
 from dist_train.config.compatibility import migrated, unknown_keys, with_renamed_keys
 from dist_train.config.rules import problems_of
 from dist_train.config.schema import JobConfig, ModelConfig
-from dist_train.config.yaml_text import Plain, parse_argument, parse_yaml, plain_values
+from dist_train.config.yaml_text import Plain, is_text, parse_argument, parse_yaml, plain_values
 from dist_train.errors import Mistakes, UserError
 
 Setting = tuple[str, str, Any]  # (where it was written, dotted key, value)
@@ -45,7 +46,12 @@ class _Added:
 def is_setting(argument: str) -> bool:
     """Whether an argument is `section.key=value`, and not the path of a file or folder with `=` in it."""
     key, equals, _ = argument.partition("=")
-    return bool(equals) and _KEY.fullmatch(key) is not None and not Path(argument).exists()
+    return bool(equals) and _KEY.fullmatch(key) is not None and not os.path.exists(argument)  # noqa: PTH110 (never raises)
+
+
+def is_too_long(path: str) -> bool:
+    """Whether no file system can hold a path: some name in it, or all of it, has too many bytes."""
+    return len(os.fsencode(path)) >= 4096 or any(len(os.fsencode(name)) > 255 for name in path.split("/"))
 
 
 def load_config(arguments: Sequence[str], base: JobConfig | None = None) -> JobConfig:
@@ -145,7 +151,11 @@ def _with_home_folders(config: JobConfig) -> JobConfig:
             found[key] = str(Path(folder).expanduser()) if folder.startswith("~") else folder
         except RuntimeError:
             problems.append(f"{key}={folder}: there is no such home folder; ./{folder} is a folder of that name")
+    if is_too_long(config.data.path):
+        problems.append(f"data.path: a name of {len(config.data.path)} characters is too long")
     for key, name in (("run.name", config.run.name), ("run.dir", config.run.dir)):
+        if is_too_long(name):
+            problems.append(f"{key}: a name of {len(name)} characters is too long")
         if any(unicodedata.category(c) == "Cc" for c in name):
             problems.append(f"{key}: {name!r} has control characters: give a folder that a terminal can show")
     if problems:
@@ -198,6 +208,9 @@ def _contents(arguments: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], l
         key, equals, value = argument.partition("=")
         if not equals or not key:
             yield argument, {}, [f"{argument!r}: an argument is either a file that ends in .yaml or key=value"]
+            continue
+        if not argument.isascii() and not is_text(argument):
+            yield argument, {}, [f"{argument!r}: is not UTF-8"]
             continue
         content = parse_argument(value)
         for name in reversed(_parts(key)):

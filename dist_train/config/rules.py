@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from dist_train.config.schema import DataConfig, JobConfig, ModelConfig, TrainCo
 from dist_train.config.yaml_text import parse_argument, plain_values
 from dist_train.errors import UserError
 
+_YEAR_SECONDS = 31_536_000
 HIGHER_IS_BETTER = {
     "loss": False,
     "objective": False,
@@ -80,6 +82,8 @@ def _broken(c: JobConfig) -> Iterator[tuple[str, str]]:
     yield from _at_least("checkpoint.keep", c.checkpoint.keep, 1)
     yield from _at_least("log.every_steps", c.log.every_steps, 1)
     yield from _positive("runtime.timeout_seconds", c.runtime.timeout_seconds)
+    if c.runtime.timeout_seconds > _YEAR_SECONDS:
+        yield "runtime.timeout_seconds", f"must be at most a year, {_YEAR_SECONDS}, is {c.runtime.timeout_seconds}"
     if c.runtime.device == "cpu" and c.runtime.backend == "nccl":
         yield "runtime.backend", "nccl needs GPUs, but runtime.device is cpu: use gloo or auto"
     if not c.wandb.project.strip():
@@ -208,7 +212,7 @@ def _train(t: TrainConfig) -> Iterator[tuple[str, str]]:
     weights = t.class_weights
     if isinstance(weights, dict):
         for name, value in weights.items():
-            if not (_is_number(value) and value > 0 and math.isfinite(value)):
+            if not (_is_number(value) and 0 < value <= sys.float_info.max):
                 yield "train.class_weights", f"the weight of class {name!r} must be finite and above 0, is {value!r}"
     elif weights is not None and weights != "balanced":
         yield "train.class_weights", f"must be null, balanced or a mapping class: weight, is {weights!r}"

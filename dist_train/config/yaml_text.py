@@ -36,6 +36,15 @@ class Plain:
         return self.text
 
 
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it; what stands for bytes that are no text cannot be written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def parse_yaml(text: str) -> Any:
     """Mappings, lists, text and `Plain`. The keys of mappings are text.
 
@@ -107,8 +116,10 @@ def _count_values(content: Any, counted: int = 0) -> int:
     if counted > _MAX_VALUES:
         raise yaml.YAMLError("it holds too many values")
     if isinstance(content, (dict, list)):
-        for value in content.values() if isinstance(content, dict) else content:
+        for value in (*content, *content.values()) if isinstance(content, dict) else content:
             counted = _count_values(value, counted)
+    elif isinstance(content, str) and not is_text(content):
+        raise yaml.YAMLError("it holds half of a surrogate pair")
     elif not isinstance(content, (str, Plain, int, float, bool, type(None))):
         raise yaml.YAMLError(f"it holds a value of the type {type(content).__name__}")
     return counted

@@ -171,3 +171,23 @@ def test_an_odd_file_is_refused_in_printable_lines(text: str, tmp_path: Path) ->
     said = mistakes(str(tmp_path / "a.yaml"))
     assert all(line.isprintable() for line in said.splitlines())
     assert "a.yaml" in said
+
+
+LONG = "x" * 300
+
+
+UNHELD = [
+    f"run.name={LONG}", f"run.dir=a/{LONG}", f"data.path={LONG}.csv", "run.name=\udcff", "data.target=\udcff",
+    f"{LONG}.yaml", f"a.b={LONG}.yaml", "runtime.timeout_seconds=1e300", 'data.target="\\ud800"',
+    f"train.class_weights.a={'1' * 400}", 'data.drop=["\\ud800"]',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", UNHELD)
+def test_what_no_file_system_and_no_number_can_hold_is_refused(argument: str) -> None:
+    assert mistakes(argument).isprintable()
+
+
+def test_a_long_list_is_a_setting() -> None:
+    assert is_setting(f"data.drop=[{LONG}]")
+    assert load_config([f"data.drop=[{LONG}]"]).data.drop == [LONG]
