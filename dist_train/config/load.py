@@ -329,7 +329,11 @@ def _freeze(tree: DictConfig, sources: Mapping[str, str], problems: list[str]) -
                     OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
             except _REFUSALS as error:
                 problems.append(f"{sources.get(key, 'default')}: {key}: {_first_line(error)}")
-    return cast(JobConfig, OmegaConf.to_object(tree)) if len(problems) == found else None
+    try:
+        return cast(JobConfig, OmegaConf.to_object(tree)) if len(problems) == found else None
+    except _REFUSALS as error:  # text in the place of a list, written so that it only looks like a reference
+        problems.append(f"{getattr(error, 'full_key', None) or 'the configuration'}: {_first_line(error)}")
+        return None
 
 
 def _explain(key: str, value: Any, error: Exception) -> str:

@@ -168,7 +168,10 @@ def _model(m: ModelConfig) -> Iterator[tuple[str, str]]:
         yield "model.name", families.unknown(m.name)
     block = families.block_of(m)
     if block is not m and hasattr(block, "problems"):
-        yield from ((f"model.{m.name}.{key}", text) for key, text in block.problems())
+        try:
+            yield from ((f"model.{m.name}.{key}", text) for key, text in block.problems())
+        except ArithmeticError as error:
+            yield f"model.{m.name}", f"a number is too large: {error}"
     yield from _at_least("model.hidden_dim", m.hidden_dim, 2)
     yield from _at_least("model.embedding_dim", m.embedding_dim, 1)
     values = m.dropout if isinstance(m.dropout, list) else [m.dropout, m.dropout]

@@ -32,6 +32,8 @@ def test_a_column_whose_name_has_a_null_character(tmp_path: Path) -> None:
     assert try_case(Case(arguments, tmp_path / "t.csv", tmp_path / "t.csv"), tmp_path) in ("accepted", "refused: table")
 
 
-@pytest.mark.parametrize("argument", [f"schedule.min_lr_ratio={'1' * 400}", f"optim.lr=-{'9' * 400}"])
-def test_a_number_that_no_float_can_hold(argument: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "argument", [f"schedule.min_lr_ratio={'1' * 400}", f"optim.lr=-{'9' * 400}", "data.drop=\\${x}"]
+)
+def test_a_number_that_no_float_can_hold_and_text_that_is_no_list(argument: str, tmp_path: Path) -> None:
     assert try_case(Case([argument]), tmp_path) == "refused: configuration"
