@@ -20,7 +20,7 @@ FORMATS = {
     "trained model": 2,
     "ensemble": 1,
     "tabular task": 2,
-    "feature spec": 1,
+    "feature spec": 2,
     "classifier": 1,
 }
 """The format that this version writes, by kind of artefact."""
@@ -48,6 +48,7 @@ ADDED: dict[str, Any] = {
     "evaluation.metrics": [],
     "data.split_seed": None,
     "data.numeric_transform": "robust",
+    "data.hash_buckets": 0,
     "data.time_column": None,
     "data.group_column": None,
     "data.folds": None,

@@ -36,6 +36,8 @@ class FeatureKeys:
     """Standard deviation of the initial frequencies, for `periodic`."""
     one_hot_categories: int = 16
     """Categorical columns with at most so many codes (categories, missing, unknown) are one-hot, the others are learned embeddings."""
+    category_frequencies: bool = False
+    """Give the model of each embedded column how frequent its category was in the training rows, as a number."""
     category_widths: dict[str, int] = field(default_factory=dict)
     """Column -> width of its learned embedding, however many codes it has. Columns that are not named here follow a rule: min(64, round(1.6 * codes ** 0.56))."""
 

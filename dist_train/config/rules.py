@@ -116,6 +116,7 @@ def _data(c: JobConfig) -> Iterator[tuple[str, str]]:
     for name in sorted(set(d.drop) & set(d.categorical)):
         yield "data.categorical", f"{name!r} is in data.drop as well"
     yield from _at_least("data.max_categories", d.max_categories, 1)
+    yield from _at_least("data.hash_buckets", d.hash_buckets, 0)
     for key, value in (("validation_fraction", d.validation_fraction), ("test_fraction", d.test_fraction)):
         if not 0 <= value < 1:
             yield f"data.{key}", f"must be at least 0 and below 1, is {value}"

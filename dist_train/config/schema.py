@@ -56,6 +56,8 @@ class DataConfig:
     """Cells of text that mean: no value, in CSV and Parquet files and in tables of programs. A list replaces this one."""
     max_categories: int = 256
     """Categories kept for one column, the most frequent first; the others share the code for unknown ones."""
+    hash_buckets: int = 0
+    """Codes for the categories beyond `max_categories` of a column: a hash of its text gives each one of them. 0: they share the code for unknown ones."""
     numeric_transform: Literal["robust", "quantile"] = "robust"
     """How numbers are scaled. `robust`: by median and interquartile range, smoothly clipped to (-3, 3). `quantile`: to a normal distribution by the quantiles of the training rows, from -5.2 to 5.2."""
     split_column: str | None = None

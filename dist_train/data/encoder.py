@@ -137,6 +137,8 @@ def _codes(column: pl.Series, vocabulary: CategoricalColumn, source: str) -> Int
     typed = column.dtype.is_numeric() or column.dtype == pl.Boolean
     found = alike(others, vocabulary.categories, typed=typed) if codes and others else {}
     codes |= {word: FIRST_CATEGORY + index for word, index in found.items()}
+    if vocabulary.hash_buckets:
+        codes |= {word: vocabulary.code_of_others(word) for word in others if word not in found}
     places = pyarrow.compute.index_in(text, value_set=arrow_text(pl.Series(list(codes), dtype=pl.String)))
     coded: IntArray = np.array([*codes.values(), UNKNOWN], np.int32)[places.fill_null(len(codes)).to_numpy()]
     coded[text.is_null().to_numpy(zero_copy_only=False)] = MISSING
@@ -153,12 +155,14 @@ def fit_spec(
     source: str,
     max_distinct: int | None = None,
     numeric_transform: str = "robust",
+    hash_buckets: int = 0,
     num_rows: int | None = None,
 ) -> FeatureSpec:
     """The spec of the training rows; `pieces` are this rank's share of them, which may be empty.
 
     `num_rows`: rows over all ranks, where they are known.
-    `numeric_transform` is robust or quantile: see `scaling.scaled`.
+    `numeric_transform` is robust or quantile: see `scaling.scaled`. Columns of more than `max_categories` categories
+    have `hash_buckets` codes for the others.
 
     Raises:
         UserError: a column has more than `max_distinct` categories, which are counted in memory.
@@ -172,7 +176,7 @@ def fit_spec(
         names = kinds.numeric[start : start + at_once]
         found = _fit_numeric(names, pieces, collectives, source, num_quantiles, num_rows)
         numeric += [replace(column, transform=numeric_transform) for column in found]
-    categorical = [_fit_categorical(name, counts[name], max_categories) for name in kinds.categorical]
+    categorical = [_fit_categorical(name, counts[name], max_categories, hash_buckets) for name in kinds.categorical]
     return FeatureSpec(numeric=tuple(numeric), categorical=tuple(categorical), class_names=tuple(class_names))
 
 
@@ -226,14 +230,22 @@ def _values(column: pl.Series, source: str) -> Tensor:
     return numbers(column, source)
 
 
-def _fit_categorical(name: str, counts: Counter[str | None], limit: int) -> CategoricalColumn:
+def _fit_categorical(name: str, counts: Counter[str | None], limit: int, hash_buckets: int) -> CategoricalColumn:
     counts = merged(counts)
     words = sorted((-count, word) for word, count in counts.items() if word is not None)
     categories = [word for _, word in words[:limit]]
-    seen = [True] * (FIRST_CATEGORY + len(categories))
-    seen[MISSING] = counts[None] > 0
-    seen[UNKNOWN] = len(words) > len(categories)
-    return CategoricalColumn(name=name, categories=tuple(categories), seen_in_training=tuple(seen))
+    column = CategoricalColumn(
+        name=name,
+        categories=tuple(categories),
+        seen_in_training=(),
+        hash_buckets=hash_buckets if len(words) > limit else 0,
+    )
+    of_codes = [0] * column.size
+    of_codes[MISSING] = counts[None]
+    of_codes[FIRST_CATEGORY : FIRST_CATEGORY + len(categories)] = [-count for count, _ in words[:limit]]
+    for count, word in words[limit:]:
+        of_codes[column.code_of_others(word)] -= count
+    return replace(column, seen_in_training=tuple(count > 0 for count in of_codes), counts=tuple(of_codes))
 
 
 def _count_categories(

@@ -286,6 +286,7 @@ def fit_table(
         source=source,
         max_distinct=max_distinct,
         numeric_transform=data.numeric_transform,
+        hash_buckets=data.hash_buckets,
         num_rows=split.num_rows[SPLITS[_TRAIN]],
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dist_train.config.compatibility import FORMATS, require_format
@@ -39,17 +40,27 @@ class NumericColumn:
 class CategoricalColumn:
     """A column of categories: code 0 is a missing cell, 1 an unknown category, `2 + i` the category `categories[i]`.
 
-    `seen_in_training` says of each code whether it occurred in the training rows, (2 + categories,).
+    Where there are `hash_buckets`, as many codes follow, and a text that is no category has the one that its CRC-32
+    gives: no text is unknown then. `seen_in_training` says of each code whether it occurred in the training rows,
+    (size,); `counts` says how often, or is empty where the spec was written before they were kept.
     """
 
     name: str
     categories: tuple[str, ...]
     seen_in_training: tuple[bool, ...]
+    counts: tuple[int, ...] = ()
+    hash_buckets: int = 0
 
     @property
     def size(self) -> int:
         """Number of codes."""
-        return FIRST_CATEGORY + len(self.categories)
+        return FIRST_CATEGORY + len(self.categories) + self.hash_buckets
+
+    def code_of_others(self, text: str) -> int:
+        """The code of a text that is no category."""
+        if not self.hash_buckets:
+            return UNKNOWN
+        return FIRST_CATEGORY + len(self.categories) + zlib.crc32(text.encode()) % self.hash_buckets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +111,10 @@ class FeatureSpec:
         return len(self.class_names)
 
     def matches(self, other: FeatureSpec) -> bool:
-        """Whether both encode every table to the same bits. Quantiles count only where both have them."""
-        if len(self.numeric) != len(other.numeric):
+        """Whether both encode every table to the same bits. Quantiles and counts count only where both have them."""
+        if len(self.numeric) != len(other.numeric) or len(self.categorical) != len(other.categorical):
             return False
-        pairs = list(zip(self.numeric, other.numeric, strict=True))
-        known = all(one.quantiles and two.quantiles for one, two in pairs)
-        return self == other if known else self._without_quantiles() == other._without_quantiles()
+        return self._known_to(other) == other._known_to(self)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types, which keep every bit of a float64; `from_json` reads it."""
@@ -136,15 +145,21 @@ class FeatureSpec:
                     name=column["name"],
                     categories=tuple(column["categories"]),
                     seen_in_training=tuple(column["seen_in_training"]),
+                    counts=tuple(column.get("counts", ())),
+                    hash_buckets=column.get("hash_buckets", 0),
                 )
                 for column in content["categorical"]
             ),
             class_names=tuple(content["class_names"]),
         )
 
-    def _without_quantiles(self) -> tuple[Any, ...]:
-        numeric = [(c.name, c.median, c.scale, c.has_missing_flag, c.transform) for c in self.numeric]
-        return numeric, self.categorical, self.class_names
+    def _known_to(self, other: FeatureSpec) -> FeatureSpec:
+        """This spec without the quantiles and counts of columns for which the other one has none."""
+        pairs = zip(self.numeric, other.numeric, strict=True)
+        numeric = (one if two.quantiles else replace(one, quantiles=()) for one, two in pairs)
+        words = zip(self.categorical, other.categorical, strict=True)
+        categorical = (one if two.counts else replace(one, counts=()) for one, two in words)
+        return replace(self, numeric=tuple(numeric), categorical=tuple(categorical))
 
 
 def spec_of_encoder(description: Mapping[str, Any], tensors: Mapping[str, Sequence[Any]]) -> FeatureSpec:

@@ -50,6 +50,7 @@ class Settings:
     seed: int
     weight: str | None = None
     numeric_transform: str = "robust"
+    hash_buckets: int = 0
     time_column: str | None = None
     group_column: str | None = None
     folds: int | None = None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from dist_train.config.families import FeatureKeys
-from dist_train.data.spec import FIRST_CATEGORY, FeatureSpec
+from dist_train.data.spec import FIRST_CATEGORY, CategoricalColumn, FeatureSpec
 from dist_train.errors import UserError
 from dist_train.models.numeric_embeddings import NumericEmbeddings
 
@@ -102,12 +102,15 @@ class TableFeatures(nn.Module):
         few = tuple(spec.categorical[i] for i in self.one_hot_columns)
         self.one_hot = OneHot(replace(spec, categorical=few)) if few else None
         self.embedded_columns = list(embedded)
-        self.embeddings = nn.ModuleList(_embedding(spec.category_sizes[i], width) for i, width in embedded.items())
+        self.embeddings = nn.ModuleList(_embedding(spec.categorical[i], width) for i, width in embedded.items())
+        counted = keys.category_frequencies and bool(embedded)
+        self.frequencies = Frequencies([spec.categorical[i] for i in embedded]) if counted else None
         self.widths = [
             *self.numbers.widths,
             *[1] * spec.num_flags,
             *(column.size for column in few),
             *embedded.values(),
+            *[1] * (len(embedded) if counted else 0),
         ]
         self.width = sum(self.widths)
 
@@ -118,6 +121,8 @@ class TableFeatures(nn.Module):
             parts.append(self.one_hot(codes[:, self.one_hot_columns]))
         for column, embedding in zip(self.embedded_columns, self.embeddings, strict=True):
             parts.append(embedding(codes[:, column].long()))
+        if self.frequencies is not None:
+            parts.append(self.frequencies(codes[:, self.embedded_columns]))
         return torch.cat([part for part in parts if part.shape[1]], 1)
 
 
@@ -142,10 +147,35 @@ def embedding_widths(spec: FeatureSpec, keys: FeatureKeys) -> dict[int, int]:
     return widths
 
 
-def _embedding(size: int, width: int) -> nn.Embedding:
-    embedding = nn.Embedding(size, width)
+class Frequencies(nn.Module):
+    """How frequent a category was in the training rows: log2((count + 1) / (mean count + 1)) / 4 of its code.
+
+    Shapes: codes (rows, columns) integer -> (rows, columns) in the dtype of the module. A spec without counts gives
+    zeros. Its buffer is not in the state_dict: the spec determines it.
+    """
+
+    row_wise = True
+    table: Tensor
+    first: Tensor
+
+    def __init__(self, columns: Sequence[CategoricalColumn]) -> None:
+        super().__init__()
+        sizes = torch.tensor([column.size for column in columns])
+        tables = [torch.tensor(column.counts or [0] * column.size, dtype=torch.float64) for column in columns]
+        logs = [((counts + 1) / (counts.mean() + 1)).log2() / 4 for counts in tables]
+        self.register_buffer("table", torch.cat(logs).to(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("first", sizes.cumsum(0) - sizes, persistent=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Numbers of the codes."""
+        return self.table[codes + self.first]
+
+
+def _embedding(column: CategoricalColumn, width: int) -> nn.Embedding:
+    embedding = nn.Embedding(column.size, width)
     with torch.no_grad():
         embedding.weight[:FIRST_CATEGORY] = 0
+        embedding.weight[[code for code, seen in enumerate(column.seen_in_training) if not seen]] = 0
     return embedding
 
 
@@ -160,7 +190,7 @@ class Embedded(nn.Module):
     def __init__(self, spec: FeatureSpec, embedding_dim: int, make_classifier: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.inputs = TabularInputs(spec, one_hot=False)
-        self.embeddings = nn.ModuleList(_embedding(size, embedding_dim) for size in spec.category_sizes)
+        self.embeddings = nn.ModuleList(_embedding(column, embedding_dim) for column in spec.categorical)
         self.classifier = make_classifier(self.inputs.width + spec.num_categorical * embedding_dim)
 
     def forward(self, numeric: Tensor, flags: Tensor, codes: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from tests.resume.jobs import Trap, finish, folder_of, outcome, run_job, tiny_jo
 FAMILIES = {
     "tabm": [
         "model.name=tabm", "model.tabm.members=4", "model.tabm.width=8", "model.tabm.category_widths={region: 3}",
+        "model.tabm.category_frequencies=true", "data.max_categories=1", "data.hash_buckets=3",
+        "data.numeric_transform=quantile",
     ],
     "resnet": ["model.name=resnet", "model.resnet.width=8", "model.resnet.category_widths={region: 3}"],
 }  # fmt: skip
@@ -50,7 +52,8 @@ def test_fast_runs_train_on_several_ranks(tmp_path: Path, family: list[str], pre
 def test_a_run_is_verified_evaluated_and_predicts_from_a_store(tmp_path: Path, family: list[str]) -> None:
     table = write_table(tmp_path / "clients.csv")
     store = tmp_path / "store"
-    assert command("prepare", table, store, "data.target=grade").code == 0
+    of_data = [key for key in family if key.startswith("data.")]
+    assert command("prepare", table, store, "data.target=grade", *of_data).code == 0
     arguments = tiny_job(store, tmp_path / "run", "train.virtual_ranks=2", "train.max_steps=12", *family)
     dry = command("train", *arguments, "--dry-run")
     assert dry.code == 0, dry.err
