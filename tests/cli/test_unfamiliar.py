@@ -1,0 +1,53 @@
+"""Cells that the model has not seen the like of are named with their share, by predict and by evaluate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import polars as pl
+
+from tests.cli.conftest import Trained
+from tests.cli.in_process import command
+from tests.cli.tables import clients
+
+UNKNOWN = "column 'purpose': 75% of the cells are categories that the model does not know"
+
+
+def three_quarters_unknown() -> pl.DataFrame:
+    rows = pl.int_range(pl.len())
+    frame = clients().drop_nulls("purpose").head(80)
+    return frame.with_columns(purpose=pl.when(rows % 4 > 0).then(pl.lit("yacht")).otherwise("purpose"))
+
+
+def test_predict_names_columns_of_unknown_categories(trained: Trained, tmp_path: Path) -> None:
+    three_quarters_unknown().write_csv(tmp_path / "in.csv")
+    outcome = command("predict", trained.folder, tmp_path / "in.csv", tmp_path / "out.csv")
+    assert outcome.code == 0, outcome.err
+    assert UNKNOWN in outcome.err
+    assert json.loads(outcome.out) == {"rows": 80, "unknown_categories": {"purpose": 0.75}}
+
+
+def test_evaluate_names_columns_of_unknown_categories(trained: Trained, tmp_path: Path) -> None:
+    three_quarters_unknown().write_parquet(tmp_path / "in.parquet")
+    outcome = command("evaluate", trained.folder, "--data", tmp_path / "in.parquet")
+    assert outcome.code == 0, outcome.err
+    assert UNKNOWN in outcome.err
+    assert json.loads(outcome.out)["test"]["unknown_categories"] == {"purpose": 0.75}
+
+
+def test_known_rows_are_not_remarked_upon(trained: Trained, tmp_path: Path) -> None:
+    clients().write_parquet(tmp_path / "in.parquet")
+    outcome = command("predict", trained.folder, tmp_path / "in.parquet", tmp_path / "out.parquet")
+    assert outcome.code == 0, outcome.err
+    assert "column" not in outcome.err
+    assert outcome.out == ""
+
+
+def test_missing_cells_are_named_where_training_had_none(trained: Trained, tmp_path: Path) -> None:
+    frame = clients().with_columns(age=pl.lit(None, pl.Int64))
+    frame.write_parquet(tmp_path / "in.parquet")
+    outcome = command("predict", trained.folder, tmp_path / "in.parquet", tmp_path / "out.parquet")
+    assert outcome.code == 0, outcome.err
+    assert "column 'age': 100% of the cells are missing, and none was in training" in outcome.err
+    assert json.loads(outcome.out)["missing_unlike_training"] == {"age": 1.0}
