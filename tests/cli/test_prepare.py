@@ -138,7 +138,7 @@ def bad_cell(files: list[Path]) -> None:
 MISTAKES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a bad cell": (bad_cell, ("part-03.csv: column 'income', data row 7: 'much' is not a number",)),
     "a cell too many": (lambda f: f[2].write_text(f[2].read_text() + "1,2,3,4,5,6\n"), ("part-02.csv", "Row #50")),
-    "not text": (lambda f: f[2].write_bytes(f[2].read_bytes() + b"1,2,\xff,4,low\n"), ("part-02.csv", "UTF8")),
+    "not text": (lambda f: f[2].write_bytes(f[2].read_bytes() + b"1,2,\x81,4,low\n"), ("part-02.csv", "UTF-8")),
     "an infinite number": (lambda f: f[1].write_text(f[1].read_text() + "1e40,2,car,4,low\n"), ("-01.csv", "row 49")),
     "no target": (lambda f: f[4].write_text(f[4].read_text() + "1,2,car,4,\n"), ("part-04.csv", "'tier'", "row 49")),
     "a missing column": (lambda f: spoil(f[3], "purpose", "reason"), ("-03.csv: no column 'purpose'", "part-00.csv")),
