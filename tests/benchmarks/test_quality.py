@@ -61,7 +61,7 @@ def test_the_page_has_means_spreads_and_what_was_not_measured(tmp_path: Path) ->
     file = tmp_path / "quality.md"
     page.write_page({"results": {"credit_card_risk": built_in, "small": other}}, file)
     text = file.read_text()
-    assert "| any_table.yaml | 0.5900 ± 0.0141 | 2 | 10 | after 10 s |" in text
+    assert "| any_table.yaml | 0.5900 ± 0.0141 | 2 | 10 | yes |" in text
     assert "| LightGBM, default | 0.6000 | 1 | 10 | no |" in text
     assert "| small | 0.4000 | 0.5000 |  | -20.0 % |" in text
     assert "- RealMLP (pytabkit): pytabkit is not installed (small)" in text
