@@ -40,7 +40,7 @@ class Trackers:
         self.jsonl = JsonlTracker(metrics_file)
         mode = choose_mode(config.wandb.mode, environ)
         # The other ranks wait meanwhile, for no longer than runtime.timeout_seconds.
-        patience = 0.8 * config.runtime.timeout_seconds
+        timeout = config.runtime.timeout_seconds
         self.wandb = WandbTracker(
             folder=metrics_file.parent,
             name=config.run.name,
@@ -48,7 +48,7 @@ class Trackers:
             mode=mode,
             config=asdict(config),
             last_step=self.jsonl.last_step,
-            patience_seconds=min(_SERVER_SECONDS, patience) if mode == "online" else patience,
+            patience_seconds=min(_SERVER_SECONDS, 0.4 * timeout) if mode == "online" else 0.8 * timeout,
         )
         self.jsonl.load_state_dict(_metrics_state(state) if state else {"bytes": 0})
         self.console = ConsoleTracker(

@@ -54,21 +54,10 @@ class WandbTracker:
         if mode == "disabled":
             return
         try:
-            import wandb
-
             run_id, self._sent_step = _remembered(folder / "wandb" / "run.json", last_step)
-            # No console capture, no git or host metadata: neither environment nor a secret in an argument leaves.
-            settings = wandb.Settings(
-                silent=True,
-                console="off",
-                disable_git=True,
-                save_code=False,
-                x_disable_meta=True,
-                x_disable_stats=True,
-                init_timeout=patience_seconds,
-            )
             self._run = self._in_time(
-                lambda: wandb.init(
+                lambda: _opened(
+                    patience_seconds,
                     dir=folder,
                     id=run_id,
                     resume="allow",
@@ -76,7 +65,6 @@ class WandbTracker:
                     project=project,
                     mode=mode,
                     config=dict(config),
-                    settings=settings,
                 )
             )
         except ImportError:
@@ -137,6 +125,22 @@ class WandbTracker:
     def _give_up(self, error: Exception) -> None:
         self._run = None
         log.warning("wandb failed (%s): training goes on without it", type(error).__name__)
+
+
+def _opened(patience_seconds: float, **arguments: Any) -> Any:
+    import wandb  # here, since it can take seconds as well
+
+    # No console capture, no git or host metadata: neither environment nor a secret in an argument leaves.
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        disable_git=True,
+        save_code=False,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        init_timeout=patience_seconds,
+    )
+    return wandb.init(settings=settings, **arguments)
 
 
 def _remembered(file: Path, last_step: int) -> tuple[str, int]:
