@@ -54,7 +54,7 @@ pictures: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m tools.pictures
 
-# Everything that is measured, beside the tutorial loop, Lightning and Accelerate; a part of it: make bench ARGS="--only cpu"
+# Everything that is measured, beside the tutorial loop, Lightning, Accelerate, JAX and scikit-learn; a part of it: make bench ARGS="--only cpu"
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -1,4 +1,4 @@
-"""Who trains the job of `workload`: the tutorial loop, Lightning, Accelerate, this project.
+"""Who trains the job of `workload`: the tutorial loop, Lightning, Accelerate, this project; others: `array_peers`.
 
 Each is written as its own documentation advises. DataLoaders have no workers: the comparison is about one thread, and a
 worker would be another one. A contestant trains for a turn, and goes on in its next turn where it stood.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from benchmarks import contestants, limits, workload
+from benchmarks import array_peers, contestants, limits, workload
 from benchmarks.report import Report, cell, measured, table, take_turns
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
@@ -66,6 +66,7 @@ def _racers(device: torch.device, batch_size: int, data: Any, seconds: float) ->
     session = Session(config, TabularTask(config, data, collectives), collectives)
     peers = {
         "tutorial": contestants.tutorial, "Lightning": contestants.lightning, "Accelerate": contestants.accelerate,
+        "JAX": array_peers.jax_epoch, "scikit-learn": array_peers.scikit_learn,
     }  # fmt: skip
     racers: dict[str, Callable[[], float]] = {
         name: partial(make(features, targets, batch_size, device), seconds) for name, make in peers.items()

@@ -184,10 +184,9 @@ class Collectives:
         On a GPU nothing is waited for until then, so that more work can be sent off meanwhile.
         """
         if self.device.type != "cuda":
-            numbers: list[float] = []
-            for part in wanted:
-                numbers += part.view(-1).tolist() if isinstance(part, Tensor) else [part]
-            return lambda: numbers
+            return lambda: [
+                number for part in wanted for number in (part.view(-1).tolist() if isinstance(part, Tensor) else [part])
+            ]
         joined = torch.cat([torch.as_tensor(part, device=self.device).view(-1).double() for part in wanted])
         arrived = torch.cuda.Event()
         host = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True).copy_(joined, non_blocking=True)

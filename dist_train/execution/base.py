@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dist_train.determinism.batch_context import BatchContext, ModelContext
 from dist_train.determinism.guard import GeneratorGuard
 from dist_train.execution.flat_parameters import FlatParameters
-from dist_train.training.protocols import Batch, GradientReducer
+from dist_train.training.protocols import Batch, DeferredSteps, GradientReducer
 from dist_train.training.step import EagerStep, Forward, Step, StepResult
 
 Inputs = tuple[Tensor, ...]
@@ -25,6 +25,8 @@ class Execution(Protocol):
 
     name: str
     """For the plan."""
+    deferred: DeferredSteps | None
+    """The steps, where several can be computed together; known once there is a `step`."""
 
     @property
     def context(self) -> ModelContext:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +42,17 @@ class AdamW:
         self.parameters = FlatParameters([p for members in groups.values() for p in members])
         self._names = {p: name for name, p in named.items()}
         starts = [self.parameters.offset_of(members[0]) for members in groups.values()]
-        self._moments = self.parameters.zeros(2)
+        ends = [*starts[1:], self.parameters.size]
+        self.moments = self.parameters.zeros(2)
+        self.groups = [(start, end, *group) for group, start, end in zip(groups, starts, ends, strict=True)]
+        """Where parameters of a group begin, end, the multiplier of their learning rate, their weight decay."""
         self._parts = [
-            (slice(start, end), *group, self.parameters.values[start:end], *self._moments[:, start:end])
-            for group, (start, end) in zip(groups, pairwise([*starts, self.parameters.size]), strict=True)
+            (slice(start, end), *group, self.parameters.values[start:end], *self.moments[:, start:end])
+            for start, end, *group in self.groups
         ]
-        self._betas = betas
-        self._eps = eps
-        self._steps = torch.zeros((), dtype=torch.float32, device=self._moments.device)
+        self.betas = betas
+        self.eps = eps
+        self._steps = torch.zeros((), dtype=torch.float32, device=self.moments.device)
 
     def step(self, gradients: Tensor, lr: float | Tensor, finite: Tensor | bool) -> None:
         """Update the parameters by flat gradients; where `finite` is false, nothing changes.
@@ -61,27 +63,36 @@ class AdamW:
             return
         self._steps += finite
         skip = (~finite).float() if isinstance(finite, Tensor) else None
-        beta1, beta2 = self._betas
+        beta1, beta2 = self.betas
         for part, multiplier, decay, values, mean, square in self._parts:
             rate = lr if multiplier == 1.0 else lr * multiplier
             torch._fused_adamw_(
                 [values], [gradients[part]], [mean], [square], [], [self._steps],
-                lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=self._eps,
+                lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=self.eps,
                 amsgrad=False, maximize=False, grad_scale=None, found_inf=skip,
             )  # fmt: skip
+
+    @property
+    def steps_taken(self) -> int:
+        """Updates so far."""
+        return int(self._steps)
+
+    def count_steps(self, count: int) -> None:
+        """Count updates that were made elsewhere."""
+        self._steps += count
 
     def state_dict(self) -> dict[str, Tensor]:
         """`<parameter>/<quantity>` -> tensor; the quantities are exp_avg, exp_avg_sq and step."""
         state: dict[str, Tensor] = {}
         for parameter, name in self._names.items():
-            first, second = self.parameters.view(self._moments, parameter)
+            first, second = self.parameters.view(self.moments, parameter)
             state |= {f"{name}/exp_avg": first, f"{name}/exp_avg_sq": second, f"{name}/step": self._steps}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave; KeyError names what is missing."""
         for parameter, name in self._names.items():
-            first, second = self.parameters.view(self._moments, parameter)
+            first, second = self.parameters.view(self.moments, parameter)
             first.copy_(state[f"{name}/exp_avg"])
             second.copy_(state[f"{name}/exp_avg_sq"])
             self._steps.copy_(state[f"{name}/step"])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dist_train.determinism.batch_context import BatchContext, ModelContext
 from dist_train.execution.base import Execution, Inputs
 from dist_train.execution.flat_parameters import FlatParameters
-from dist_train.training.protocols import Batch, GradientReducer
+from dist_train.training.protocols import Batch, DeferredSteps, GradientReducer
 from dist_train.training.step import EagerStep, Number, Step, StepResult
 
 # Steps of a shape that are taken eagerly before one is recorded: kernels are loaded, and DistributedDataParallel has
@@ -89,6 +89,7 @@ class RecordedExecution:
         self._recorder = recorder
         self._step: GraphStep | None = None
         self.name = f"{inner.name}, recorded"
+        self.deferred: DeferredSteps | None = None
 
     @property
     def context(self) -> ModelContext:

@@ -12,22 +12,27 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.execution.base import Inputs
 from dist_train.execution.flat_parameters import FlatParameters
 from dist_train.execution.reducers import SliceReducer
-from dist_train.training.protocols import GradientReducer
+from dist_train.training.protocols import DeferredSteps, GradientReducer
 from dist_train.training.step import EagerStep, Step
 
 
 class SingleExecution:
     """One process: a batch is one slice, and nothing is summed over ranks.
 
-    `num_slices` are the slices of this rank.
+    `num_slices` are the slices of this rank. `compiles`: whole steps in compiled code, where the model has such.
     """
 
     name: str = "single"
 
-    def __init__(self, collectives: Collectives, context: ModelContext, num_slices: int = 1) -> None:
+    def __init__(
+        self, collectives: Collectives, context: ModelContext, num_slices: int = 1, *, compiles: bool = False
+    ) -> None:
         self.collectives = collectives
         self.context = context
+        self.deferred: DeferredSteps | None = None
         self._num_slices = num_slices
+        self._compiles = compiles
+        self._model: nn.Module | None = None
 
     def prepare(self, model: nn.Module, sample: Inputs, name: str) -> nn.Module:  # noqa: ARG002
         """Keyed dropout, BatchNorm that rounds as it does on several ranks, and what is faster on this device."""
@@ -42,10 +47,17 @@ class SingleExecution:
         sample: Inputs,  # noqa: ARG002
     ) -> tuple[nn.Module, GradientReducer]:
         """The model itself; the gradients of all slices are added up in order."""
+        self._model = model
         return model, SliceReducer(self.context, self._num_slices, parameters, self.collectives)
 
     def step(self, eager: EagerStep) -> Step:
-        """The eager step."""
+        """The eager step, computed by compiled code where that is wanted and possible."""
+        if self._compiles and self._model is not None:
+            from dist_train.execution.compiled import compile_steps  # imports numba, which takes a while
+
+            compiled = compile_steps(eager, self._model)
+            if compiled is not None:
+                eager.computation, self.deferred = compiled.compute, compiled
         return eager
 
     def close(self) -> None:

@@ -34,6 +34,8 @@ from dist_train.training.step import EagerStep, Step
 
 # Steps that may be on their way to a GPU: enough to keep it busy while the host looks after a line or a signal.
 STEPS_AHEAD = 8
+# Rows of the steps that are computed together on the CPU: some milliseconds, after which a vote to stop is seen.
+ROWS_AHEAD = 1024
 
 
 class Session:
@@ -48,20 +50,6 @@ class Session:
         self.task = task
         train_rows = task.splits["train"]
         _require_validation_rows(config, len(task.splits["valid"]))
-        self.execution = choose_execution(train, collectives, seed=config.run.seed, rows_on_device=train_rows.on_device)
-        plain, sample = task.model(), train_rows.slice(0, 4)
-        undecayed = undecayed_parameters(plain)
-        multipliers = lr_multipliers(plain)
-        self.average = average_of(plain, train.ema_decay, warm_up=train.ema_warmup) if train.ema_decay else None
-        self.model = self.execution.prepare(plain, sample, config.model.name)
-        self.optimizer = AdamW(
-            self.model,
-            weight_decay=config.optim.weight_decay,
-            betas=(config.optim.betas[0], config.optim.betas[1]),
-            eps=config.optim.eps,
-            undecayed=undecayed,
-            lr_multipliers=multipliers,
-        )
         sampler = PositionSampler(
             len(train_rows),
             rank=collectives.rank,
@@ -75,6 +63,26 @@ class Session:
         )
         self.feed = Feed(train_rows, sampler)
         self.total_steps = min(train.epochs * self.feed.steps_per_epoch, train.max_steps or 2**63)
+        self.execution = choose_execution(
+            train,
+            collectives,
+            seed=config.run.seed,
+            rows_on_device=train_rows.on_device,
+            total_steps=self.total_steps,
+        )
+        plain, sample = task.model(), train_rows.slice(0, 4)
+        undecayed = undecayed_parameters(plain)
+        multipliers = lr_multipliers(plain)
+        self.average = average_of(plain, train.ema_decay, warm_up=train.ema_warmup) if train.ema_decay else None
+        self.model = self.execution.prepare(plain, sample, config.model.name)
+        self.optimizer = AdamW(
+            self.model,
+            weight_decay=config.optim.weight_decay,
+            betas=(config.optim.betas[0], config.optim.betas[1]),
+            eps=config.optim.eps,
+            undecayed=undecayed,
+            lr_multipliers=multipliers,
+        )
         self.meter = Meter()
         plateau = config.schedule.plateau_patience if config.schedule.name == "plateau" else None
         self.progress = Progress(Selection.of(train), plateau)
@@ -205,8 +213,19 @@ def build_loop(
     save: Save,
     track: Track,
     wants_stop: Callable[[], bool],
+    put_off: bool = True,
 ) -> Loop:
-    """The training loop of a session; its configuration says what is due at which step."""
+    """The training loop of a session; its configuration says what is due at which step.
+
+    `put_off`: steps may be computed together where the execution can. Else the weights are those of the step before
+    whenever `wants_stop` is called, on the CPU.
+    """
+    # A moving average follows each step.
+    deferred = session.execution.deferred if put_off and session.average is None else None
+    if collectives.device.type == "cuda":
+        steps_ahead = STEPS_AHEAD
+    else:
+        steps_ahead = ROWS_AHEAD // config.train.global_batch_size if deferred is not None else 0
     return Loop(
         session.step,
         session.feed,
@@ -218,7 +237,7 @@ def build_loop(
             save_steps=config.checkpoint.every_steps,
             evaluate_steps=config.evaluation.every_steps,
             patience=config.train.early_stopping_patience,
-            steps_ahead=STEPS_AHEAD if collectives.device.type == "cuda" else 0,
+            steps_ahead=steps_ahead,
         ),
         collectives,
         evaluate=lambda: session.score("valid", collectives),
@@ -226,6 +245,7 @@ def build_loop(
         track=track,
         after_update=session.after_update,
         wants_stop=wants_stop,
+        deferred=deferred,
     )
 
 

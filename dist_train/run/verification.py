@@ -188,6 +188,7 @@ class _Replay:
         build_loop(
             config, self.session, self.collectives,
             save=lambda _step: None, track=self.compare_line, wants_stop=self.is_over,
+            put_off=False,
         ).run()  # fmt: skip
         self.compare_step()
         if self.session.progress.step < self.report.last_step and self.report.difference is None:

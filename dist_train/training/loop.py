@@ -13,7 +13,7 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.errors import Stopped, TrainingFault, UserError
 from dist_train.training.meter import Meter
 from dist_train.training.progress import Progress
-from dist_train.training.protocols import Batch, Feed, Record, Save, Track
+from dist_train.training.protocols import Batch, DeferredSteps, Feed, Record, Save, Track
 from dist_train.training.step import Step, StepResult
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class Intervals:
     """When what happens, in optimizer steps. `evaluate_steps` None: at the end of each epoch.
 
     `steps_ahead` may be sent off to a GPU before it is known how the one before them has ended, so that it never waits
-    for the host. A line, an evaluation and a checkpoint wait for all.
+    for the host, or be computed together on the CPU. A line, an evaluation and a checkpoint wait for all.
     """
 
     total_steps: int
@@ -61,7 +61,8 @@ class Loop:
     """Runs `step` over `feed` from where `progress` stands. Every decision is taken alike on every rank.
 
     `evaluate` gives validation metrics (None: there are no validation rows); `after_update` is called once a step
-    has been taken (moving average); `wants_stop` says whether this process was asked to stop.
+    has been taken (moving average); `wants_stop` says whether this process was asked to stop. `deferred` are the steps
+    where they can be put off.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Loop:
         track: Track,
         after_update: Callable[[], None],
         wants_stop: Callable[[], bool],
+        deferred: DeferredSteps | None = None,
     ) -> None:
         self.step = step
         self.feed = feed
@@ -90,6 +92,7 @@ class Loop:
         self.track = track
         self.after_update = after_update
         self.wants_stop = wants_stop
+        self.deferred = deferred
         self._pending: deque[_PendingStep] = deque()
         self._clock = time.perf_counter()
         self._samples_at_line = self.progress.samples(self.feed.num_rows)
@@ -99,6 +102,15 @@ class Loop:
 
     def run(self) -> Ending:
         """Train to the end, or to an agreed stop; a checkpoint of the last step is written in either case."""
+        if self.deferred is None or self.intervals.steps_ahead == 0:
+            return self._run()
+        self.deferred.hold(on=True)
+        try:
+            return self._run()
+        finally:
+            self.deferred.hold(on=False)
+
+    def _run(self) -> Ending:
         progress = self.progress
         self._clock = time.perf_counter()
         if progress.evaluation_due and self._evaluate_and_checkpoint(stop=False):
@@ -130,6 +142,8 @@ class Loop:
         TrainingFault where a loss or gradient was not finite. On a vote all steps are waited for.
         """
         stop = False
+        if len(self._pending) > keep and self.deferred is not None and self.deferred.settle():
+            keep = 0  # all of them were computed
         while len(self._pending) > keep:
             sent = self._pending.popleft()
             loss, weight, votes, norm, finite = sent.numbers()

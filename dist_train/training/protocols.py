@@ -77,6 +77,16 @@ class Optimizer(Protocol):
         """Update by gradients, (size,); where `finite` is false, nothing changes."""
 
 
+class DeferredSteps(Protocol):
+    """Steps of which several are computed together, later than they were taken; their results are there by then."""
+
+    def hold(self, *, on: bool) -> None:
+        """Put steps off from now on, or do so no more; those that were and not computed are dropped."""
+
+    def settle(self) -> bool:
+        """Compute what was put off; true if there was anything."""
+
+
 class Rows(Protocol):
     """Rows to evaluate on, in a fixed order; `weights` (rows,) float64, or None where every row counts 1."""
 

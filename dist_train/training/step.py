@@ -40,6 +40,10 @@ class Step(Protocol):
     def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> StepResult: ...
 
 
+Computation = Callable[[Sequence[Batch], float | Tensor, float | Tensor], tuple[Tensor, Number, Tensor | bool]]
+"""From batches, learning rate and vote to stop: totals, gradient norm and whether both are finite."""
+
+
 class Forward(Protocol):
     """A model that is told with its inputs where the batch stands."""
 
@@ -50,7 +54,7 @@ class EagerStep:
     """The plain step.
 
     `forward` gives the logits of a batch's inputs at a place in the training order; `reducer` sums the gradients over
-    ranks.
+    ranks. `computation` is `compute`, or what replaces it.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class EagerStep:
         self.collectives = collectives
         self.max_grad_norm = max_grad_norm
         self.autocast_dtype = autocast_dtype
+        self.computation: Computation = self.compute
 
     def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> StepResult:
         """Train on the batches unless the loss or the gradient is not finite on some rank."""
@@ -81,7 +86,7 @@ class EagerStep:
         device = self.collectives.device
         rate = lr if device.type == "cpu" else torch.full((), lr, device=device)
         return StepResult(
-            *self.compute(batches, rate, float(wants_stop)), lr, sum(batch.global_rows for batch in batches)
+            *self.computation(batches, rate, float(wants_stop)), lr, sum(batch.global_rows for batch in batches)
         )
 
     def compute(
