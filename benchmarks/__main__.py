@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import exact_mode, scaling, throughput, timings, two_ranks, workload
+from benchmarks import ensemble, exact_mode, scaling, throughput, timings, two_ranks, workload
 from benchmarks.report import RESULTS, Report
 
 CPU = torch.device("cpu")
@@ -28,6 +28,7 @@ def main() -> None:
     parts: dict[str, Callable[[], None]] = {
         "limits": lambda: throughput.measure_limits(report, CPU, rounds, seconds / 2),
         "throughput": lambda: throughput.compare(report, CPU, batches, rounds, seconds),
+        "tabm": lambda: ensemble.compare(report, arguments.batch or ensemble.BATCH_SIZES, rounds, seconds),
         "two_ranks": lambda: two_ranks.compare(report, rounds, seconds),
         "exact_mode": lambda: exact_mode.compare(report, rounds, seconds / 2),
         "timings": lambda: timings.measure(report, rounds),
