@@ -17,7 +17,7 @@ from dist_train.training.loss import CrossEntropy
 from dist_train.training.protocols import Batch
 from dist_train.training.step import EagerStep, Number
 
-MAX_STEPS = 32
+MAX_STEPS = 64
 """Steps that are put off at most."""
 
 
