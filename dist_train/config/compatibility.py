@@ -61,6 +61,7 @@ ADDED: dict[str, Any] = {
     "train.select_by": _selected_before,
     "train.class_sampling": None,
     "train.ema_warmup": _warmed_up_before,
+    "data.formats": {},
 }
 """Key that came after format 1 -> what a run that lacks it was trained with: the key's first default, or a function of
 the configuration that gives it."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dist_train.config import families
-from dist_train.config.schema import DataConfig, JobConfig, ModelConfig, TrainConfig
+from dist_train.config.schema import COLUMN_FORMS, DataConfig, JobConfig, ModelConfig, TrainConfig
 from dist_train.config.yaml_text import parse_argument, plain_values
 from dist_train.errors import UserError
 
@@ -115,6 +115,11 @@ def _data(c: JobConfig) -> Iterator[tuple[str, str]]:
         yield from _weight(d, d.weight)
     for name in sorted(set(d.drop) & set(d.categorical)):
         yield "data.categorical", f"{name!r} is in data.drop as well"
+    for name, form in d.formats.items():
+        if form.partition(" ")[0] not in COLUMN_FORMS:
+            yield "data.formats", f"{form!r} of column {name!r} is none of {', '.join(COLUMN_FORMS)}"
+        if name in d.categorical or name in d.drop:
+            yield "data.formats", f"{name!r} is in data.{'drop' if name in d.drop else 'categorical'} as well"
     yield from _at_least("data.max_categories", d.max_categories, 1)
     yield from _at_least("data.hash_buckets", d.hash_buckets, 0)
     for key, value in (("validation_fraction", d.validation_fraction), ("test_fraction", d.test_fraction)):

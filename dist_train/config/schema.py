@@ -38,6 +38,10 @@ class TaskConfig:
     """Keys whose value is `auto` (docs/any-table.md). A list that the program makes: write `auto` as the value of a key."""
 
 
+COLUMN_FORMS = ("1,234.56", "1.234,56", "date", "day/month/year", "month/day/year", "hours:minutes:seconds")
+"""Forms of cells that `data.formats` may name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The table, its target and its splits."""
@@ -54,6 +58,8 @@ class DataConfig:
     """Columns of numbers that are codes, not quantities. Text columns are categorical by themselves."""
     missing_values: list[str] = field(default_factory=lambda: ["", "NA", "N/A", "NaN", "nan", "null", "NULL"])
     """Cells of text that mean: no value, in CSV and Parquet files and in tables of programs. A list replaces this one."""
+    formats: dict[str, str] = field(default_factory=dict)
+    """Column -> the form of its cells, where they leave it open: `1,234.56`, `1.234,56` (either may be followed by its unit: `1.234,56 EUR`, `1,234.56 %`), `date` (year first, or the month in words), `day/month/year`, `month/day/year`, `hours:minutes:seconds`. docs/columns.md says what is recognised."""
     max_categories: int = 256
     """Categories kept for one column, the most frequent first; the others share the code for unknown ones."""
     hash_buckets: int = 0

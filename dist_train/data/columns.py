@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import numpy as np
 
 from dist_train.data.classes import check_whole, ordered_names
 from dist_train.data.readers import Part
-from dist_train.data.table import ColumnKinds, no_number, numbers_with_stray_text
+from dist_train.data.readings import FormFacts, Reading, Seen, recognised
+from dist_train.data.table import MOSTLY_NUMBERS, ColumnKinds, no_number, numbers_with_stray_text
 from dist_train.errors import UserError
 
 # In fewer rows a column counts them by chance.
@@ -25,7 +26,8 @@ class Columns:
     """What is taken of each row; `features` in the order of the first file.
 
     Of a model: `numbers` are its columns of numbers, and `categories` the words for "missing" that are categories of
-    its columns, by name. `left_out`: columns of the file that are not used, and why.
+    its columns, by name. `left_out`: columns of the file that are not used, and why. `formats`: the form of the cells
+    of a column, where it is known before they are read.
     """
 
     features: list[str]
@@ -39,6 +41,7 @@ class Columns:
     numbers: list[str] = field(default_factory=list)
     categories: dict[str, list[str]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -81,7 +84,8 @@ class ColumnFacts:
     """What a column holds in a unit: cells that are there, those that are numbers, the first other one and its row.
 
     `row_offset`: where each cell is the number of its row in the file plus a constant, that constant. `padded`: a cell
-    of digits that begins with a zero, where there is one among the first rows.
+    of digits that begins with a zero, where there is one among the first rows. `forms`: the forms of cells that are no
+    numbers. `form`: that by which they were read; `typed`: they are of a type of dates or durations.
     """
 
     text: bool
@@ -90,6 +94,14 @@ class ColumnFacts:
     stray: tuple[int, str] | None = None
     row_offset: int | None = None
     padded: str | None = None
+    forms: FormFacts | None = None
+    form: str | None = None
+    typed: bool = False
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> ColumnFacts:
+        """From its fields."""
+        return cls(**{**content, "forms": content["forms"] and FormFacts(**content["forms"])})
 
 
 @dataclass
@@ -130,7 +142,12 @@ def check_classes(found: Sequence[tuple[Unit, UnitFacts]], target: str) -> list[
 
 
 def kinds_of(found: Sequence[tuple[Unit, UnitFacts]], columns: Columns) -> ColumnKinds:
-    """Numbers or categories, by all cells of each column; UserError names the first stray text among numbers."""
+    """Numbers, or what becomes numbers by its form, or categories, by all cells of each column.
+
+    UserError names the first stray text among numbers.
+    """
+    readings: list[Reading] = []
+    remarks: list[str] = []
     numeric: list[str] = []
     categorical: list[str] = []
     left_out = dict(columns.left_out)
@@ -141,6 +158,14 @@ def kinds_of(found: Sequence[tuple[Unit, UnitFacts]], columns: Columns) -> Colum
             continue
         facts = [(unit, of_unit.columns[name]) for unit, of_unit in found if of_unit.batches]
         present, count = (sum(getattr(f, what) for _, f in facts) for what in ("present", "numbers"))
+        if count < present:
+            seen = [Seen(unit.source, f.present, f.numbers, f.stray and f.stray[1], f.forms) for unit, f in facts]
+            reading, remark = recognised(name, seen, columns.formats.get(name), MOSTLY_NUMBERS)
+            remarks += [f"column {name!r}: {remark}"] if remark else []
+            if reading:
+                readings.append(reading)
+                numeric += reading.features
+                continue
         if numbers_with_stray_text(count, present):
             unit, stray = next((unit, f.stray) for unit, f in facts if f.stray)
             raise no_number(name, unit.source, *stray)
@@ -150,7 +175,10 @@ def kinds_of(found: Sequence[tuple[Unit, UnitFacts]], columns: Columns) -> Colum
             (numeric if count == present else categorical).append(name)
     if not numeric and not categorical:
         raise UserError(f"{found[0][0].source}: no feature columns are left besides {', '.join(left_out)}")
-    return ColumnKinds(tuple(numeric), tuple(categorical), tuple(left_out.items()))
+    if len(set(numeric)) < len(numeric):
+        twice = next(name for name in numeric if numeric.count(name) > 1)
+        raise UserError(f"{found[0][0].source}: column {twice!r} has the name of a part of a date: rename it")
+    return ColumnKinds(tuple(numeric), tuple(categorical), tuple(left_out.items()), tuple(readings), tuple(remarks))
 
 
 def _is_row_number(found: Sequence[tuple[Unit, UnitFacts]], name: str) -> bool:
@@ -167,10 +195,14 @@ def _is_row_number(found: Sequence[tuple[Unit, UnitFacts]], name: str) -> bool:
     return rows >= _ROWS_THAT_TELL and any(offsets in ({0}, {1}) for offsets in (in_file, in_table))
 
 
-def units_to_read_as_text(found: Sequence[tuple[Unit, UnitFacts]], kinds: ColumnKinds) -> list[int]:
-    """Numbers of the units that keep a category as numbers: nothing in them told that it is one."""
-    return [
-        unit.number
-        for unit, facts in found
-        if any(not f.text and f.present for name, f in facts.columns.items() if name in kinds.categorical)
-    ]
+def units_to_read_again(found: Sequence[tuple[Unit, UnitFacts]], kinds: ColumnKinds) -> list[int]:
+    """Numbers of the units that keep a category as numbers, or what has a form as text: nothing in them told it."""
+    forms = {reading.column: reading.form for reading in kinds.readings}
+    categorical = frozenset(kinds.categorical)
+
+    def is_wrong(name: str, facts: ColumnFacts) -> bool:
+        if name in forms:
+            return bool(facts.present) and not facts.typed and facts.form != forms[name]
+        return name in categorical and not facts.text and bool(facts.present)
+
+    return [unit.number for unit, facts in found if any(is_wrong(name, f) for name, f in facts.columns.items())]

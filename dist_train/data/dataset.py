@@ -21,7 +21,7 @@ from dist_train.data.readers import read_header, read_index_names
 from dist_train.data.sources import MappedRows, ResidentRows, resident
 from dist_train.data.spec import FeatureSpec
 from dist_train.data.split import SPLITS
-from dist_train.data.spool import Spool, read_in_memory
+from dist_train.data.spool import Spool, read_in_memory, with_numbers
 from dist_train.data.store import Settings, Store, is_store
 from dist_train.data.table import TRAINED_ON, ColumnKinds, locate, no_number, require_names, sha256_of
 from dist_train.data.weights import require_some_weight
@@ -84,6 +84,8 @@ def load_dataset(
         split = split_table(table.spool, data, table.class_names, collectives, seed=seed, source=table.source)
     collectives.raise_if_stop_agreed()
     if spec is None:
+        for remark in table.spool.kinds.remarks if collectives.is_main else ():
+            log.info("%s", remark)
         with heartbeat.phase("encoder fitting"):
             spec = fit_table(table.spool, split, data, table.class_names, collectives, source=table.source)
     fitted = spec
@@ -122,7 +124,7 @@ def read_labelled(data: DataConfig, spec: FeatureSpec | None = None) -> Table:
             raise UserError(f"{source}: class {unknown[0]!r} was not there when the encoder was fitted")
         class_names = list(spec.class_names)
     kinds = _kinds_of_spec(found, spec) if spec else kinds_of(found, columns)
-    held = InMemory(batches)
+    held = InMemory(list(with_numbers(batches, kinds, source)))
     spool = Spool(held, found, kinds, class_names, weighted=columns.weight is not None)
     return Table(spool, held, class_names, source, sha256_of(file))
 
@@ -179,7 +181,9 @@ def encoded_rows(
     for chunk in table.spool.chunks:
         codes, targets = split.codes(table.spool, chunk), table.spool.targets(chunk)
         weights = table.spool.weights(chunk) if table.spool.weighted else None
-        inputs = encoder.to_arrays(table.spool.frame(chunk, encoder.names), table.source, chunk.first_row)
+        inputs = encoder.to_arrays(
+            table.spool.frame(chunk, encoder.names, spec.readings), table.source, chunk.first_row
+        )
         table.batches.release(chunk.batch)
         for name, part in parts.items():
             part.add((codes == SPLITS.index(name)).nonzero().squeeze(1), inputs, targets, weights, chunk.first_row)
@@ -284,17 +288,24 @@ def _columns_of_spec(columns: Columns, header: Sequence[str], spec: FeatureSpec,
         columns,
         features=spec.names,
         categorical=[column.name for column in spec.categorical],
-        numbers=[column.name for column in spec.numeric],
+        numbers=_plain_numbers(spec),
         categories=categories,
         left_out={},
+        formats={reading.column: reading.form for reading in spec.readings},
     )
+
+
+def _plain_numbers(spec: FeatureSpec) -> list[str]:
+    """Columns of numbers that have no form."""
+    made = spec.columns_of_features
+    return [column.name for column in spec.numeric if column.name not in made]
 
 
 def _kinds_of_spec(found: Sequence[tuple[Unit, UnitFacts]], spec: FeatureSpec) -> ColumnKinds:
     numeric = tuple(column.name for column in spec.numeric)
     for unit, facts in found:
-        for name in numeric:
+        for name in _plain_numbers(spec):
             stray = facts.columns[name].stray if facts.batches else None
             if stray:
                 raise no_number(name, unit.source, *stray)
-    return ColumnKinds(numeric, tuple(column.name for column in spec.categorical))
+    return ColumnKinds(numeric, tuple(column.name for column in spec.categorical), readings=spec.readings)

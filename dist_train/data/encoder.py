@@ -79,8 +79,8 @@ class Encoder:
 
     @property
     def names(self) -> list[str]:
-        """Names of the columns that are read."""
-        return self.spec.names
+        """Names of the features, which amounts and dates have been made into."""
+        return [*(c.name for c in self.spec.numeric), *(c.name for c in self.spec.categorical)]
 
     def to_arrays(self, frame: pl.DataFrame, source: str, first_row: int = 0) -> Inputs:
         """Columns by name -> float32 numbers, uint8 flags, codes in the smallest integer type.

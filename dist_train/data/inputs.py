@@ -63,7 +63,7 @@ def columns_of(header: Sequence[str], data: DataConfig, source: str, index_names
     """
     of_rows = (data.split_column, data.weight, data.time_column, data.group_column)
     no_features = [name for name in of_rows if name is not None]
-    named = [data.target, *data.drop, *data.categorical, *no_features]
+    named = [data.target, *data.drop, *data.categorical, *data.formats, *no_features]
     require_names(header, named, source, "named in the configuration")
     others, index = {data.target, *no_features, *data.drop}, frozenset(index_names)
     left_out = {name: PANDAS_INDEX for name in header if _is_index(name, index) and name not in named}
@@ -81,6 +81,7 @@ def columns_of(header: Sequence[str], data: DataConfig, source: str, index_names
         data.time_column,
         data.group_column,
         left_out=left_out,
+        formats=data.formats,
     )
 
 

@@ -17,6 +17,7 @@ from dist_train.config.schema import DataConfig
 from dist_train.data.classes import check_training_rows
 from dist_train.data.encoder import Encoder, fit_spec
 from dist_train.data.findings import examine, warn_of_columns
+from dist_train.data.readings import with_latest_dates
 from dist_train.data.spec import FeatureSpec
 from dist_train.data.split import SPLITS, FractionSplit, Parts
 from dist_train.data.split_by_group import GroupRows, GroupSplit
@@ -274,9 +275,13 @@ def fit_table(
 
     def pieces(names: Sequence[str]) -> Iterator[pl.DataFrame]:
         for chunk in own():
-            codes = split.codes(spool, chunk)
-            yield spool.frame(chunk, names).filter(pl.Series((codes == _TRAIN).numpy()))
+            yield spool.frame(chunk, names, readings).filter(pl.Series((split.codes(spool, chunk) == _TRAIN).numpy()))
 
+    def seconds(columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+        for chunk in own():
+            yield spool.numbers(chunk, columns).filter(pl.Series((split.codes(spool, chunk) == _TRAIN).numpy()))
+
+    readings = with_latest_dates(spool.kinds.readings, seconds, collectives)
     spec = fit_spec(
         pieces,
         spool.kinds,
@@ -292,15 +297,14 @@ def fit_table(
 
     def labelled() -> Iterator[tuple[Callable[[Sequence[str]], pl.DataFrame], np.ndarray[Any, Any]]]:
         for chunk in own():
-            training = (split.codes(spool, chunk) == _TRAIN).numpy()
-            rows = pl.Series(training)
-            read = partial(lambda chunk, rows, names: spool.frame(chunk, names).filter(rows), chunk, rows)
-            yield read, spool.targets(chunk).numpy()[training]
+            training = pl.Series((split.codes(spool, chunk) == _TRAIN).numpy())
+            read = partial(lambda chunk, rows, names: spool.frame(chunk, names, readings).filter(rows), chunk, training)
+            yield read, spool.targets(chunk).numpy()[training.to_numpy()]
 
     lines = examine(labelled(), spec, spool.padded, collectives)
     if collectives.is_main:
         warn_of_columns(lines, data)
-    return spec
+    return replace(spec, readings=readings)
 
 
 def _own_chunks(
@@ -351,7 +355,7 @@ def encode_blocks(
 
 
 def _encoded(spool: Spool, chunk: Chunk, encoder: Encoder) -> dict[str, np.ndarray[Any, Any]]:
-    inputs = encoder.to_arrays(spool.frame(chunk, encoder.names), spool.source(chunk))
+    inputs = encoder.to_arrays(spool.frame(chunk, encoder.names, encoder.spec.readings), spool.source(chunk))
     rows = torch.arange(chunk.first_row, chunk.first_row + chunk.num_rows)
     tensors = inputs._asdict() | {"targets": spool.targets(chunk), "rows": rows}
     if spool.weighted:

@@ -8,6 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dist_train.config.compatibility import FORMATS, require_format
+from dist_train.data.readings import Reading
+
+FORMAT_WITHOUT_READINGS = 1
+"""An earlier program reads a spec without readings."""
 
 MISSING, UNKNOWN, FIRST_CATEGORY = 0, 1, 2
 """Codes of a categorical column: a missing cell, a category that is not in the vocabulary, the first category."""
@@ -69,16 +73,26 @@ class FeatureSpec:
 
     A model gets three tensors for each batch: numeric (rows, num_numeric) floating point, flags (rows, num_flags)
     uint8, 1 where the cell of a column with `has_missing_flag` is missing, and codes (rows, num_categorical) integer.
+
+    `readings` say how amounts and dates are read: their numeric features are named here, not their columns.
     """
 
     numeric: tuple[NumericColumn, ...]
     categorical: tuple[CategoricalColumn, ...]
     class_names: tuple[str, ...]
+    readings: tuple[Reading, ...] = ()
 
     @property
     def names(self) -> list[str]:
         """Names of the columns that are read, numbers first."""
-        return [*(column.name for column in self.numeric), *(column.name for column in self.categorical)]
+        columns = self.columns_of_features
+        numeric = dict.fromkeys(columns.get(column.name, column.name) for column in self.numeric)
+        return [*numeric, *(column.name for column in self.categorical)]
+
+    @property
+    def columns_of_features(self) -> dict[str, str]:
+        """Numeric feature that is made by a reading -> the column that it is made of."""
+        return {feature: reading.column for reading in self.readings for feature in reading.features}
 
     @property
     def num_numeric(self) -> int:
@@ -103,7 +117,7 @@ class FeatureSpec:
     @property
     def num_columns(self) -> int:
         """Feature columns of the table."""
-        return len(self.numeric) + len(self.categorical)
+        return len(self.names)
 
     @property
     def num_classes(self) -> int:
@@ -118,8 +132,8 @@ class FeatureSpec:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types, which keep every bit of a float64; `from_json` reads it."""
-        return {
-            "format": FORMATS["feature spec"],
+        content = {
+            "format": FORMATS["feature spec"] if self.readings else FORMAT_WITHOUT_READINGS,
             "numeric": [{**vars(column), "quantiles": list(column.quantiles)} for column in self.numeric],
             "categorical": [
                 {name: list(value) if isinstance(value, tuple) else value for name, value in vars(column).items()}
@@ -127,6 +141,8 @@ class FeatureSpec:
             ],
             "class_names": list(self.class_names),
         }
+        readings = [{**vars(reading), "parts": list(reading.parts)} for reading in self.readings]
+        return content | ({"readings": readings} if readings else {})
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> FeatureSpec:
@@ -151,6 +167,7 @@ class FeatureSpec:
                 for column in content["categorical"]
             ),
             class_names=tuple(content["class_names"]),
+            readings=tuple(Reading.from_json(reading) for reading in content.get("readings", ())),
         )
 
     def _known_to(self, other: FeatureSpec) -> FeatureSpec:

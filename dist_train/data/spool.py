@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,9 @@ from dist_train.data.batches import Batches
 from dist_train.data.classes import MAX_CLASSES, first_rows, index_of_classes, target_text
 from dist_train.data.columns import ColumnFacts, Columns, FloatArray, Unit, UnitFacts, check_classes, row_offset
 from dist_train.data.csv_files import is_csv_name
+from dist_train.data.dates import typed_seconds
 from dist_train.data.readers import read_rows
+from dist_train.data.readings import FormFacts, Reading, parse
 from dist_train.data.row_keys import group_keys, time_keys
 from dist_train.data.split import codes_of_column
 from dist_train.data.table import (
@@ -62,7 +64,7 @@ def read_facts(folder: Path, unit: Unit) -> UnitFacts | None:
         return None
     if content["unit"] != _identity(unit):
         return None
-    columns = {name: ColumnFacts(**facts) for name, facts in content["columns"].items()}
+    columns = {name: ColumnFacts.from_json(facts) for name, facts in content["columns"].items()}
     classes = {text: tuple(v) for text, v in content["classes"].items()}
     return UnitFacts(content["batches"], columns, classes, content["times"])
 
@@ -202,13 +204,15 @@ class _Spooling:
         column = self._with_nulls(column)
         if name in self._categorical:
             return _texts(column, self._source)
-        known = name in self._known_numbers
+        known, is_temporal = name in self._known_numbers, column.dtype.is_temporal()
+        if name in self._columns.formats or (is_temporal and not known and name not in self._text):
+            return self._by_form(column, facts, row)
         if not known:
             require_numbers_or_text(column, self._source)
         parsed = parse_known_numbers(column, self._source) if known else parse_numbers(column)
         present, found = len(column) - column.null_count(), len(parsed) - parsed.null_count()
-        if column.dtype == pl.Boolean and not known:
-            found = 0  # true and false are categories
+        if (column.dtype == pl.Boolean or is_temporal) and not known:
+            found = 0  # true and false are categories, and so are dates among text
         if found < present:
             self._text.add(name)
             facts.text = True
@@ -218,10 +222,26 @@ class _Spooling:
         facts.present += present
         facts.numbers += found
         if name in self._text:
+            if column.dtype == pl.String or is_temporal:
+                facts.forms = facts.forms or FormFacts()
+                facts.forms.see(column, row)
             return _texts(column, self._source)
         values = float32_range(parsed, column, self._source, row).numpy()
         self._look_at_numbers(facts, column, values, row)
         return _array(values.astype(np.float32) if column.dtype in _SMALL else values)
+
+    def _by_form(self, column: pl.Series, facts: ColumnFacts, row: int) -> pa.Array:
+        facts.form = self._columns.formats.get(column.name)
+        facts.typed = column.dtype.is_temporal()
+        present = len(column) - column.null_count()
+        facts.present += present
+        values = typed_seconds(column) if facts.form is None else parse(column, facts.form, self._source, row)
+        if column.dtype.is_numeric():
+            facts.numbers += present
+        elif present:
+            facts.forms = facts.forms or FormFacts()
+            facts.forms.see(column, row)
+        return _array(float32_range(values, column, self._source, row).numpy())
 
     def _look_at_numbers(self, facts: ColumnFacts, column: pl.Series, values: FloatArray, row: int) -> None:
         begins = not self.facts.batches
@@ -244,6 +264,21 @@ def _array(values: np.ndarray[Any, Any]) -> pa.Array:
 
 def _texts(column: pl.Series, source: str) -> pa.Array:
     return arrow_text(as_text(column, source))
+
+
+def with_numbers(batches: Iterable[pa.RecordBatch], kinds: ColumnKinds, source: str) -> Iterator[pa.RecordBatch]:
+    """Batches of `read_in_memory` with numbers in the columns that become numbers by their form."""
+    row = 0
+    for batch in batches:
+        for reading in kinds.readings:
+            index = batch.schema.get_field_index(f"{_FEATURE}{reading.column}")
+            column = batch.column(index)
+            if pa.types.is_dictionary(column.type):
+                texts = pl.Series(reading.column, column.dictionary_decode())
+                values = float32_range(parse(texts, reading.form, source, row), texts, source, row).numpy()
+                batch = batch.set_column(index, batch.schema.field(index).name, _array(values))
+        row += batch.num_rows
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -341,9 +376,17 @@ class Spool:
         if len(places) > 1:
             raise UserError(f"{source}: column {name!r} has no one order: {' and '.join(places.values())}")
 
-    def frame(self, chunk: Chunk, names: Sequence[str]) -> pl.DataFrame:
+    def frame(self, chunk: Chunk, names: Sequence[str], readings: Sequence[Reading]) -> pl.DataFrame:
         """Features by name: numbers as Float64 with NaN where missing, categories as text."""
-        return pl.DataFrame([self._feature(chunk, name) for name in names])
+        made = {feature: reading for reading in readings for feature in reading.features}
+        return pl.DataFrame([self._made(chunk, made[n], n) if n in made else self._feature(chunk, n) for n in names])
+
+    def numbers(self, chunk: Chunk, columns: Sequence[str]) -> pl.DataFrame:
+        """The numbers of columns that have a form, Float64 with NaN where missing: of dates their seconds."""
+        return pl.DataFrame([pl.Series(n, self._column(chunk, f"{_FEATURE}{n}").to_numpy()) for n in columns])
+
+    def _made(self, chunk: Chunk, reading: Reading, name: str) -> pl.Series:
+        return reading.feature(self.numbers(chunk, [reading.column]).to_series(), name)
 
     def _feature(self, chunk: Chunk, name: str) -> pl.Series:
         column = self._column(chunk, f"{_FEATURE}{name}")

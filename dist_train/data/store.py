@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Settings:
     group_column: str | None = None
     folds: int | None = None
     fold: int | None = None
+    formats: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: DataConfig, *, seed: int) -> Settings:

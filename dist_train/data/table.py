@@ -16,6 +16,7 @@ from polars.exceptions import PolarsError
 from torch import Tensor
 
 from dist_train.data.readers import read_header, read_rows
+from dist_train.data.readings import Reading
 from dist_train.errors import UserError
 
 BUILTIN = "builtin:"
@@ -31,11 +32,16 @@ _TRUTH = {"true": 1.0, "false": 0.0}
 
 @dataclass(frozen=True)
 class ColumnKinds:
-    """Names of the feature columns by kind, in the order of the table; `left_out`: those that are not used, and why."""
+    """Names of the features by kind, in the order of the table; `left_out`: columns that are not used, and why.
+
+    `readings`: columns that become numbers by a form; a date is several features. `remarks`: what to say of columns.
+    """
 
     numeric: tuple[str, ...]
     categorical: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...] = ()
+    readings: tuple[Reading, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def locate(path: str) -> Path:
@@ -169,7 +175,8 @@ _SPELLED, _MEANT = (arrow_text(pl.Series(list(words))) for words in (_SPELLINGS.
 
 def require_numbers_or_text(column: pl.Series, source: str) -> None:
     """UserError when a feature's cells are neither numbers nor text."""
-    if not column.dtype.is_numeric() and column.dtype not in (pl.Null, pl.String, pl.Boolean):
+    known = column.dtype.is_numeric() or column.dtype.is_temporal()
+    if not known and column.dtype not in (pl.Null, pl.String, pl.Boolean):
         raise UserError(
             f"{source}: column {column.name!r} has type {column.dtype}: turn it into numbers or text, "
             "or name it in data.drop"

@@ -62,9 +62,11 @@ def unfamiliar_cells(
     shares = zip(names, (missing / num_rows).tolist(), without, strict=True)
     missing_shares = {name: share for name, share, applies in shares if applies}
     if table is not None:
+        made = spec.columns_of_features
         for column in spec.numeric:
             if not column.has_missing_flag:
-                missing_shares[column.name] = _num_missing(table[column.name]) / num_rows
+                name = made.get(column.name, column.name)
+                missing_shares[name] = _num_missing(table[name]) / num_rows
     return Unfamiliar(_many(dict(zip(names, of_present.tolist(), strict=True))), _many(missing_shares))
 
 

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from dist_train.config.rules import split_seed
 from dist_train.config.schema import JobConfig
 from dist_train.data.batches import InFiles
 from dist_train.data.blocks import Blocks, Records
-from dist_train.data.columns import Columns, Unit, UnitFacts, check_classes, kinds_of, units_to_read_as_text
+from dist_train.data.columns import Columns, Unit, UnitFacts, check_classes, kinds_of, units_to_read_again
 from dist_train.data.inputs import find_files, plan_columns, plan_units
 from dist_train.data.prepare import Fitted, encode_blocks, fit
 from dist_train.data.split import SPLITS
@@ -185,17 +185,21 @@ class Preparation:
         if len(facts) < len(units):
             self._collectives.on_rank_zero(self._forget_fit)
         as_text: frozenset[str] = frozenset()
+        asked, given = columns, columns.formats
         while True:
             facts |= self._read_units([unit for unit in units if unit.number not in facts], columns, as_text)
             found = [(unit, facts[unit.number]) for unit in units]
             if not any(of_unit.batches for _, of_unit in found):
                 raise UserError(f"{', '.join(self._patterns)}: the table has no rows")
-            kinds = kinds_of(found, columns)
-            again = units_to_read_as_text(found, kinds)
+            kinds = kinds_of(found, asked)
+            again = units_to_read_again(found, kinds)
             if not again:
+                for remark in kinds.remarks if self._collectives.is_main else ():
+                    log.info("%s", remark)
                 return found, kinds
-            # Text in one file makes a category of what another file holds as numbers.
+            # Text in one file makes a category of what another file holds as numbers; all files tell the form of texts.
             as_text = frozenset(kinds.categorical)
+            columns = replace(columns, formats=given | {reading.column: reading.form for reading in kinds.readings})
             facts = {number: of_unit for number, of_unit in facts.items() if number not in again}
 
     def _read_units(self, units: Sequence[Unit], columns: Columns, as_text: frozenset[str]) -> dict[int, UnitFacts]:

@@ -26,10 +26,11 @@ from dist_train.data.dataset import (
 )
 from dist_train.data.encoder import Encoder, with_missing_cells
 from dist_train.data.prepare import split_table
+from dist_train.data.readings import with_features
 from dist_train.data.sources import MappedRows, ResidentRows, resident
 from dist_train.data.spec import FeatureSpec, spec_of_encoder
 from dist_train.data.store import is_store
-from dist_train.data.table import locate
+from dist_train.data.table import TRAINED_ON, locate, require_columns
 from dist_train.data.unfamiliar import Unfamiliar, unfamiliar_cells
 from dist_train.data.weights import require_some_weight
 from dist_train.distributed.collectives import Collectives
@@ -201,7 +202,8 @@ class TabularTask:
     def unlabelled(self, table: pl.DataFrame, source: str) -> ResidentRows:
         """Rows to score; cells of text that are a word for "missing" are missing, as in a CSV file."""
         table = with_missing_cells(table, self.spec, self._config.data.missing_values)
-        inputs = self._encoder.to_arrays(table, source)
+        require_columns(table, self.spec.names, source, TRAINED_ON)
+        inputs = self._encoder.to_arrays(with_features(table, self.spec.readings, source), source)
         targets = torch.zeros(table.height, dtype=torch.int64)
         rows, device = torch.arange(table.height), self._collectives.device
         return resident(inputs, targets, rows, self.spec.num_classes, device, self._dtype)

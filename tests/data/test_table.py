@@ -189,10 +189,11 @@ def test_the_largest_float32_is_held() -> None:
 
 
 @pytest.mark.parametrize("dtype", [pl.Date, pl.Time, pl.Datetime, pl.Duration])
-def test_dates_are_refused_unless_dropped(dtype: pl.DataType) -> None:
+def test_dates_are_features_unless_dropped(dtype: pl.DataType) -> None:
     frame = pl.DataFrame({"a": [1], "when": pl.Series([1], dtype=pl.Int64).cast(dtype)})
-    with pytest.raises(UserError, match=r"column 'when' has type .* data\.drop"):
-        feature_kinds(frame, [], [])
+    kinds = feature_kinds(frame, [], [])
+    assert [reading.column for reading in kinds.readings] == ["when"]
+    assert kinds.numeric == ("a", *kinds.readings[0].features)
     assert feature_kinds(frame, ["when"], []).numeric == ("a",)
 
 
