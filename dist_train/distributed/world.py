@@ -17,7 +17,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from dist_train.errors import TrainingFault, UserError
@@ -162,7 +161,9 @@ def process_group(world: World, timeout_seconds: float) -> Iterator[Store]:
         )
     # The watchdog ends a collective that hangs, and counts no time in which the ranks were suspended. torch's timeout
     # would count it, so it holds only until all ranks have met.
-    _set_pg_timeout(_LONGEST_PAUSE, dist.group.WORLD)
+    group = dist.group.WORLD
+    assert group is not None  # it was just opened
+    group.set_timeout(_LONGEST_PAUSE)
     try:
         yield store
     finally:
