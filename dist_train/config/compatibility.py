@@ -20,7 +20,7 @@ FORMATS = {
     "trained model": 2,
     "ensemble": 1,
     "tabular task": 2,
-    "feature spec": 2,
+    "feature spec": 3,
     "classifier": 1,
 }
 """The format that this version writes, by kind of artefact."""

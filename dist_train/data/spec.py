@@ -10,7 +10,7 @@ from typing import Any
 from dist_train.config.compatibility import FORMATS, require_format
 from dist_train.data.readings import Reading
 
-FORMAT_WITHOUT_READINGS = 1
+FORMAT_WITHOUT_READINGS = 2
 """An earlier program reads a spec without readings."""
 
 MISSING, UNKNOWN, FIRST_CATEGORY = 0, 1, 2
