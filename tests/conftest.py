@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,10 @@ from xdist.scheduler import LoadScopeScheduling
 
 # As torchrun gives its ranks: a sum over two threads rounds in another order, and threads of several tests fight.
 torch.set_num_threads(1)
+
+# nohup leaves it ignored for every program that is started below it, and tests send it to those that they start.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tests in each of these share what takes long to set up.
 SHARING = ("tests/slurm/", "tests/hosts/", "tests/cli/test_train.py", "tests/cli/test_verify.py")

@@ -75,5 +75,6 @@ def test_our_turn_is_bounded_on_all_ranks_alike(ranks: int) -> None:
     done = on_ranks(ranks, bounded)
     steps = {step for step, _ in done}
     assert len(steps) == 1
-    assert contestants.WARM_UP_STEPS + contestants.FEWEST_STEPS <= steps.pop() < 20
+    # Compiled steps are put off and taken together: a turn ends with a whole group of them.
+    assert contestants.WARM_UP_STEPS + contestants.FEWEST_STEPS <= steps.pop() < 40
     assert all(rate > 0 for _, rate in done)

@@ -45,6 +45,7 @@ TINY_JOB = (
     "train.global_batch_size=16",
     "train.accumulation_steps=2",
     "train.ema_decay=0.9",
+    "train.ema_warmup=false",  # with it the job loses patience before the later traps
     "train.early_stopping_patience=4",
     "checkpoint.every_steps=5",
     "log.every_steps=3",

@@ -46,7 +46,7 @@ def test_a_signal_to_one_rank_of_two_stops_both_and_nothing_is_lost(
 def test_a_signal_at_the_last_step_leaves_only_what_is_after_it(
     table: Path, tmp_path: Path, ranks: int, validation: float
 ) -> None:
-    more = ("train.max_steps=6", f"data.validation_fraction={validation}")
+    more = ("train.max_steps=6", "train.early_stopping_patience=null", f"data.validation_fraction={validation}")
     whole = finish(tiny_job(table, tmp_path / "whole", *more), ranks)
     arguments = tiny_job(table, tmp_path / "run", *more)
     ended = run_job(arguments, ranks, Trap(step=5, signal=signal.SIGTERM))
