@@ -27,7 +27,7 @@ from dist_train.training.meter import Meter
 from dist_train.training.plan import Plan
 from dist_train.training.precision import autocast_dtype_of
 from dist_train.training.progress import Progress
-from dist_train.training.protocols import Save, Stateful, Track
+from dist_train.training.protocols import Save, Source, Stateful, Track
 from dist_train.training.schedule import learning_rate
 from dist_train.training.selection import Selection
 from dist_train.training.step import EagerStep, Step
@@ -50,18 +50,7 @@ class Session:
         self.task = task
         train_rows = task.splits["train"]
         _require_validation_rows(config, len(task.splits["valid"]))
-        sampler = PositionSampler(
-            len(train_rows),
-            rank=collectives.rank,
-            world_size=collectives.size,
-            seed=config.run.seed,
-            global_batch_size=train.global_batch_size,
-            accumulation_steps=train.accumulation_steps,
-            num_slices=train.virtual_ranks,
-            shuffle_block_rows=config.data.shuffle_block_rows,
-            classes=train_rows.targets.cpu() if train.class_sampling else None,
-        )
-        self.feed = Feed(train_rows, sampler)
+        self.feed = Feed(train_rows, _sampler(config, train_rows, collectives))
         self.total_steps = min(train.epochs * self.feed.steps_per_epoch, train.max_steps or 2**63)
         self.execution = choose_execution(
             train,
@@ -203,6 +192,21 @@ def _require_validation_rows(config: JobConfig, num_rows: int) -> None:
         raise UserError(
             f"{keys}: there are no validation rows to decide by: set data.validation_fraction, or leave the key out"
         )
+
+
+def _sampler(config: JobConfig, rows: Source, collectives: Collectives) -> PositionSampler:
+    train = config.train
+    return PositionSampler(
+        len(rows),
+        rank=collectives.rank,
+        world_size=collectives.size,
+        seed=config.run.seed,
+        global_batch_size=train.global_batch_size,
+        accumulation_steps=train.accumulation_steps,
+        num_slices=train.virtual_ranks,
+        shuffle_block_rows=config.data.shuffle_block_rows,
+        classes=rows.targets.cpu() if train.class_sampling else None,
+    )
 
 
 def build_loop(
