@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, 
 from functools import cache
 from typing import Any, Literal
 
+from dist_train.config.bounds import at_least, probability
 from dist_train.config.schema import JobConfig, ModelConfig
 from dist_train.plugins import declared, load_declared
 
@@ -44,14 +45,12 @@ class FeatureKeys:
     def problems(self) -> Iterator[tuple[str, str]]:
         """Key and text of each value that cannot be."""
         for key in ("numeric_width", "numeric_frequencies"):
-            if getattr(self, key) < 1:
-                yield key, f"must be at least 1, is {getattr(self, key)}"
+            yield from at_least(key, getattr(self, key), 1)
         if not 1 <= self.numeric_bins <= 32:
             yield "numeric_bins", f"must be from 1 to 32, is {self.numeric_bins}"
         if not self.numeric_frequency_scale > 0:
             yield "numeric_frequency_scale", f"must be above 0, is {self.numeric_frequency_scale}"
-        if self.one_hot_categories < 0:
-            yield "one_hot_categories", f"must be at least 0, is {self.one_hot_categories}"
+        yield from at_least("one_hot_categories", self.one_hot_categories, 0)
         for column, width in self.category_widths.items():
             if width < 1:
                 yield "category_widths", f"must be at least 1, is {width} for the column {column!r}"
@@ -76,10 +75,8 @@ class TabMConfig(FeatureKeys):
         """Key and text of each value that cannot be."""
         yield from super().problems()
         for key in ("members", "blocks", "width"):
-            if getattr(self, key) < 1:
-                yield key, f"must be at least 1, is {getattr(self, key)}"
-        if not 0 <= self.dropout < 1:
-            yield "dropout", f"a probability is at least 0 and below 1, is {self.dropout}"
+            yield from at_least(key, getattr(self, key), 1)
+        yield from probability("dropout", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +98,11 @@ class ResNetConfig(FeatureKeys):
         """Key and text of each value that cannot be."""
         yield from super().problems()
         for key in ("blocks", "width"):
-            if getattr(self, key) < 1:
-                yield key, f"must be at least 1, is {getattr(self, key)}"
+            yield from at_least(key, getattr(self, key), 1)
         if not self.width * self.hidden_ratio >= 1:
             yield "hidden_ratio", f"leaves no unit, is {self.hidden_ratio}"
         for key in ("dropout", "residual_dropout"):
-            if not 0 <= getattr(self, key) < 1:
-                yield key, f"a probability is at least 0 and below 1, is {getattr(self, key)}"
+            yield from probability(key, getattr(self, key))
 
 
 BUILT_IN: dict[str, type[Any] | None] = {DEFAULT: None, "tabm": TabMConfig, "resnet": ResNetConfig}

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dist_train.config import families
+from dist_train.config.bounds import at_least
 from dist_train.config.schema import COLUMN_FORMS, DataConfig, JobConfig, ModelConfig, TrainConfig
 from dist_train.config.yaml_text import parse_argument, plain_values
 from dist_train.errors import UserError
@@ -72,15 +73,15 @@ def _broken(c: JobConfig) -> Iterator[tuple[str, str]]:
     yield from _model(c.model)
     yield from _optim(c)
     yield from _train(c.train)
-    yield from _at_least("ensemble.seeds", c.ensemble.seeds, 1)
+    yield from at_least("ensemble.seeds", c.ensemble.seeds, 1)
     yield from _select_by(c)
     if c.train.class_sampling and c.data.shuffle_block_rows:
         yield "train.class_sampling", "draws from all rows: data.shuffle_block_rows must be null"
-    yield from _at_least("evaluation.every_steps", c.evaluation.every_steps, 1)
-    yield from _at_least("evaluation.batch_size", c.evaluation.batch_size, 1)
-    yield from _at_least("checkpoint.every_steps", c.checkpoint.every_steps, 1)
-    yield from _at_least("checkpoint.keep", c.checkpoint.keep, 1)
-    yield from _at_least("log.every_steps", c.log.every_steps, 1)
+    yield from at_least("evaluation.every_steps", c.evaluation.every_steps, 1)
+    yield from at_least("evaluation.batch_size", c.evaluation.batch_size, 1)
+    yield from at_least("checkpoint.every_steps", c.checkpoint.every_steps, 1)
+    yield from at_least("checkpoint.keep", c.checkpoint.keep, 1)
+    yield from at_least("log.every_steps", c.log.every_steps, 1)
     yield from _positive("runtime.timeout_seconds", c.runtime.timeout_seconds)
     if c.runtime.timeout_seconds > _YEAR_SECONDS:
         yield "runtime.timeout_seconds", f"must be at most a year, {_YEAR_SECONDS}, is {c.runtime.timeout_seconds}"
@@ -120,15 +121,15 @@ def _data(c: JobConfig) -> Iterator[tuple[str, str]]:
             yield "data.formats", f"{form!r} of column {name!r} is none of {', '.join(COLUMN_FORMS)}"
         if name in d.categorical or name in d.drop:
             yield "data.formats", f"{name!r} is in data.{'drop' if name in d.drop else 'categorical'} as well"
-    yield from _at_least("data.max_categories", d.max_categories, 1)
-    yield from _at_least("data.hash_buckets", d.hash_buckets, 0)
+    yield from at_least("data.max_categories", d.max_categories, 1)
+    yield from at_least("data.hash_buckets", d.hash_buckets, 0)
     for key, value in (("validation_fraction", d.validation_fraction), ("test_fraction", d.test_fraction)):
         if not 0 <= value < 1:
             yield f"data.{key}", f"must be at least 0 and below 1, is {value}"
     yield from _splits(d)
     if d.split_seed is not None and not 0 <= d.split_seed < 2**63:
         yield "data.split_seed", f"must be from 0 to 2**63 - 1, is {d.split_seed}"
-    yield from _at_least("data.shuffle_block_rows", d.shuffle_block_rows, 1)
+    yield from at_least("data.shuffle_block_rows", d.shuffle_block_rows, 1)
     if d.validation_fraction < 1 and d.test_fraction < 1 and d.validation_fraction + d.test_fraction >= 1:
         yield "data.validation_fraction", "together with data.test_fraction it leaves no rows to train on"
 
@@ -164,7 +165,7 @@ def _splits(d: DataConfig) -> Iterator[tuple[str, str]]:
             )
     if d.time_column is not None and d.time_column == d.group_column:
         yield "data.group_column", f"{d.group_column!r} is data.time_column as well"
-    yield from _at_least("data.folds", d.folds, 2)
+    yield from at_least("data.folds", d.folds, 2)
     if d.fold is not None and not 0 <= d.fold < (d.folds or 0):
         yield "data.fold", f"must be a fold of data.folds={d.folds}, counted from 0, is {d.fold}"
 
@@ -178,8 +179,8 @@ def _model(m: ModelConfig) -> Iterator[tuple[str, str]]:
             yield from ((f"model.{m.name}.{key}", text) for key, text in block.problems())
         except ArithmeticError as error:
             yield f"model.{m.name}", f"a number is too large: {error}"
-    yield from _at_least("model.hidden_dim", m.hidden_dim, 2)
-    yield from _at_least("model.embedding_dim", m.embedding_dim, 1)
+    yield from at_least("model.hidden_dim", m.hidden_dim, 2)
+    yield from at_least("model.embedding_dim", m.embedding_dim, 1)
     values = m.dropout if isinstance(m.dropout, list) else [m.dropout, m.dropout]
     if len(values) != 2 or not all(_is_number(v) for v in values):
         yield "model.dropout", f"must be one number or a list of two, is {m.dropout!r}"
@@ -195,8 +196,8 @@ def _optim(c: JobConfig) -> Iterator[tuple[str, str]]:
         yield "optim.betas", f"must be two numbers, at least 0 and below 1, is {c.optim.betas}"
     yield from _positive("optim.eps", c.optim.eps)
     yield from _positive("optim.max_grad_norm", c.optim.max_grad_norm)
-    yield from _at_least("schedule.warmup_steps", c.schedule.warmup_steps, 0)
-    yield from _at_least("schedule.plateau_patience", c.schedule.plateau_patience, 1)
+    yield from at_least("schedule.warmup_steps", c.schedule.warmup_steps, 0)
+    yield from at_least("schedule.plateau_patience", c.schedule.plateau_patience, 1)
     if not 0 < c.schedule.plateau_factor < 1:
         yield "schedule.plateau_factor", f"must be above 0 and below 1, is {c.schedule.plateau_factor}"
     patience = c.train.early_stopping_patience
@@ -211,13 +212,13 @@ def _optim(c: JobConfig) -> Iterator[tuple[str, str]]:
 
 
 def _train(t: TrainConfig) -> Iterator[tuple[str, str]]:
-    yield from _at_least("train.epochs", t.epochs, 1)
-    yield from _at_least("train.max_steps", t.max_steps, 1)
-    yield from _at_least("train.global_batch_size", t.global_batch_size, 2, "BatchNorm needs two rows")
-    yield from _at_least("train.accumulation_steps", t.accumulation_steps, 1)
+    yield from at_least("train.epochs", t.epochs, 1)
+    yield from at_least("train.max_steps", t.max_steps, 1)
+    yield from at_least("train.global_batch_size", t.global_batch_size, 2, "BatchNorm needs two rows")
+    yield from at_least("train.accumulation_steps", t.accumulation_steps, 1)
     if t.accumulation_steps * 2 > t.global_batch_size >= 2:
         yield "train.accumulation_steps", "leaves fewer than two rows of train.global_batch_size for a pass"
-    yield from _at_least("train.virtual_ranks", t.virtual_ranks, 1)
+    yield from at_least("train.virtual_ranks", t.virtual_ranks, 1)
     weights = t.class_weights
     if isinstance(weights, dict):
         for name, value in weights.items():
@@ -231,7 +232,7 @@ def _train(t: TrainConfig) -> Iterator[tuple[str, str]]:
         yield "train.label_smoothing", f"must be at least 0 and below 1, is {t.label_smoothing}"
     if t.ema_decay is not None and not 0 < t.ema_decay < 1:
         yield "train.ema_decay", f"must be above 0 and below 1, is {t.ema_decay}"
-    yield from _at_least("train.early_stopping_patience", t.early_stopping_patience, 1)
+    yield from at_least("train.early_stopping_patience", t.early_stopping_patience, 1)
 
 
 def _select_by(c: JobConfig) -> Iterator[tuple[str, str]]:
@@ -243,11 +244,6 @@ def _select_by(c: JobConfig) -> Iterator[tuple[str, str]]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _at_least(key: str, value: int | None, least: int, reason: str = "") -> Iterator[tuple[str, str]]:
-    if value is not None and value < least:
-        yield key, f"must be at least {least}, is {value}" + (f" ({reason})" if reason else "")
 
 
 def _positive(key: str, value: float | None) -> Iterator[tuple[str, str]]:

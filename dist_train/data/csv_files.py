@@ -80,7 +80,7 @@ def _dialect_of(file: Path, _size: int, _modified_ns: int) -> Dialect:
     encoding = _MARKS.get(beginning[:2], "utf-8")
     if b"\0" in beginning and encoding == "utf-8":
         raise UserError(f"{file}: is no text: it holds zero bytes")
-    # A broken UTF-16 is an error here; what is not UTF-8 is looked at by the stream.
+    # A broken UTF-16 is an error here; the stream decodes what is not UTF-8.
     decoder = codecs.getincrementaldecoder(encoding)("replace" if encoding == "utf-8" else "strict")
     text = decoder.decode(beginning).removeprefix("\ufeff")
     whole = len(beginning) < _SAMPLE_BYTES
