@@ -29,6 +29,7 @@ class BatchContext:
     `epoch` counts from 0; `first_row` is the place of the first row of the micro-batch in the epoch's order; `slices`
     are the lengths of the contiguous slices that its rows consist of. `counters` are the first counters of random
     streams, each () int64 on the device, for kernels that are recorded once and launched for other rows later.
+    `global_rows` are the rows of the micro-batch on all ranks; None: not known.
     """
 
     epoch: int = 0
@@ -36,10 +37,11 @@ class BatchContext:
     slices: tuple[int, ...] = ()
     offset: int = 0
     counters: Mapping[Stream, Tensor] | None = None
+    global_rows: int | None = None
 
     def part(self, start: int, length: int) -> BatchContext:
         """The context of `length` rows from row `start` on, as one slice."""
-        return BatchContext(self.epoch, self.first_row, (length,), self.offset + start, self.counters)
+        return BatchContext(self.epoch, self.first_row, (length,), self.offset + start, self.counters, self.global_rows)
 
 
 class ModelContext:

@@ -13,26 +13,31 @@ from dist_train.determinism.slices import split_slices
 from dist_train.distributed.collectives import Collectives
 
 
-def sync_batch_norm(model: nn.Module, collectives: Collectives | None = None) -> nn.Module:
+def sync_batch_norm(
+    model: nn.Module, collectives: Collectives | None = None, context: ModelContext | None = None
+) -> nn.Module:
     """Let every BatchNorm of a model see the rows of all ranks; state_dict keys do not change.
 
-    On CUDA this is torch's SyncBatchNorm, which refuses CPU tensors; on the CPU it is `GatheredBatchNorm1d`, in a world
-    of one as well, so that one process rounds as several do. Other BatchNorm layers than BatchNorm1d raise TypeError on
-    several CPU ranks. Without `collectives` the ranks are those of torch's default process group.
+    Every BatchNorm1d becomes a `GatheredBatchNorm1d`: on several ranks, and on the CPU also in a world of one, so that
+    one process rounds as several do. torch's SyncBatchNorm refuses CPU tensors, and under autocast a rank without rows
+    sends it a message of another size than the others do. It takes the place of the other BatchNorm layers on several
+    GPUs; on several CPU ranks they raise TypeError. `context` is that of the model; without it the rows are counted in
+    each batch. Without `collectives` the ranks are those of torch's default process group.
     """
     if collectives is None:
         collectives = Collectives.of_default_group(next(model.parameters(), torch.empty(0)).device)
-    alone = collectives.size == 1
-    if collectives.device.type == "cuda":
-        converted: nn.Module = model if alone else nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return converted
+    alone, on_gpu = collectives.size == 1, collectives.device.type == "cuda"
+    if alone and on_gpu:
+        return model
     if type(model) is nn.BatchNorm1d:
-        return GatheredBatchNorm1d.from_plain(model, collectives)
+        return GatheredBatchNorm1d.from_plain(model, collectives, context)
     for name, module in list(model.named_modules()):
         if type(module) is nn.BatchNorm1d:
-            model.set_submodule(name, GatheredBatchNorm1d.from_plain(module, collectives))
+            model.set_submodule(name, GatheredBatchNorm1d.from_plain(module, collectives, context))
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not alone:
-            raise TypeError(f"{name}: {type(module).__name__} cannot be synchronised on {collectives.device}")
+            if not on_gpu:
+                raise TypeError(f"{name}: {type(module).__name__} cannot be synchronised on {collectives.device}")
+            model.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(module))
     return model
 
 
@@ -72,20 +77,29 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
 
     collectives: Collectives
     context: ModelContext | None
+    by_slice: bool
 
     @classmethod
     def from_plain(
-        cls, plain: nn.BatchNorm1d, collectives: Collectives, context: ModelContext | None = None
+        cls,
+        plain: nn.BatchNorm1d,
+        collectives: Collectives,
+        context: ModelContext | None = None,
+        *,
+        by_slice: bool = False,
     ) -> GatheredBatchNorm1d:
         """The synchronised twin of a plain layer; it takes over the layer's own parameters and buffers.
 
-        Without `context` the rows of a rank are one slice, and autograd gets the gradients.
+        `context` is that of its model, which knows the rows of all ranks. `by_slice`: the slices of the batch at hand
+        are kept apart, and the gradient of each goes to `context.gradients`; otherwise the rows of a rank are one
+        slice, and autograd gets the gradients.
         """
         twin = cls(plain.num_features, plain.eps, plain.momentum, plain.affine, plain.track_running_stats)
         twin._parameters = plain._parameters
         twin._buffers = plain._buffers
         twin.collectives = collectives
         twin.context = context
+        twin.by_slice = by_slice
         return twin.train(plain.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -100,19 +114,32 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
         normalised: Tensor = _Normalise.apply(rows, self.weight, self.bias, self)
         return normalised.to(input.dtype)
 
+    def rows_of_batch(self, counts: Tensor) -> float:
+        """The rows of the batch at hand over all ranks; `counts`, (features,), holds that number on the device.
+
+        The host knows it where the model was told of its batch, and then waits for nothing.
+        """
+        known = None if self.context is None else self.context.batch.global_rows
+        return self.require_rows(counts[0].item() if known is None else known)
+
     def require_rows(self, count: float) -> float:
         """The rows over all ranks, which must be enough to have a variance."""
         if count < 2:
             raise ValueError("BatchNorm needs at least two rows over all ranks in training")
         return float(count)
 
-    def count_batch(self) -> float | None:
-        """The share that a new batch has in the running statistics; None where there are none."""
+    def count_batch(self) -> Any:
+        """The share that a new batch has in the running statistics; None where there are none.
+
+        On a GPU, where it depends on a number there, it is a tensor, ().
+        """
         batches = self.num_batches_tracked
         if batches is None:
             return None
         batches.add_(1)
-        return self.momentum if self.momentum is not None else 1 / float(batches)
+        if self.momentum is not None:
+            return self.momentum
+        return 1 / float(batches) if batches.device.type == "cpu" else batches.double().reciprocal()
 
     def update_running_stats(self, mean: Tensor, var: Tensor, count: float) -> None:
         """Let the running statistics follow those of a batch of `count` rows over all ranks."""
@@ -133,17 +160,18 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: GatheredBatchNorm1d) -> Tensor:
-        lengths = norm.context.batch.slices if norm.context else ()
+        sliced = norm.context if norm.by_slice else None
+        lengths = sliced.batch.slices if sliced else ()
         wide = [part.double() for part in split_slices(x, lengths)]
         own = torch.stack([_statistics(part) for part in wide])
         counts, mean, var = gather_stats(norm.collectives.all_gather(own).flatten(0, 1))
-        count = norm.require_rows(counts[0].item())
+        count = norm.rows_of_batch(counts)
         norm.update_running_stats(mean, var, count)
         inverse_std = torch.rsqrt(var + norm.eps)
         shift = -mean * inverse_std
         normals = [torch.addcmul(shift, part, inverse_std).to(x.dtype) for part in wide]
         ctx.collectives, ctx.lengths, ctx.normals = norm.collectives, lengths, normals
-        ctx.gradients = norm.context.gradients if norm.context else None
+        ctx.gradients = sliced.gradients if sliced else None
         ctx.weight, ctx.bias, ctx.inverse_std, ctx.count = weight, bias, inverse_std, count
         outputs = normals
         if weight is not None and bias is not None:

@@ -190,7 +190,7 @@ def is_row_wise(module: nn.Module) -> bool:
 
 def _convert(module: nn.Module, name: str, context: ModelContext, collectives: Collectives) -> nn.Module:
     if type(module) is nn.BatchNorm1d:
-        return GatheredBatchNorm1d.from_plain(module, collectives, context)
+        return GatheredBatchNorm1d.from_plain(module, collectives, context, by_slice=True)
     if is_row_wise(module):
         return _convert_row_wise(module, name, context)
     children = list(module.named_children())

@@ -36,6 +36,9 @@ class Transport(Protocol):
 class Collectives:
     """Collectives over the ranks of `world`. All ranks must make the same calls in the same order.
 
+    What the host decides by (votes, lengths, objects) is in tensors of the host, which go by gloo: NCCL's calls return
+    at once, so nobody could see which rank waits for whom.
+
     `wants_stop` says whether this process was asked to stop; None, on all ranks alike: the job cannot be stopped.
     `heartbeat` records every collective. `transport`, None on all ranks or on none, is tried first by `all_reduce` and
     `all_gather`.
@@ -106,7 +109,7 @@ class Collectives:
 
         (rows of this rank, ...) -> (rows of all ranks, ...); numbers of rows may differ or be 0.
         """
-        own = rows.cpu()
+        own = self._to_host(rows)
         if self.size == 1:
             return own
         lengths = self.all_gather(torch.tensor(len(own))).tolist()
@@ -125,6 +128,13 @@ class Collectives:
                 with self.heartbeat.waiting("gather_rows"):
                     dist.recv(joined[start : min(last, start + per_message)], rank)
         return joined
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        """The tensor on the CPU, once all work so far is done: that of other ranks as well where a kernel waits."""
+        if tensor.device.type == "cpu":
+            return tensor
+        with self.heartbeat.waiting("fetch"):
+            return tensor.cpu()
 
     def on_rank_zero(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, broadcast to all; rank 0 and a world of one get the object itself.
@@ -216,7 +226,7 @@ class Collectives:
                 failure = error
             wants_stop = self._wants_stop is not None and self._wants_stop()
             mine = [failure is not None, count is not None, wants_stop, count or 0]
-            votes = torch.tensor([int(vote) for vote in mine], device=self.device)
+            votes = torch.tensor([int(vote) for vote in mine])
             failed, going, asked, done = self.all_reduce(votes).tolist()
             if failed:
                 self.all_gather_object(lambda failure=failure: _raise(failure))  # type: ignore[misc]
@@ -229,7 +239,7 @@ class Collectives:
     def raise_if_stop_agreed(self) -> None:
         """A place where all ranks can stop together: raises Stopped on every rank when one of them was asked to."""
         if self._wants_stop is not None:
-            votes = torch.tensor([float(self._wants_stop())], device=self.device)
+            votes = torch.tensor([float(self._wants_stop())])
             if self.all_reduce(votes).item():
                 raise Stopped
 

@@ -20,18 +20,18 @@ def choose_execution(
 ) -> Execution:
     """The execution of a configuration in a world; `seed` keys its random numbers.
 
-    `train.virtual_ranks` asks for the exact mode. Without it one rank is single, and several are ddp. A step is
-    recorded where all of it runs on the GPU (`rows_on_device`: its rows too) and the host is asked for nothing.
+    `train.virtual_ranks` asks for the exact mode. Without it one rank is single, and several are ddp. A step of any of
+    them is recorded where all of it runs on the GPU (`rows_on_device`: its rows too) and the host is asked for nothing.
     On the CPU one rank's steps are compiled where a run is of COMPILED_FROM_STEPS or more.
     """
     context = ModelContext(seed)
     if train.virtual_ranks is not None:
-        return ExactExecution(collectives, context, train.virtual_ranks)
-    if collectives.size > 1:
-        fast: SingleExecution = DDPExecution(collectives, context)
+        chosen: SingleExecution = ExactExecution(collectives, context, train.virtual_ranks)
+    elif collectives.size > 1:
+        chosen = DDPExecution(collectives, context)
     else:
         compiles = collectives.device.type == "cpu" and total_steps >= COMPILED_FROM_STEPS
-        fast = SingleExecution(collectives, context, compiles=compiles)
+        chosen = SingleExecution(collectives, context, compiles=compiles)
     if collectives.runs_on_device and rows_on_device and train.accumulation_steps == 1:
-        return RecordedExecution(fast, CudaRecorder())
-    return fast
+        return RecordedExecution(chosen, CudaRecorder())
+    return chosen

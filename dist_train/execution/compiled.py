@@ -26,8 +26,8 @@ class CompiledSteps:
 
     While `hold` is on a step is put off until `settle`, or until there are enough of them: then all of them are one
     gather and one call. The numbers of its result are in tensors that are filled by then. What a step computes does not
-    depend on those beside it. Steps aside for micro-batches, weighted rows, and batches of less than 2 or more than
-    MAX_ROWS rows.
+    depend on those beside it. A moving average follows each step, so none may be put off where there is one. Steps
+    aside for micro-batches, weighted rows, and batches of less than 2 or more than MAX_ROWS rows.
     """
 
     def __init__(self, eager: EagerStep, model: FinancialClassifier, optimizer: AdamW, objective: CrossEntropy) -> None:
@@ -100,7 +100,10 @@ class CompiledSteps:
         self._rates.append(lr)
         if not self._held:
             self.settle()
-            return result[:3], result[3].item(), bool(result[4])
+            finite = bool(result[4])
+            if self._eager.average is not None:
+                self._eager.average.update(finite)
+            return result[:3], result[3].item(), finite
         if len(self._batches) == MAX_STEPS:
             self.settle()
         return result[:3], result[3], result[4]

@@ -1,4 +1,4 @@
-"""AdamW on flat parameters, its state by parameter name, and the moving average of weights."""
+"""AdamW on flat parameters, and its state by parameter name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_train.execution.flat_parameters import FlatParameters
-
-Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class AdamW:
@@ -126,20 +123,3 @@ def lr_multipliers(model: nn.Module) -> dict[str, float]:
                 raise ValueError(f"{type(module).__name__}.lr_multipliers: {own!r}: {multiplier} fits no parameter")
             found[name] = float(multiplier)
     return found
-
-
-def average_of(model: nn.Module, decay: float, *, warm_up: bool = False) -> AveragedModel:
-    """Exponential moving average of the parameters; buffers follow the model. Call `update_parameters` after a step.
-
-    With `warm_up` the decay of update t is min(decay, (1 + t) / (10 + t)), as tf.train.ExponentialMovingAverage has it
-    with `num_updates`: a run that is short against 1 / (1 - decay) does not keep its initial weights.
-    """
-    if not warm_up:
-        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-    def update(averages: Tensors, parameters: Tensors, _count: Tensor | int) -> None:
-        done = int(average.n_averaged)  # on the host: the count that is handed over is on the device
-        torch._foreach_lerp_(averages, parameters, 1 - min(decay, (1 + done) / (10 + done)))
-
-    average = AveragedModel(model, multi_avg_fn=update)
-    return average

@@ -36,7 +36,7 @@ class SingleExecution:
 
     def prepare(self, model: nn.Module, sample: Inputs, name: str) -> nn.Module:  # noqa: ARG002
         """Keyed dropout, BatchNorm that rounds as it does on several ranks, and what is faster on this device."""
-        model = sync_batch_norm(convert_dropout(model, self.context), self.collectives)
+        model = sync_batch_norm(convert_dropout(model, self.context), self.collectives, self.context)
         model = accelerate(model, self.context, self.collectives.device)
         return zero_grad_of_biases_before_batchnorm(model)
 

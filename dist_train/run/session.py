@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,10 @@ from dist_train.determinism.guard import GeneratorGuard
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
+from dist_train.execution.average import MovingAverage
 from dist_train.execution.base import GuardedStep, bind
 from dist_train.execution.choose import choose_execution
-from dist_train.execution.optimizer import AdamW, average_of, lr_multipliers, undecayed_parameters
+from dist_train.execution.optimizer import AdamW, lr_multipliers, undecayed_parameters
 from dist_train.run.checkpoint.state import Parts
 from dist_train.system.console import log
 from dist_train.tasks.base import Task
@@ -62,7 +64,7 @@ class Session:
         plain, sample = task.model(), train_rows.slice(0, 4)
         undecayed = undecayed_parameters(plain)
         multipliers = lr_multipliers(plain)
-        self.average = average_of(plain, train.ema_decay, warm_up=train.ema_warmup) if train.ema_decay else None
+        copied = deepcopy(plain) if train.ema_decay else None
         self.model = self.execution.prepare(plain, sample, config.model.name)
         self.optimizer = AdamW(
             self.model,
@@ -72,6 +74,10 @@ class Session:
             undecayed=undecayed,
             lr_multipliers=multipliers,
         )
+        self.average: MovingAverage | None = None
+        if train.ema_decay and copied is not None:
+            parameters, warm_up = self.optimizer.parameters, train.ema_warmup
+            self.average = MovingAverage(copied, self.model, parameters, train.ema_decay, warm_up=warm_up)
         self.meter = Meter()
         plateau = config.schedule.plateau_patience if config.schedule.name == "plateau" else None
         self.progress = Progress(Selection.of(train), plateau)
@@ -85,6 +91,7 @@ class Session:
             collectives,
             max_grad_norm=config.optim.max_grad_norm,
             autocast_dtype=autocast_dtype_of(train.precision),
+            average=self.average,
         )
         self.step: Step = GuardedStep(self.execution.step(eager), GeneratorGuard(collectives.device))
         self._tensors: dict[str, Stateful] = {
@@ -121,11 +128,6 @@ class Session:
     def trains_on(self) -> bool:
         """Whether there are steps to come."""
         return self.progress.trains_on(self.total_steps, self.config.train.early_stopping_patience)
-
-    def after_update(self) -> None:
-        """Follow the weights with their moving average."""
-        if self.average:
-            self.average.update_parameters(self.model)
 
     def score(self, split: str, collectives: Collectives) -> dict[str, Any] | None:
         """Metrics of the scored model on a split, the same on every rank; None when the split has no rows."""
@@ -247,7 +249,6 @@ def build_loop(
         evaluate=lambda: session.score("valid", collectives),
         save=save,
         track=track,
-        after_update=session.after_update,
         wants_stop=wants_stop,
         deferred=deferred,
     )

@@ -60,9 +60,8 @@ class _PendingStep:
 class Loop:
     """Runs `step` over `feed` from where `progress` stands. Every decision is taken alike on every rank.
 
-    `evaluate` gives validation metrics (None: there are no validation rows); `after_update` is called once a step
-    has been taken (moving average); `wants_stop` says whether this process was asked to stop. `deferred` are the steps
-    where they can be put off.
+    `evaluate` gives validation metrics (None: there are no validation rows); `wants_stop` says whether this process was
+    asked to stop. `deferred` are the steps where they can be put off.
     """
 
     def __init__(
@@ -77,7 +76,6 @@ class Loop:
         evaluate: Callable[[], dict[str, Any] | None],
         save: Save,
         track: Track,
-        after_update: Callable[[], None],
         wants_stop: Callable[[], bool],
         deferred: DeferredSteps | None = None,
     ) -> None:
@@ -90,7 +88,6 @@ class Loop:
         self.evaluate = evaluate
         self.save = save
         self.track = track
-        self.after_update = after_update
         self.wants_stop = wants_stop
         self.deferred = deferred
         self._pending: deque[_PendingStep] = deque()
@@ -124,7 +121,6 @@ class Loop:
             progress.step += 1
             self._pending.append(_PendingStep(progress.step, progress.position.epoch, batches, outcome.rows, numbers))
             progress.position = position
-            self.after_update()
             progress.evaluation_due = self._evaluation_due()
             self._steps_taken += 1
             stop = self._drain(0 if self._must_synchronize() else self.intervals.steps_ahead)

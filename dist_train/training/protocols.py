@@ -77,6 +77,13 @@ class Optimizer(Protocol):
         """Update by gradients, (size,); where `finite` is false, nothing changes."""
 
 
+class Average(Protocol):
+    """Follows the parameters of a model."""
+
+    def update(self, finite: Tensor | bool) -> None:
+        """Follow them as they are after an update; where `finite` is false, nothing changes."""
+
+
 class DeferredSteps(Protocol):
     """Steps of which several are computed together, later than they were taken; their results are there by then."""
 

@@ -1,10 +1,11 @@
-"""One optimizer step: forward, backward, reduction over ranks, clipping, AdamW."""
+"""One optimizer step: forward, backward, reduction over ranks, clipping, AdamW, moving average."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from dist_train.determinism.batch_context import BatchContext
 from dist_train.distributed.collectives import Collectives
 from dist_train.training.loss import Objective
-from dist_train.training.protocols import Batch, GradientReducer, Optimizer
+from dist_train.training.protocols import Average, Batch, GradientReducer, Optimizer
 
 Number = Tensor | float
 """A number in a tensor of its own, (), on a GPU; a plain one on the CPU."""
@@ -54,7 +55,7 @@ class EagerStep:
     """The plain step.
 
     `forward` gives the logits of a batch's inputs at a place in the training order; `reducer` sums the gradients over
-    ranks. `computation` is `compute`, or what replaces it.
+    ranks; `average` follows the parameters of each step. `computation` is `compute`, or what replaces it.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class EagerStep:
         *,
         max_grad_norm: float | None,
         autocast_dtype: torch.dtype | None = None,
+        average: Average | None = None,
     ) -> None:
         self.forward = forward
         self.objective = objective
@@ -77,6 +79,7 @@ class EagerStep:
         self.collectives = collectives
         self.max_grad_norm = max_grad_norm
         self.autocast_dtype = autocast_dtype
+        self.average = average
         self.computation: Computation = self.compute
 
     def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> StepResult:
@@ -101,7 +104,7 @@ class EagerStep:
         for index, batch in enumerate(batches):
             with self.reducer.backward_of(last=index == len(batches) - 1):
                 with self._precision():
-                    logits = self.forward(batch.inputs, batch.context)
+                    logits = self.forward(batch.inputs, replace(batch.context, global_rows=batch.global_rows))
                     loss, weight = self.objective(logits, batch.targets, batch.context.slices, *weights_of(batch))
                 losses += loss.detach()
                 weights += weight
@@ -118,6 +121,8 @@ class EagerStep:
         finite = is_finite(sum_of_losses + norm)
         gradients *= factor
         self.optimizer.step(gradients, lr, finite)
+        if self.average is not None:
+            self.average.update(finite)
         return totals, norm, finite
 
     def _numbers(self, tensor: Tensor) -> Sequence[Number]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,9 @@ from dist_train.determinism.keyed_random import seeded
 from dist_train.determinism.position import Position
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
-from dist_train.execution.optimizer import AdamW, average_of
+from dist_train.execution.average import MovingAverage
+from dist_train.execution.flat_parameters import FlatParameters
+from dist_train.execution.optimizer import AdamW
 from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.run.checkpoint.state import pack_json, pack_tensors, unpack_json, unpack_tensors
 from dist_train.run.session import Session
@@ -70,13 +73,14 @@ class TheOptimizer:
 class TheAverage:
     def __init__(self) -> None:
         self.model = nn.Linear(2, 1)
-        self.stateful = average_of(self.model, 0.5)
+        copied = deepcopy(self.model)
+        self.stateful = MovingAverage(copied, self.model, FlatParameters(self.model.parameters()), 0.5)
 
     def act(self) -> None:
         with torch.no_grad():
             for p in self.model.parameters():
                 p.fill_(1.0)
-        self.stateful.update_parameters(self.model)
+        self.stateful.update(True)
 
     def stand(self) -> Any:
         return [t.tolist() for t in self.stateful.state_dict().values()]
@@ -162,7 +166,6 @@ def steps(session: Session, count: int) -> None:
         session.progress.step += 1
         session.progress.position = position
         session.meter.add(*outcome.totals[:2].tolist())
-        session.after_update()
         count -= 1
         if count == 0:
             return

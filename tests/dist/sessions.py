@@ -44,7 +44,6 @@ def train(collectives: Collectives, arguments: list[str]) -> Trained:
     for batches, _ in session.feed.steps(session.progress.position):
         outcome = session.step(batches, len(losses), wants_stop=False)
         assert bool(outcome.finite)
-        session.after_update()
         losses.append((outcome.totals[0] / outcome.totals[1]).item())
         fewest = min(fewest, *(len(batch.rows) for batch in batches))
         if len(losses) == session.total_steps:

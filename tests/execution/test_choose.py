@@ -48,7 +48,11 @@ def test_only_steps_that_run_wholly_on_the_device_are_recorded() -> None:
     assert chosen(TrainConfig()) is RecordedExecution
     assert chosen(TrainConfig(), rows_on_device=False) is DDPExecution
     assert chosen(TrainConfig(accumulation_steps=2)) is DDPExecution
+    assert chosen(TrainConfig(virtual_ranks=2)) is RecordedExecution
+    assert chosen(TrainConfig(virtual_ranks=2), rows_on_device=False) is ExactExecution
+    collectives.runs_on_device = False  # ranks that share a GPU sum over the host
     assert chosen(TrainConfig(virtual_ranks=2)) is ExactExecution
+    assert chosen(TrainConfig()) is DDPExecution
 
 
 def test_the_stream_is_chosen_before_anything_of_the_model_is_prepared() -> None:

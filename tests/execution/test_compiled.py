@@ -164,7 +164,6 @@ def test_a_moving_average_follows_each_step() -> None:
     other = session("train.ema_decay=0.5")
     for _ in range(made.progress.step):
         one_by_one(other, 1)
-        other.after_update()
     assert made.average is not None
     assert other.average is not None
     for name, value in other.average.state_dict().items():

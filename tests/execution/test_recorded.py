@@ -78,7 +78,8 @@ def trained(
         seen.append([*result.totals.tolist(), float(result.grad_norm), bool(result.finite), result.learning_rate])
         if len(seen) == steps:
             break
-    return dict(session.model.state_dict()), seen
+    average = session.average.state_dict() if session.average else {}
+    return dict(session.model.state_dict()) | average, seen
 
 
 def assert_same(recorder: Repeater, *more: str, **how: Any) -> None:
@@ -90,7 +91,12 @@ def assert_same(recorder: Repeater, *more: str, **how: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("train.class_weights=balanced", "train.label_smoothing=0.1", "model.embedding_dim=4")]
+    "more",
+    [
+        (),
+        ("train.class_weights=balanced", "train.label_smoothing=0.1", "model.embedding_dim=4", "train.ema_decay=0.9"),
+        ("train.virtual_ranks=4", "train.ema_decay=0.9"),
+    ],
 )
 def test_a_recorded_step_is_the_plain_step(more: tuple[str, ...]) -> None:
     recorder = Repeater()

@@ -40,7 +40,6 @@ class Rig:
     before_evaluation: Callable[[], None] = lambda: None
     saved: list[int] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
-    updates: int = 0
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -57,9 +56,6 @@ class Rig:
             self.before_evaluation()
             return None if self.validation is None else {"loss": next(evaluations), "auroc": next(aurocs, 0.8)}
 
-        def updated() -> None:
-            self.updates += 1
-
         loop = Loop(
             self.step,
             self.feed,
@@ -70,7 +66,6 @@ class Rig:
             evaluate=evaluate,
             save=self.saved.append,
             track=self.lines.append,
-            after_update=updated,
             wants_stop=lambda: self.stop_at is not None and len(self.step.taken) >= self.stop_at,
         )
         return loop.run()
@@ -90,7 +85,6 @@ def test_lines_hold_the_mean_since_the_line_before() -> None:
     assert rig.logged("train", "learning_rate") == [0.1 / 3, 0.1 / 6, 0.1 / 8]
     assert rig.logged("train", "grad_norm") == [1.5] * 3
     assert all(rate > 0 for rate in rig.logged("train", "samples_per_second"))
-    assert rig.updates == 8
     assert rig.step.taken == list(range(8))
     assert rig.saved == [8]
 

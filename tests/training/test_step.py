@@ -21,8 +21,9 @@ from dist_train.determinism.position import Position, split_evenly
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import TrainingFault
+from dist_train.execution.average import MovingAverage
 from dist_train.execution.base import bind
-from dist_train.execution.optimizer import AdamW, average_of, lr_multipliers, undecayed_parameters
+from dist_train.execution.optimizer import AdamW, lr_multipliers, undecayed_parameters
 from dist_train.execution.reducers import DDPReducer, SliceReducer
 from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.training.loop import Intervals, Loop
@@ -266,7 +267,6 @@ def poisoned_run(collectives: Collectives, learning_rate: float) -> tuple[str, b
         evaluate=lambda: None,
         save=lambda _: None,
         track=lambda _: None,
-        after_update=lambda: None,
         wants_stop=lambda: False,
     )
     with pytest.raises(TrainingFault) as fault:
@@ -307,12 +307,12 @@ def test_biases_and_normalisation_are_not_decayed() -> None:
 
 def test_moving_average_is_the_recursion_and_buffers_follow() -> None:
     model, decay = classifier(), 0.9
-    average = average_of(model, decay)
     step = build_step(model)
+    assert isinstance(step.optimizer, AdamW)
+    step.average = average = MovingAverage(classifier(), model, step.optimizer.parameters, decay)
     expected: dict[str, Tensor] = {}
     for index in range(6):
         step([fake_batch(*data(index))], index, wants_stop=False)
-        average.update_parameters(model)
         for name, p in model.named_parameters():
             now = p.detach().clone()
             expected[name] = decay * expected[name] + (1 - decay) * now if index else now
@@ -320,28 +320,6 @@ def test_moving_average_is_the_recursion_and_buffers_follow() -> None:
         torch.testing.assert_close(p.detach(), expected[name], rtol=0, atol=1e-14)
     for ours, theirs in zip(average.module.buffers(), model.buffers(), strict=True):
         assert torch.equal(ours, theirs)
-
-
-def test_an_average_that_is_warmed_up_forgets_where_it_began() -> None:
-    """tf.train.ExponentialMovingAverage's decay with num_updates, in closed form."""
-    model = nn.Linear(1, 1, bias=False).double()
-    average, expected = average_of(model, 0.9, warm_up=True), 0.0
-    for update in range(200):
-        value = 100.0 if update == 0 else float(update % 7)
-        with torch.no_grad():
-            model.weight.fill_(value)
-        average.update_parameters(model)
-        decay = min(0.9, (1 + update) / (10 + update)) if update else 0.0
-        expected = decay * expected + (1 - decay) * value
-        assert average.module.weight.item() == pytest.approx(expected, abs=1e-12)
-    slow = [average_of(model, 0.999, warm_up=warm_up) for warm_up in (True, False)]
-    for update in range(1420):
-        with torch.no_grad():
-            model.weight.fill_(float(update == 0))
-        for one in slow:
-            one.update_parameters(model)
-    assert slow[0].module.weight.item() < 1e-9
-    assert slow[1].module.weight.item() > 0.2
 
 
 class Grouped(nn.Module):
