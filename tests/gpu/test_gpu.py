@@ -13,7 +13,7 @@ from torch import nn
 from dist_train.data.encoder import Inputs
 from dist_train.data.sampler import MicroBatchIndices
 from dist_train.data.sources import MappedRows
-from dist_train.determinism.batch_norm import sync_batch_norm
+from dist_train.determinism.batch_norm import GatheredBatchNorm1d, sync_batch_norm
 from dist_train.determinism.dropout import KeyedDropout
 from dist_train.determinism.keyed_random import seeded
 from dist_train.distributed.collectives import Collectives
@@ -49,7 +49,6 @@ def losses(device: str, *more: str, steps: int = 20) -> list[float]:
     for batches, _ in session.feed.steps(session.progress.position):
         outcome = session.step(batches, len(found), wants_stop=False)
         assert bool(outcome.finite)
-        session.after_update()
         found.append((outcome.totals[0] / outcome.totals[1]).item())
         if len(found) == steps:
             return found
@@ -120,13 +119,13 @@ def test_a_step_that_is_not_finite_updates_nothing() -> None:
     assert all(torch.equal(p, q) for p, q in zip(session.model.parameters(), before, strict=True))
 
 
-def test_sync_batch_norm_is_torchs_own_on_several_gpus() -> None:
+def test_sync_batch_norm_on_several_gpus() -> None:
     """The conversion alone needs no second GPU."""
     model = FinancialClassifier(4, 8, 2).cuda()
     keys = list(model.state_dict())
     two = Collectives(World(rank=0, size=2, local_size=2, device=torch.device("cuda", 0), backend="nccl"))
     converted = sync_batch_norm(model, two)
-    assert isinstance(converted.get_submodule("layers.1"), nn.SyncBatchNorm)
+    assert isinstance(converted.get_submodule("layers.1"), GatheredBatchNorm1d)
     assert list(converted.state_dict()) == keys
     alone = FinancialClassifier(4, 8, 2).cuda()
     assert type(sync_batch_norm(alone, on("cuda")).get_submodule("layers.1")) is nn.BatchNorm1d
