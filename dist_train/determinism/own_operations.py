@@ -23,7 +23,7 @@ from dist_train.determinism.sliced_modules import Sliced, SlicedSequential, Unkn
 _MOVING = {
     "_local_scalar_dense", "_reshape_alias", "_to_copy", "_unsafe_view", "alias", "aminmax", "arange", "cat",
     "clone", "constant_pad_nd", "copy_", "detach", "embedding", "empty", "empty_like", "expand", "fill_", "flip",
-    "full", "full_like", "gather", "index", "index_put_", "index_select", "lift_fresh", "masked_fill",
+    "full", "full_like", "gather", "index", "index_put_", "index_select", "lift_fresh", "masked_fill", "max", "min",
     "masked_fill_", "new_empty", "new_full", "new_ones", "new_zeros", "ones", "ones_like", "permute", "repeat",
     "resize_", "roll", "scatter", "scatter_", "select", "slice", "split", "split_with_sizes", "squeeze", "stack",
     "t", "transpose", "unbind", "unsafe_split", "unsafe_view", "unsqueeze", "view", "where", "zero_", "zeros",
