@@ -66,8 +66,10 @@ def _racers(device: torch.device, batch_size: int, data: Any, seconds: float) ->
     session = Session(config, TabularTask(config, data, collectives), collectives)
     peers = {
         "tutorial": contestants.tutorial, "Lightning": contestants.lightning, "Accelerate": contestants.accelerate,
-        "JAX": array_peers.jax_epoch, "scikit-learn": array_peers.scikit_learn,
+        "JAX": array_peers.jax_epoch,
     }  # fmt: skip
+    if device.type == "cpu":  # the only one that it has
+        peers["scikit-learn"] = array_peers.scikit_learn
     racers: dict[str, Callable[[], float]] = {
         name: partial(make(features, targets, batch_size, device), seconds) for name, make in peers.items()
     }

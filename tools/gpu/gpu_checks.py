@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import workload
+from dist_train.data.dataset import Dataset
 from dist_train.data.encoder import Inputs
 from dist_train.data.sampler import MicroBatchIndices
 from dist_train.data.sources import MappedRows
@@ -32,7 +33,7 @@ from tools.gpu.gpu_place import (
     same_weights,
     weights,
 )
-from tools.gpu.gpu_speed import PRECISIONS_AND_MODES, deterministic
+from tools.gpu.gpu_speed import PRECISIONS_AND_MODES, as_in_a_command, in_float64
 
 
 def _near_the_end(session: Session, steps: int) -> Position:
@@ -40,9 +41,11 @@ def _near_the_end(session: Session, steps: int) -> Position:
     return Position(0, (session.feed.steps_per_epoch - 1 - steps) * session.config.train.global_batch_size)
 
 
-def _compared(place: Place, batch: int, steps: int, before_the_end: int) -> tuple[Session, str]:
+def _compared(
+    place: Place, batch: int, steps: int, before_the_end: int, *more: str, data: Dataset | None = None
+) -> tuple[Session, str]:
     """A session after steps across the end of an epoch, and in what it differs from one whose steps are eager."""
-    session, other = place.session(batch, *COMPARED), place.session(batch, *COMPARED)
+    session, other = (place.session(batch, *COMPARED, *more, data=data) for _ in range(2))
     start = _near_the_end(session, before_the_end)
     act, expected = Trainer(session, start=start), Trainer(other, eager_step(other), start=start)
     differs = [number for number in range(steps) if numbers(act()) != numbers(expected())]
@@ -58,6 +61,22 @@ def shapes(place: Place) -> Result:
     session.close()
     said = f"after a ragged first step the full ones are {'' if recorded else 'not '}recorded; {differs or 'same bits'}"
     return check(recorded and not differs, said)
+
+
+def modes(place: Place) -> Result:
+    """Recorded steps of 1,000 rows, and of a ragged tail, in each precision and mode: are they the eager ones?"""
+    wrong = []
+    for name, more in PRECISIONS_AND_MODES.items():
+        if place.short and name == "bf16":
+            continue  # the CPU takes 0.1 s a step
+        data = in_float64(place.data) if name == "float64" else place.data
+        with as_in_a_command(place, on=name.startswith("exact")):
+            session, differs = _compared(place, 1000, SETTLED + 4, SETTLED, *more, data=data)
+            recorded = bool(replays(session)) or session.config.train.accumulation_steps > 1
+            session.close()
+        if differs or not recorded:
+            wrong.append(f"{name}: {differs or 'not recorded'}")
+    return check(not wrong, "; ".join(wrong) or "same bits in all of them")
 
 
 def longer_tail(place: Place) -> Result:
@@ -163,7 +182,7 @@ def waits(place: Place) -> Result:
     for name, more in PRECISIONS_AND_MODES.items():
         if name == "float64":
             continue  # as float32, on rows of another type
-        with deterministic(on=name.startswith("exact")):
+        with as_in_a_command(place, on=name.startswith("exact")):
             session = place.session(1024, *more)
             act = Trainer(session)
             for _ in range(SETTLED):

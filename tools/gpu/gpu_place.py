@@ -89,7 +89,7 @@ class Place:
             session = Session(config, task, collectives)
         inner = inner_step(session)
         recordable = session.feed.rows.on_device and config.train.accumulation_steps == 1  # type: ignore[attr-defined]
-        if not self.on_gpu and recordable and config.train.virtual_ranks is None and isinstance(inner, EagerStep):
+        if not self.on_gpu and recordable and isinstance(inner, EagerStep):
             session.step.inner = GraphStep(inner, session.execution.context, StandIn())  # type: ignore[attr-defined]
         return session
 
@@ -174,16 +174,10 @@ def replays(session: Session) -> list[Callable[[], None]]:
     return [one._recording.replay for one in recorded]
 
 
-def after_update(session: Session) -> None:
-    """What the training loop does after a step."""
-    getattr(session, "after_update", lambda: None)()
-
-
 class Trainer:
     """Takes steps of a session one by one, from a position on, by its own step or by `step`."""
 
     def __init__(self, session: Session, step: Step | None = None, start: Position | None = None) -> None:
-        self.session = session
         self.count = 0
         self._step = step or session.step
         self._feed: Iterator[Any] = session.feed.steps(start or session.progress.position)
@@ -191,9 +185,7 @@ class Trainer:
     def __call__(self) -> StepResult:
         batches, _ = next(self._feed)
         self.count += 1
-        result = self._step(batches, self.count, wants_stop=False)
-        after_update(self.session)
-        return result
+        return self._step(batches, self.count, wants_stop=False)
 
 
 def numbers(result: StepResult) -> list[float]:

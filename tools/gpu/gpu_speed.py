@@ -17,6 +17,7 @@ from benchmarks import workload
 from dist_train.data.dataset import Dataset
 from dist_train.data.encoder import Inputs
 from dist_train.data.sources import MappedRows, ResidentRows
+from dist_train.system.machine import pin_arithmetic
 from tools.gpu.gpu_place import SETTLED, Place, Result, Trainer, eager_step, replays, show
 
 BATCHES = (32, 256, 1024, 8192, 65536)
@@ -128,8 +129,8 @@ def variants(place: Place) -> Result:
     figures: Result = {}
     times = 4 if place.short else 60
     for name, more in PRECISIONS_AND_MODES.items():
-        data = _in_float64(place.data) if name == "float64" else place.data
-        with deterministic(on=name.startswith("exact")):
+        data = in_float64(place.data) if name == "float64" else place.data
+        with as_in_a_command(place, on=name.startswith("exact")):
             figures[name] = _variant(place, VARIANT_ROWS, more, data, times)
     for rows in (VARIANT_ROWS,) if place.short else (VARIANT_ROWS, 65536):
         mapped = mapped_dataset(place)
@@ -150,16 +151,17 @@ def _variant(place: Place, batch: int, more: tuple[str, ...], data: Dataset, tim
 
 
 @contextmanager
-def deterministic(*, on: bool) -> Iterator[None]:
-    """torch's deterministic algorithms, as a command switches them on for the exact mode."""
-    torch.use_deterministic_algorithms(on)
+def as_in_a_command(place: Place, *, on: bool) -> Iterator[None]:
+    """The arithmetic of the exact mode, as a command switches it on."""
+    if on:
+        pin_arithmetic(place.device)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def _in_float64(data: Dataset) -> Dataset:
+def in_float64(data: Dataset) -> Dataset:
     splits: dict[str, ResidentRows | MappedRows] = {}
     for name, rows in data.splits.items():
         numeric, flags, codes = rows.slice(0, len(rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -38,6 +39,7 @@ class Stage:
 
     def __init__(self, folder: Path, device: str) -> None:
         self.folder = folder
+        self.device = device
         self.warnings: list[str] = []
         self._where = [f"runtime.device={device}", f"run.dir={folder}", "wandb.mode=disabled"]
 
@@ -63,10 +65,22 @@ class Stage:
         summary: dict[str, Any] = json.loads((self.folder / name / "summary.json").read_text())
         return summary
 
-    def lines(self, name: str, *, clock: bool = False) -> list[dict[str, Any]]:
-        """The metrics of a run, with or without those of the clock."""
-        records = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
-        return [{k: v for k, v in record.items() if clock or k not in CLOCK} for record in records]
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The metrics of a run, without those of the clock."""
+        return [{k: v for k, v in record.items() if k not in CLOCK} for record in self._records(name)]
+
+    def rate_of_last_lines(self, name: str) -> float:
+        """Rows per second in the second half of a run: the median of its lines."""
+        rates = [record["samples_per_second"] for record in self._records(name) if record.get("samples_per_second")]
+        return float(statistics.median(rates[len(rates) // 2 :]))
+
+    def last_checkpoint(self, name: str) -> int:
+        """The step of the newest checkpoint of a run."""
+        folders = (self.folder / name / "checkpoints").glob("step_*")
+        return max(int(found.name.removeprefix("step_")) for found in folders if found.name[5:].isdigit())
+
+    def _records(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
 
     def killed(self, name: str, *arguments: str, at: int, how: int, ranks: int = 1) -> None:
         """Start a run and send it a signal as soon as the checkpoint of step `at` is there."""
