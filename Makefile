@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 COVERAGE_TESTS := $(addprefix tests/,accel api config contracts data determinism distributed execution models property \
 	run system training watchdog)
 
-.PHONY: train test test-torch211 coverage soak fuzz check docs pictures bench bench-quality clean
+.PHONY: train test test-torch211 coverage soak fuzz check docs pictures bench bench-quality gpu-kit clean
 
 # Train the default job on two ranks; more arguments: make train ARGS="train.epochs=5 run.name=short"
 train: $(INSTALLED)
@@ -64,6 +64,12 @@ bench: $(INSTALLED)
 bench-quality: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
 	$(BIN)/python -m benchmarks.quality $(ARGS)
+
+# tests/gpu, whole runs, what a step costs and where, and the benchmark, on the GPU of this machine, in some ten minutes; a
+# part of it: make gpu-kit ARGS="tests probe". Where there is no network: tools/gpu/README.md. On a CPU: ARGS="--short" DEVICE=cpu
+gpu-kit: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	PYTHON=$(BIN)/python bash tools/gpu/device_run.sh $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-torch211 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

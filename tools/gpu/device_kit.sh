@@ -6,11 +6,9 @@
 #   bash tools/gpu/device_kit.sh --small wandb   # and more packages, by name
 #
 # A copy of the working tree with .device/ in it then is all that device_run.sh needs there. Versions are those of
-# constraints.txt. Nothing that it makes is committed: .device/ and .device_cache/, where packages are kept and which need
-# not travel, are added to this clone's own list of ignored paths.
+# constraints.txt. git ignores .device/, and .device_cache/, where packages are kept and which need not be copied.
 set -euo pipefail
 
-LIMIT_MIB=${LIMIT_MIB:-64} # of all files that are copied to the machine
 PYTHON=${PYTHON:-python3}
 KIT=.device
 CACHE=.device_cache
@@ -28,9 +26,6 @@ for argument in "$@"; do
 done
 
 mkdir -p "$CACHE"
-for folder in "$KIT" "$CACHE"; do
-    git check-ignore -q "$folder/" || echo "/$folder/" >>"$(git rev-parse --git-path info/exclude)"
-done
 rm -rf "$KIT"
 mkdir "$KIT"
 
@@ -89,13 +84,14 @@ else
     mkdir "$KIT/wheels"
     cp "${chosen[@]}" "$KIT/wheels/"
 fi
-"$PYTHON" - "$KIT" "$LIMIT_MIB" <<'PY'
+# LIMIT_MIB: an error where all files that are copied to the machine are more than this.
+"$PYTHON" - "$KIT" "${LIMIT_MIB:-inf}" <<'PY'
 import os, subprocess, sys
 kit, limit = sys.argv[1], float(sys.argv[2])
 names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], capture_output=True, text=True, check=True).stdout
 tree = sum(os.lstat(n).st_size for n in names.split("\0") if n and os.path.lexists(n))
 carried = sum(os.lstat(os.path.join(d, f)).st_size for d, _, files in os.walk(kit) for f in files)
-print(f"working tree {tree / 2**20:.1f} MiB + {kit} {carried / 2**20:.1f} MiB = {(tree + carried) / 2**20:.1f} of {limit:.0f} MiB that are copied")
+print(f"working tree {tree / 2**20:.1f} MiB + {kit} {carried / 2**20:.1f} MiB = {(tree + carried) / 2**20:.1f} MiB to copy")
 if (tree + carried) / 2**20 > limit:
     sys.exit("error: that is too much: try --small, or leave files out of the working tree")
 PY

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # On a machine with one GPU, torch and no network, in a copy of the working tree with .device/ in it (device_kit.sh):
 #
-#   bash tools/gpu/device_run.sh                  # tests, stories, probe and benchmark: at most 9 minutes
+#   bash tools/gpu/device_run.sh                  # tests, stories, probe and benchmark: at most 10 minutes
 #   bash tools/gpu/device_run.sh tests probe      # some of these parts, in this order
 #   bash tools/gpu/device_run.sh bench 32 256     # the benchmark at these batch sizes
 #   bash tools/gpu/device_run.sh --short          # one story, small batches, one turn: does all of it run?
 #
 # tests: tests/gpu, and gpu_stories.py beside it; stories: these alone; probe: gpu_probe.py; bench: python -m benchmarks.
-# Logs and JSON go to $OUT (else .device/out), at most 8 files; what failed and a table of the numbers are printed last.
+# Logs and JSON go to $OUT (else .device/out); what failed and a table of the numbers are printed last.
 # The environment chooses: STORIES=replay,store PROBES=steps,profile TESTS="-k graph" ROUNDS=3 SECONDS_A_TURN=0.5
 # DEVICE=cpu. Ends with 0 when everything that was asked for ran and held.
 set -uo pipefail
