@@ -32,6 +32,10 @@ class Execution(Protocol):
     def context(self) -> ModelContext:
         """What the modules of the prepared model share."""
 
+    @property
+    def settled(self) -> bool:
+        """Whether steps take as long as they will: nothing is left that is done once."""
+
     def prepare(self, model: nn.Module, sample: Inputs, name: str) -> nn.Module:
         """Make a plain model compute over the rows of all ranks: dropout, BatchNorm, slices; state_dict keys stay.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_train.determinism.batch_context import BatchContext, ModelContext
@@ -48,7 +49,11 @@ class Recorder(Protocol):
         """Let all further work of this thread run on the stream that is recorded."""
 
     def record(self, launch: Callable[[], Any]) -> Recording:
-        """Record what a function launches, without running it."""
+        """Record what a function launches, without running it.
+
+        Raises:
+            RuntimeError: it cannot be recorded; all else is as it was before.
+        """
 
 
 class CudaRecorder:
@@ -73,12 +78,25 @@ class CudaRecorder:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        # Other threads (NCCL's watchdog, this package's own) may ask CUDA something meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-        ):
-            launch()
+        stream = torch.cuda.current_stream()
+        try:
+            # Other threads (NCCL's watchdog, this package's own) may ask CUDA something meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                launch()
+        except RuntimeError:
+            torch.cuda.set_stream(stream)
+            self._end_allocations()
+            raise
         return graph
+
+    def _end_allocations(self) -> None:
+        """After a capture that has failed: torch.cuda.graph leaves the allocator believing that it goes on."""
+        device = torch.cuda.current_device()
+        try:
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+        except RuntimeError:
+            return  # the capture has ended, and the graph gives its share of the pool back
+        torch._C._cuda_releasePool(device, self._pool)
 
 
 class RecordedExecution:
@@ -95,6 +113,11 @@ class RecordedExecution:
     def context(self) -> ModelContext:
         """That of the execution that is recorded."""
         return self._inner.context
+
+    @property
+    def settled(self) -> bool:
+        """Whether the last step was a recorded one, or none will be."""
+        return self._step is not None and self._step.settled
 
     def prepare(self, model: nn.Module, sample: Inputs, name: str) -> nn.Module:
         """Prepare the model on the stream that will be recorded."""
@@ -121,7 +144,7 @@ class GraphStep:
 
     Each shape (rows of the slices, rows of all ranks) is recorded after it was taken eagerly `warm_up_steps` times, up
     to MAX_GRAPHS shapes. Other shapes and steps of several micro-batches stay eager; so does, with a warning, every
-    step once recording has failed.
+    step once CUDA has refused to record one.
     """
 
     def __init__(
@@ -134,6 +157,13 @@ class GraphStep:
         self._seen: Counter[Shape] = Counter()
         self._recorded: dict[Shape, _Recorded] = {}
         self._gave_up = False
+        self._replayed = False
+        """The last step was recorded."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether the last step was a recorded one, or none will be."""
+        return self._replayed or self._gave_up
 
     def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> StepResult:
         """Train on the batches unless the loss or the gradient is not finite on some rank."""
@@ -144,6 +174,7 @@ class GraphStep:
             if recorded is None and self._seen[shape] >= self._warm_up_steps and len(self._recorded) < MAX_GRAPHS:
                 recorded = self._record(shape, batches[0])
             self._seen[shape] += 1
+        self._replayed = recorded is not None
         if recorded is None:
             return self._eager(batches, step, wants_stop=wants_stop)
         return recorded.run(batches[0], step, wants_stop=wants_stop)
@@ -159,11 +190,30 @@ class GraphStep:
         try:
             self._recorded[shape] = _Recorded(self._eager, self._context, self._recorder, batch)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = _why_not_captured(error)
+            if reason is None:
+                raise
             warnings.warn(f"the step cannot be recorded as a CUDA graph, going on without: {reason}", stacklevel=3)
             self.close()
             return None
         return self._recorded[shape]
+
+
+def _why_not_captured(error: BaseException) -> str | None:
+    """What an operation said that CUDA does not record; None: the error is of another kind.
+
+    Such an operation makes the whole capture invalid, so that torch.cuda.graph may raise another error after its own.
+    Memory that runs out and a communication that fails say nothing about the step.
+    """
+    errors: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in errors:
+        errors.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if any(isinstance(one, (torch.OutOfMemoryError, dist.DistError)) for one in errors):
+        return None
+    said = [str(one).strip().splitlines()[0] for one in errors if "captur" in str(one)]
+    return said[-1] if said else None
 
 
 class _Recorded:

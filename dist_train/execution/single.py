@@ -23,6 +23,7 @@ class SingleExecution:
     """
 
     name: str = "single"
+    settled = True
 
     def __init__(
         self, collectives: Collectives, context: ModelContext, num_slices: int = 1, *, compiles: bool = False

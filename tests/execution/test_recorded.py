@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dist_train.determinism.position import Position
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.execution.base import GuardedStep
-from dist_train.execution.recorded import MAX_GRAPHS, GraphStep
+from dist_train.execution.recorded import MAX_GRAPHS, CudaRecorder, GraphStep
 from dist_train.run.session import Session
 from dist_train.training.step import EagerStep
 from tests.dist.sessions import BUILTIN, build
@@ -42,7 +43,7 @@ class Repeated:
 class Repeater:
     """Records functions."""
 
-    def __init__(self, *, fails: bool = False) -> None:
+    def __init__(self, fails: Callable[[], None] = lambda: None) -> None:
         self.fails = fails
         self.recordings = self.runs = self.resets = 0
 
@@ -51,8 +52,7 @@ class Repeater:
 
     def record(self, launch: Callable[[], Any]) -> Repeated:
         self.recordings += 1
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nand much more")
+        self.fails()
         return Repeated(self, launch)
 
 
@@ -161,11 +161,80 @@ def test_steps_of_several_passes_are_not_recorded() -> None:
     assert recorder.recordings == recorder.runs == 0
 
 
+def refused() -> None:
+    """As torch.cuda.graph does: the operation fails, and then the end of the capture that it has made invalid."""
+    try:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand much more")
+    finally:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nand more")
+
+
 def test_where_recording_fails_training_goes_on() -> None:
-    recorder = Repeater(fails=True)
-    with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph, going on without: operation not perm"):
+    recorder = Repeater(refused)
+    with pytest.warns(
+        UserWarning, match="cannot be recorded as a CUDA graph, going on without: CUDA error: operation not"
+    ):
         weights, results = trained(recorder, steps=20)
     expected_weights, expected = trained(None, steps=20)
     assert recorder.recordings == 1
     assert results == expected
     assert all(torch.equal(weights[name], value) for name, value in expected_weights.items())
+
+
+def out_of_memory() -> None:
+    """The capture is sound, or it is not."""
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    finally:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+def communication() -> None:
+    raise dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp, remote process exited during capture")
+
+
+def mistake() -> None:
+    raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+@pytest.mark.parametrize("fails", [out_of_memory, communication, mistake])
+def test_what_is_no_matter_of_recording_is_raised(fails: Callable[[], None]) -> None:
+    with pytest.raises(RuntimeError) as error:
+        trained(Repeater(fails), steps=20)
+    with pytest.raises(RuntimeError) as expected:
+        fails()
+    assert str(error.value) == str(expected.value)
+
+
+class FailingGraph:
+    """torch.cuda.graph around operations that CUDA does not record: its end raises before it restores the stream."""
+
+    def __init__(self, _graph: Any, **_options: Any) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        torch.cuda.set_stream("the recording's")  # type: ignore[arg-type]
+
+    def __exit__(self, *_: object) -> None:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+def test_a_failed_recording_leaves_the_stream_and_the_allocator_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch.cuda replaced."""
+    stream, ended = ["the run's"], []
+    for name, stand_in in {
+        "synchronize": lambda: None,
+        "CUDAGraph": object,
+        "graph_pool_handle": lambda: (0, 1),
+        "current_stream": lambda: stream[-1],
+        "set_stream": stream.append,
+        "current_device": lambda: 3,
+        "graph": FailingGraph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *of: ended.append(("end", *of)), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *of: ended.append(("release", *of)), raising=False)
+    with pytest.raises(RuntimeError, match="previous error"):
+        CudaRecorder().record(lambda: None)
+    assert stream[-1] == "the run's"
+    assert ended == [("end", 3, (0, 1)), ("release", 3, (0, 1))]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
+import torch
 
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import Stopped
+from dist_train.execution.recorded import WARM_UP_STEPS, RecordedExecution
+from dist_train.run import dry_run, session
 from dist_train.run.dry_run import DryRunReport, profile_session
 from tests.dist.sessions import BUILTIN, build
+from tests.execution.test_recorded import Repeater
 from tests.ranks import on_ranks
 
 SMALL = [*BUILTIN, "model.hidden_dim=8", "train.global_batch_size=4096"]
@@ -19,10 +26,10 @@ def trial(collectives: Collectives, *more: str) -> DryRunReport:
 
 
 def test_time_to_the_end_is_that_of_all_rows_at_the_rate_that_was_tried() -> None:
-    session = build(Collectives(World()), [*SMALL, "train.epochs=30"])
-    done = profile_session(session, Collectives(World()), lambda: False)
+    built = build(Collectives(World()), [*SMALL, "train.epochs=30"])
+    done = profile_session(built, Collectives(World()), lambda: False)
     assert 3 < done.steps <= 53
-    rows = session.feed.num_rows * 30
+    rows = built.feed.num_rows * 30
     assert done.training_seconds * done.rows_per_second == pytest.approx(rows)
     assert done.peak_memory_bytes > 100 * 2**20  # torch alone takes more
 
@@ -48,3 +55,39 @@ def test_a_trial_can_be_stopped() -> None:
     collectives = Collectives(World(), lambda: True)
     with pytest.raises(Stopped):
         profile_session(build(Collectives(World()), SMALL), collectives, lambda: True)
+
+
+def test_steps_are_timed_once_they_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the first eleven steps are many times slower than the others, and the next is recorded."""
+    recorder, choose = Repeater(), session.choose_execution
+
+    def chosen(*arguments: Any, **more: Any) -> RecordedExecution:
+        return RecordedExecution(choose(*arguments, **more), recorder)
+
+    monkeypatch.setattr(session, "choose_execution", chosen)
+    monkeypatch.setattr(dry_run, "_SECONDS", 1000.0)
+    done = trial(Collectives(World()), "train.global_batch_size=256", "train.epochs=9")
+    assert recorder.recordings == 1
+    warm_up = done.steps - dry_run._STEPS
+    assert warm_up == WARM_UP_STEPS + 2, "the recorded step, and the one in which the vote is taken"
+    assert recorder.runs == done.steps - WARM_UP_STEPS
+
+
+class LikeAGpu(Collectives):
+    """Collectives of a rank with a GPU, as far as a dry run asks."""
+
+    def __init__(self) -> None:
+        super().__init__(World())
+        self.device = torch.device("cuda")
+
+    def async_to_host(self, *wanted: torch.Tensor | float) -> Callable[[], list[float]]:
+        return Collectives(World()).async_to_host(*wanted)
+
+
+def test_on_a_gpu_steps_are_timed_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "_LEAST_SECONDS_ON_GPU", 0.5)
+    built = build(Collectives(World()), [*SMALL, "train.global_batch_size=64", "train.epochs=50", "log.every_steps=1"])
+    steps, rows_per_second = dry_run._train(built, LikeAGpu(), lambda: False)
+    assert built.progress.train_seconds >= 0.5
+    assert steps > dry_run._STEPS
+    assert rows_per_second > 0
