@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train.determinism.batch_context import ModelContext
@@ -52,19 +53,41 @@ def zero_grad_of_biases_before_batchnorm(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Sequential):
             for linear, norm in pairwise(module):
-                if isinstance(linear, nn.Linear) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                    _still(linear.bias, norm)
+                feeds = type(linear) is nn.Linear and isinstance(norm, nn.modules.batchnorm._BatchNorm)
+                if feeds and linear.bias is not None and linear.bias.requires_grad:
+                    linear.__class__ = _LinearBeforeBatchNorm
+                    linear.norm = (norm,)  # type: ignore[assignment]  # a tuple: not a module of this one
     return model
 
 
-def _still(bias: Tensor | None, norm: nn.Module) -> None:
-    if bias is not None and bias.requires_grad:
+class _LinearBeforeBatchNorm(nn.Linear):
+    """nn.Linear whose bias is given zeros for a gradient while the BatchNorm after it is in training.
 
-        def still(gradient: Tensor | None) -> Tensor | None:
-            # None: the exact mode keeps the gradient of each slice elsewhere, and this is called for each of them.
-            return torch.zeros_like(gradient) if norm.training and gradient is not None else gradient
+    They are handed to autograd as they are: their sum over all rows is not computed first.
+    """
 
-        bias.register_hook(still)
+    row_wise = True
+    norm: tuple[nn.Module]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What nn.Linear puts out."""
+        if not (self.norm[0].training and torch.is_grad_enabled()):
+            return super().forward(input)
+        output: Tensor = _ZeroGradient.apply(F.linear(input, self.weight, self.bias.detach()), self.bias)
+        return output
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """The first argument; the gradient of the second is zeros, for DistributedDataParallel waits for one."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, bias: Tensor) -> Tensor:
+        ctx.bias = bias
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(ctx.bias)
 
 
 class GatheredBatchNorm1d(nn.BatchNorm1d):

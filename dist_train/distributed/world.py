@@ -146,7 +146,7 @@ def process_group(world: World, timeout_seconds: float) -> Iterator[Store]:
         # All ranks are on this host: gloo must neither look up the host's name nor listen to the network.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if world.backend == "nccl":
-        _record_flight()
+        _prepare_nccl()
     timeout = timedelta(seconds=timeout_seconds)
     store = world.store or _meet(world, timeout_seconds)
     store.set_timeout(timeout)
@@ -175,10 +175,14 @@ def torch_backend(world: World) -> str:
     return "cpu:gloo,cuda:nccl" if world.backend == "nccl" else world.backend
 
 
-def _record_flight() -> None:
-    """Have NCCL keep a record of its last collectives, for the report of a hang; its name changed after torch 2.11."""
+def _prepare_nccl() -> None:
+    """Set what NCCL and torch's use of it read from the environment, where the user has not."""
+    # A record of the last collectives, for the report of a hang; its name changed after torch 2.11.
     for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
         os.environ.setdefault(name, "2000")
+    # In a graph NCCL may register its buffers with the network and then sum by another algorithm than it does outside:
+    # a resumed run, whose first steps are not recorded, would have other bits than one that was never interrupted.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> World:

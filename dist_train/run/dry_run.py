@@ -29,7 +29,10 @@ _BYTES_OF_A_PROBABILITY = 40
 
 @dataclass(frozen=True, kw_only=True)
 class DryRunReport:
-    """What a run will take: the most memory of a rank (on CUDA of its device), rows per second of training, seconds."""
+    """What a run will take: the most memory of a rank, rows per second of training, seconds.
+
+    On CUDA the memory is that of its device, with what other processes hold there.
+    """
 
     steps: int
     peak_memory_bytes: int

@@ -353,8 +353,8 @@ def _note_other_bits(state: Mapping[str, Any], config: JobConfig, collectives: C
     if regrouped:
         log.warning("%s: results agree to rounding, not to the bit (train.virtual_ranks would make them)", regrouped)
     for name, value in describe_machine(collectives.device).items():
-        if state["machine"].get(name) != value:
+        if state["machine"].get(name, value) != value:  # an earlier release may not have asked
             log.warning(
                 "%s is %s, the checkpoint was trained with %s: equal bits are not promised",
-                name, value, state["machine"].get(name),
+                name, value, state["machine"][name],
             )  # fmt: skip

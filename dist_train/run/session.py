@@ -223,13 +223,13 @@ def build_loop(
 ) -> Loop:
     """The training loop of a session; its configuration says what is due at which step.
 
-    `put_off`: steps may be computed together where the execution can. Else the weights are those of the step before
-    whenever `wants_stop` is called, on the CPU.
+    `put_off`: steps may be sent off, or computed together, before it is known how the one before them has ended. Else
+    the weights are those of the step before whenever `wants_stop` is called, and a stop holds from the next step on.
     """
     # A moving average follows each step.
     deferred = session.execution.deferred if put_off and session.average is None else None
     if collectives.device.type == "cuda":
-        steps_ahead = STEPS_AHEAD
+        steps_ahead = STEPS_AHEAD if put_off else 0
     else:
         steps_ahead = ROWS_AHEAD // config.train.global_batch_size if deferred is not None else 0
     return Loop(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import re
 import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -11,11 +13,16 @@ from pathlib import Path
 
 import torch
 
+_DRIVER = Path("/proc/driver/nvidia/version")
+
 
 def describe_machine(device: torch.device) -> dict[str, str]:
-    """Names of what computes: `torch`, `device`, `processor`, and on a CPU `instructions`, `threads`, `numba`."""
+    """Names of what computes: `torch`, `device`, `processor`, on a CPU `instructions`, `threads` and `numba`.
+
+    On a GPU the versions of `cuda`, `cublas`, `cudnn`, `nccl` and of the `driver`.
+    """
     if device.type == "cuda":
-        compute = {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
+        compute = {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda), **_gpu_libraries()}
     else:
         instructions, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
         compute = {"device": "cpu", "instructions": instructions, "threads": str(threads), "numba": _version("numba")}
@@ -23,12 +30,18 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held: resident on the host, or on CUDA what torch allocated there.
+    """The most memory that this process has held: resident on the host, or on CUDA on its device.
 
-    Not what getrusage says: that outlives exec, so a process would report the peak of the one that started it.
+    There it is the most that torch has reserved, and all that the device has given out besides: CUDA's context, NCCL,
+    and what other processes hold.
+
+    On the host it is not what getrusage says: that outlives exec, so a process would report the peak of the one that
+    started it.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        besides = total - free - torch.cuda.memory_reserved(device)
+        return torch.cuda.max_memory_reserved(device) + max(0, besides)
     peak = _status("VmHWM")
     if peak is not None:
         return peak
@@ -64,6 +77,43 @@ def pin_arithmetic(device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
         torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def _gpu_libraries() -> dict[str, str]:
+    """Versions of what computes and communicates on a GPU; "unknown" where one does not say."""
+    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else ()
+    return {
+        "cublas": _cublas_version() or "unknown",
+        "cudnn": str(torch.backends.cudnn.version()),
+        "nccl": ".".join(map(str, nccl)) or "unknown",
+        "driver": _driver_version() or "unknown",
+    }
+
+
+def _cublas_version() -> str | None:
+    """Of the library that torch has loaded."""
+    major = str(torch.version.cuda).partition(".")[0]
+    try:
+        library = ctypes.CDLL(f"libcublas.so.{major}")
+        number = ctypes.c_int()
+        parts = []
+        for kind in range(3):  # libraryPropertyType: MAJOR_VERSION, MINOR_VERSION, PATCH_LEVEL
+            if library.cublasGetProperty(kind, ctypes.byref(number)) != 0:
+                return None
+            parts.append(str(number.value))
+    except (OSError, AttributeError):
+        return None
+    return ".".join(parts)
+
+
+def _driver_version() -> str | None:
+    """Of the kernel module, as Linux shows it."""
+    try:
+        text = _DRIVER.read_text()
+    except OSError:
+        return None
+    found = re.search(r"Kernel Module[^\n]*?\s(\d+\.[\d.]+)", text)
+    return found[1] if found else None
 
 
 def _version(package: str) -> str:

@@ -305,7 +305,9 @@ def _nccl_flight() -> str:
     """The collectives that NCCL itself has under way, as torch's flight recorder has them; empty on other backends."""
     if not dist.is_initialized() or "nccl" not in str(dist.get_backend_config()):
         return ""
-    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+    # It is `_dump_nccl_trace_json` in torch 2.11 and `_dump_fr_trace_json` in 2.13.
+    names = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
+    dump = next(filter(None, (getattr(torch._C._distributed_c10d, name, None) for name in names)), None)
     return dump(includeCollectives=True, onlyActive=True).decode()[:_MAX_FLIGHT] if dump else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,14 @@ import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_train.determinism.batch_norm import GatheredBatchNorm1d, sync_batch_norm
+from dist_train.determinism.batch_norm import (
+    GatheredBatchNorm1d,
+    sync_batch_norm,
+    zero_grad_of_biases_before_batchnorm,
+)
+from dist_train.determinism.keyed_random import seeded
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from tests.ranks import on_ranks
@@ -233,3 +240,74 @@ def test_half_precision_rows() -> None:
     assert x.grad is not None
     np.testing.assert_allclose(ours[0], out.detach().numpy(), rtol=2**-8, atol=2**-8)
     np.testing.assert_allclose(ours[1], x.grad.numpy(), rtol=2**-7, atol=2**-6)
+
+
+def half_precision_without_rows(collectives: Collectives) -> npt.NDArray[Any]:
+    """A tail of fewer rows than ranks, under autocast: torch's SyncBatchNorm gathers messages of unequal sizes here."""
+    norm = sync_batch_norm(nn.Sequential(layer({}, torch.float32)), collectives)
+    x = batch(0, 3, 0.7)[0].bfloat16()[: 3 * (collectives.rank == 0)].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = norm(x)
+    out.float().square().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    running: npt.NDArray[Any] = norm[0].running_var.numpy()  # type: ignore[index,union-attr,operator]
+    return running
+
+
+def test_a_rank_without_rows_in_half_precision() -> None:
+    first, second = on_ranks(2, half_precision_without_rows)
+    np.testing.assert_array_equal(first, second)
+    plain = layer({}, torch.float32)
+    plain(batch(0, 3, 0.7)[0].bfloat16().float())
+    assert plain.running_var is not None
+    np.testing.assert_allclose(first, plain.running_var.numpy(), rtol=1e-5)
+
+
+def test_on_several_gpus_it_is_this_layer_and_on_one_the_plain_one() -> None:
+    """The conversion alone, which needs no GPU."""
+    gpu = torch.device("cuda", 0)
+    two = Collectives(World(rank=0, size=2, local_size=2, device=gpu, backend="nccl"))
+    model = nn.Sequential(nn.Linear(2, FEATURES), layer({}, torch.float32), nn.BatchNorm2d(3))
+    keys = list(model.state_dict())
+    converted = sync_batch_norm(model, two)
+    assert [type(module) for module in converted.children()] == [nn.Linear, GatheredBatchNorm1d, nn.SyncBatchNorm]
+    assert list(converted.state_dict()) == keys
+    alone = sync_batch_norm(nn.Sequential(layer({}, torch.float32)), Collectives(World(device=gpu)))
+    assert type(alone.get_submodule("0")) is nn.BatchNorm1d
+
+
+class Sums(TorchDispatchMode):
+    """Shapes of what is summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "sum":
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_pass_over_the_rows_is_made_for_a_bias_before_batch_norm(*, training: bool) -> None:
+    def gradients(model: nn.Module) -> dict[str, Tensor]:
+        model.train(training)
+        model(batch(0, 30, 0.7)[0].float()).square().flatten().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with seeded("a bias"):
+        plain = nn.Sequential(nn.Linear(FEATURES, 7), nn.BatchNorm1d(7))
+    ours = zero_grad_of_biases_before_batchnorm(deepcopy(plain))
+    expected = gradients(plain)
+    with Sums() as seen:
+        found = gradients(ours)
+    assert ((30, 7) in seen.shapes) is (not training)
+    assert list(found) == list(expected)
+    if training:
+        assert found["0.bias"].eq(0).all()
+        del expected["0.bias"]
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name

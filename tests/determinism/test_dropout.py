@@ -34,6 +34,20 @@ def test_rate_and_expectation(p: float) -> None:
     assert abs(kept.mean().item() - 1) < 5 * (p / (1 - p) / count) ** 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_kept_values_are_scaled_in_float32(dtype: torch.dtype) -> None:
+    """In bfloat16 1 / 0.7 is 1.4297: every kept value would be 0.08 % too large."""
+    layer = KeyedDropout(0.3, "a", context_at())
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    out = layer(x)
+    assert out.dtype == dtype
+    kept = out != 0
+    assert torch.equal(out[kept], (x.float() * layer.scale).to(dtype)[kept])
+    out.backward(x.detach())
+    assert x.grad is not None
+    assert torch.equal(x.grad, out)
+
+
 def test_extreme_rates() -> None:
     x = torch.randn(4, 3)
     assert KeyedDropout(0.0, "a", ModelContext())(x) is x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -335,3 +336,61 @@ def _asked(collectives: Collectives) -> int:
 
 def test_in_rounds_one_rank_that_is_asked_stops_all_after_the_same_round() -> None:
     assert on_ranks(2, _asked) == [3, 3]
+
+
+# The device of ranks under NCCL: whatever is on it comes to nobody's hands before all ranks have sent theirs.
+ELSEWHERE = torch.device("meta")
+
+
+def waits_seen(c: Collectives, name: str) -> str | None:
+    """What the watchdog sees of rank 0 while rank 1 is late for a decision."""
+    world = World(rank=c.rank, size=c.size, device=ELSEWHERE, backend="nccl")
+    late = Collectives(world, lambda: False)
+    decide = {
+        "raise_if_stop_agreed": late.raise_if_stop_agreed,
+        "lockstep": lambda: late.lockstep(iter([1])),
+        "gather_rows": lambda: late.gather_rows(torch.zeros(3, 1)),
+        "all_gather_object": lambda: late.all_gather_object(lambda: c.rank),
+    }[name]
+    seen: list[str | None] = []
+    decided = threading.Event()
+
+    def look() -> None:
+        while not decided.wait(0.01):
+            seen.append(late.heartbeat.read().collective)
+
+    watching = threading.Thread(target=look)
+    watching.start()
+    if c.rank == 1:
+        time.sleep(0.5)
+    decide()
+    decided.set()
+    watching.join()
+    return next(filter(None, seen), None)
+
+
+@pytest.mark.parametrize("name", ["raise_if_stop_agreed", "lockstep", "gather_rows", "all_gather_object"])
+def test_under_nccl_it_is_seen_who_waits_for_a_decision(name: str) -> None:
+    waiting, _ = on_ranks(2, waits_seen, name)
+    assert waiting is not None
+
+
+class OnAGpu:
+    """Rows of a GPU, as far as they are sent to the host; the host waits in `cpu` for all kernels before."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, c: Collectives) -> None:
+        self._collectives = c
+
+    def cpu(self) -> torch.Tensor:
+        self.seen = self._collectives.heartbeat.read().collective
+        return torch.ones(3, 1)
+
+
+def test_it_is_seen_that_a_rank_waits_for_its_gpu_in_an_evaluation() -> None:
+    alone = Collectives(World())
+    rows: Any = OnAGpu(alone)
+    assert alone.gather_rows(rows) is not None
+    assert rows.seen.startswith("fetch in ")
+    assert alone.heartbeat.read().collective is None

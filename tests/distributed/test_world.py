@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -230,3 +231,15 @@ def test_nccl_has_gloo_beside_it_for_what_is_on_the_host() -> None:
     """NCCL refuses tensors of the CPU, and the encoder's counts are such ones."""
     assert torch_backend(World(size=8, backend="nccl")) == "cpu:gloo,cuda:nccl"
     assert torch_backend(World(size=2, backend="gloo")) == "gloo"
+
+
+def test_what_nccl_reads_from_the_environment_is_set_where_the_user_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "NCCL_GRAPH_REGISTER")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    world._prepare_nccl()
+    assert [os.environ[name] for name in names] == ["2000", "2000", "0"]
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "1")
+    world._prepare_nccl()
+    assert os.environ["NCCL_GRAPH_REGISTER"] == "1"

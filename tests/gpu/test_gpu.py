@@ -8,17 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from dist_train.data.encoder import Inputs
 from dist_train.data.sampler import MicroBatchIndices
 from dist_train.data.sources import MappedRows
-from dist_train.determinism.batch_norm import GatheredBatchNorm1d, sync_batch_norm
 from dist_train.determinism.dropout import KeyedDropout
 from dist_train.determinism.keyed_random import seeded
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World, process_group
-from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.training.evaluation import evaluate
 from tests.commands import REPOSITORY, train
 from tests.determinism.contexts import context_at
@@ -66,6 +63,21 @@ def losses(device: str, *more: str, steps: int = 20) -> list[float]:
 )
 def test_training_equals_the_cpu(more: list[str]) -> None:
     np.testing.assert_allclose(losses("cuda", *more), losses("cpu", *more), rtol=0, atol=1e-4)
+
+
+def test_the_moving_average_equals_the_cpus() -> None:
+    """On a GPU its weights are computed on the device."""
+    averages = []
+    for device in ("cuda", "cpu"):
+        session = build(on(device), [*BUILTIN, "train.ema_decay=0.9"])
+        feed = session.feed.steps(session.progress.position)
+        for number in range(20):
+            assert session.step(next(feed)[0], number, wants_stop=False).finite
+        assert session.average is not None
+        averages.append(session.average.state_dict())
+    assert averages[0]["n_averaged"].item() == averages[1]["n_averaged"].item() == 20
+    for name, value in averages[1].items():
+        torch.testing.assert_close(averages[0][name].cpu(), value, rtol=1e-3, atol=1e-4)
 
 
 def test_bfloat16_trains() -> None:
@@ -119,56 +131,25 @@ def test_a_step_that_is_not_finite_updates_nothing() -> None:
     assert all(torch.equal(p, q) for p, q in zip(session.model.parameters(), before, strict=True))
 
 
-def test_sync_batch_norm_on_several_gpus() -> None:
-    """The conversion alone needs no second GPU."""
-    model = FinancialClassifier(4, 8, 2).cuda()
-    keys = list(model.state_dict())
-    two = Collectives(World(rank=0, size=2, local_size=2, device=torch.device("cuda", 0), backend="nccl"))
-    converted = sync_batch_norm(model, two)
-    assert isinstance(converted.get_submodule("layers.1"), GatheredBatchNorm1d)
-    assert list(converted.state_dict()) == keys
-    alone = FinancialClassifier(4, 8, 2).cuda()
-    assert type(sync_batch_norm(alone, on("cuda")).get_submodule("layers.1")) is nn.BatchNorm1d
-
-
 def one_gpu_world(tmp_path: Path) -> World:
     return World(rank=0, size=1, device=torch.device("cuda", 0), backend="nccl", rendezvous=f"file://{tmp_path}/store")
 
 
-def test_torchs_synchronised_layer_equals_the_plain_one_under_nccl(tmp_path: Path) -> None:
-    """A process group of one rank runs the same kernels as one of many."""
-    world = one_gpu_world(tmp_path)
-    torch.cuda.set_device(world.device)
-    torch.distributed.init_process_group(
-        "nccl", init_method=world.rendezvous, rank=0, world_size=1, device_id=world.device
-    )
-    try:
-        plain = nn.BatchNorm1d(5).cuda()
-        synced = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(5))).cuda()
-        x = torch.randn(33, 5, generator=torch.Generator().manual_seed(0)).cuda()
-        torch.testing.assert_close(synced(x), plain(x), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(synced[0].running_var, plain.running_var, rtol=1e-5, atol=1e-6)
-        collectives = Collectives(world)
-        rows = collectives.gather_rows(torch.arange(3, device="cuda"))
-        assert rows is not None
-        assert rows.tolist() == [0, 1, 2]
-        assert list(collectives.all_gather_object(lambda: "here")) == ["here"]
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_the_exact_mode_is_the_same_bits_on_one_rank_and_on_two_that_share_a_gpu(tmp_path: Path) -> None:
+def test_the_exact_mode_is_the_same_bits_on_one_rank_and_on_several_that_share_a_gpu(tmp_path: Path) -> None:
+    """Alone its step is recorded; ranks that share a GPU sum by gloo, over the host, and are eager."""
     exact = [
         str(REPOSITORY / "configs" / "credit_risk.yaml"),
         "train.virtual_ranks=4",
         "train.epochs=1",
-        "train.global_batch_size=1000",
+        "train.global_batch_size=600",
+        "train.ema_decay=0.9",
+        "runtime.device=cuda",
     ]
-    where = ["runtime.device=cuda", "runtime.backend=gloo"]
-    alone = train(tmp_path / "alone", *exact, *where)
-    shared = train(tmp_path / "shared", *exact, *where, ranks=2)
-    assert shared["weights_sha256"] == alone["weights_sha256"]
-    assert shared["test"] == alone["test"]
+    alone = train(tmp_path / "alone", *exact)
+    for ranks in (2, 4):
+        shared = train(tmp_path / str(ranks), *exact, "runtime.backend=gloo", ranks=ranks)
+        assert shared["weights_sha256"] == alone["weights_sha256"]
+        assert shared["test"] == alone["test"]
 
 
 def test_a_world_of_one_needs_no_process_group(tmp_path: Path) -> None:
@@ -193,10 +174,12 @@ def test_batches_of_a_store_arrive_whole_by_way_of_pinned_memory() -> None:
         MicroBatchIndices(torch.randperm(count, generator=generator)[:n], (n,), 0, 0, n)
         for n in (900, 7, 4000, 0, 900) * 8
     ]
-    for share, batch in zip(shares, [rows.gather(share) for share in shares], strict=True):
-        assert torch.equal(batch.inputs[0].cpu(), numeric[share.rows].double())
-        assert torch.equal(batch.inputs[2].cpu(), codes[share.rows])
-        assert torch.equal(batch.targets.cpu(), targets[share.rows].long())
+    batches = [rows.gather(share) for share in shares]
+    sent = [(batch.inputs, batch.targets) for batch in batches]  # a batch is read when it is looked at
+    for share, batch, (inputs, found) in zip(shares, batches, sent, strict=True):
+        assert torch.equal(inputs[0].cpu(), numeric[share.rows].double())
+        assert torch.equal(inputs[2].cpu(), codes[share.rows])
+        assert torch.equal(found.cpu(), targets[share.rows].long())
         assert batch.rows.tolist() == (share.rows * 2).tolist()
     assert rows.slice(3, 5)[0].device.type == "cuda"
     assert torch.equal(rows.targets.cpu(), targets.long())

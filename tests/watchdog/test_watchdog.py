@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from torch.distributed import HashStore
 
+from dist_train.watchdog import watchdog
 from dist_train.watchdog.diagnosis import RankReport
 from dist_train.watchdog.heartbeat import STACK_SIGNAL, Heartbeat
 from dist_train.watchdog.processes import Process
@@ -56,3 +58,19 @@ def test_reports_travel_as_they_are() -> None:
         RankReport(rank=4, host="b", process=8),
     ]
     assert _unpacked(_packed(reports).encode()) == reports
+
+
+@pytest.mark.parametrize("name", ["_dump_fr_trace_json", "_dump_nccl_trace_json"])
+def test_the_flight_recorder_is_found_under_either_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.13 has renamed it."""
+    for known in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
+        monkeypatch.delattr(torch._C._distributed_c10d, known, raising=False)
+    monkeypatch.setattr(watchdog.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(watchdog.dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    assert watchdog._nccl_flight() == ""
+
+    def dump(*, includeCollectives: bool, onlyActive: bool) -> bytes:  # noqa: N803
+        return f"{includeCollectives} {onlyActive}".encode()
+
+    monkeypatch.setattr(torch._C._distributed_c10d, name, dump, raising=False)
+    assert watchdog._nccl_flight() == "True True"
