@@ -23,11 +23,9 @@ def compare(report: Report, device: torch.device, batch_sizes: Sequence[int], ro
     """A section for the device: contestants taking turns at each batch size, one thread."""
     data = workload.dataset(workload.NUM_ROWS, device)
     shown: Table | None = None
-    results = []
+    results: list[dict[str, Any]] = []
     for batch_size in batch_sizes:
-        racers = _racers(device, batch_size, data, seconds)
-        for racer in racers.values():
-            racer()  # allocations, threads, first calls
+        racers = _racers(report, device, batch_size, data, seconds)
         rates = {name: measured(values) for name, values in take_turns(racers, rounds).items()}
         result = _result(batch_size, rates)
         results.append(result)
@@ -36,8 +34,9 @@ def compare(report: Report, device: torch.device, batch_sizes: Sequence[int], ro
                 f"rows per second, {device.type}, one process (± highest over lowest)", "batch", *rates,
                 f"{OURS} against " + ", ".join(result["ratio"]), f"of {LIMIT}", f"{OURS} GFLOP/s",
             )  # fmt: skip
-        ratios = ", ".join(f"{ratio:.2f}" for ratio in result["ratio"].values())
-        cells = [cell(rate, "{:,.0f}") for rate in rates.values()]
+        first = results[0]  # whose contestants are the columns
+        ratios = ", ".join(f"{result['ratio'][n]:.2f}" if n in result["ratio"] else "-" for n in first["ratio"])
+        cells = [cell(rates[n], "{:,.0f}") if n in rates else "-" for n in first["rows_per_second"]]
         shares = f"{result['share_of_products']:.0%}", f"{result['flops_per_second'] / 1e9:.1f}"
         shown.add_row(f"{batch_size}", *cells, ratios, *shares)
         report.say(f"  batch {batch_size}: " + "  ".join(cells))
@@ -59,7 +58,10 @@ def measure_limits(report: Report, device: torch.device, rounds: int, seconds: f
     report.add(f"limits_{device.type}", found, shown)
 
 
-def _racers(device: torch.device, batch_size: int, data: Any, seconds: float) -> dict[str, Callable[[], float]]:
+def _racers(
+    report: Report, device: torch.device, batch_size: int, data: Any, seconds: float
+) -> dict[str, Callable[[], float]]:
+    """Contestants that have taken a turn: allocations, threads, first calls. A peer that cannot is left out."""
     features, targets = (t.cpu() for t in (data.splits["train"].inputs[0], data.splits["train"].targets))
     collectives = Collectives(World(device=device))
     config = workload.configuration(batch_size)
@@ -70,11 +72,19 @@ def _racers(device: torch.device, batch_size: int, data: Any, seconds: float) ->
     }  # fmt: skip
     if device.type == "cpu":  # the only one that it has
         peers["scikit-learn"] = array_peers.scikit_learn
-    racers: dict[str, Callable[[], float]] = {
-        name: partial(make(features, targets, batch_size, device), seconds) for name, make in peers.items()
-    }
+    racers: dict[str, Callable[[], float]] = {}
+    for name, make in peers.items():
+        try:
+            racer = partial(make(features, targets, batch_size, device), seconds)
+            racer()
+        except Exception as error:
+            report.say(f"  {name} takes no part: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        else:
+            racers[name] = racer
     racers[OURS] = partial(contestants.Ours(session, collectives), seconds)
     racers[LIMIT] = partial(limits.network_products(batch_size, device), seconds / 2)
+    for name in (OURS, LIMIT):
+        racers[name]()
     return racers
 
 

@@ -195,7 +195,11 @@ def waits(place: Place) -> Result:
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
             session.close()
-        places = [f"{'/'.join(w.filename.split('/')[-2:])}:{w.lineno}" for w in caught if "synchron" in str(w.message)]
+        places = [
+            f"{'/'.join(w.filename.split('/')[-2:])}:{w.lineno}"
+            for w in caught
+            if "called a synchronizing" in str(w.message)
+        ]
         if places:
             found[name] = places
     return check(
@@ -246,5 +250,25 @@ def fallback(place: Place) -> Result:
     if before is not None:
         torch.cuda.set_stream(before)
     recorded = bool(replays(session))
+    left = _left_behind(place)
     said = f"steps that differ: {differs}, warned {len(warned)} time(s), {'same' if same_stream else 'ANOTHER'} stream"
-    return check(not recorded and not differs and len(warned) == 1 and same_stream, said, warnings=warned)
+    said += f", left behind: {', '.join(left) or 'nothing'}"
+    return check(not recorded and not differs and len(warned) == 1 and same_stream and not left, said, warnings=warned)
+
+
+def _left_behind(place: Place) -> list[str]:
+    """What a capture that broke off has left in torch's own state: its generator or its allocator may believe in it."""
+    if not place.on_gpu:
+        return []
+    left = []
+    try:
+        torch.zeros(1, device=place.device).uniform_()
+    except RuntimeError as error:
+        left.append(f"the generator refuses ({str(error).splitlines()[0]})")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.empty(2**28, dtype=torch.uint8, device=place.device)
+    torch.cuda.empty_cache()
+    if torch.cuda.memory_reserved() > before:
+        left.append("the allocator gives no memory back")
+    return left

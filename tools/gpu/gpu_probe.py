@@ -26,8 +26,9 @@ PARTS: dict[str, Callable[[Place], Result]] = {
     part.__name__: part
     for part in (
         gpu_checks.shapes, gpu_checks.modes, gpu_checks.longer_tail, gpu_checks.continued, gpu_checks.not_finite,
-        gpu_checks.pinned_turns, gpu_checks.waits, gpu_checks.fallback, gpu_groups.nccl, gpu_groups.ddp_in_a_graph,
+        gpu_checks.pinned_turns, gpu_checks.waits, gpu_groups.nccl, gpu_groups.ddp_in_a_graph,
         gpu_speed.ceilings, gpu_speed.steps, gpu_speed.variants, gpu_speed.profile, gpu_speed.host,
+        gpu_checks.fallback,  # the last: a capture that breaks off may leave its traces in torch
     )
 }  # fmt: skip
 
