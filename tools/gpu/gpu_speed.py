@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._C._autograd import DeviceType
 
 from benchmarks import workload
+from benchmarks.contestants import Ours
 from dist_train.data.dataset import Dataset
 from dist_train.data.encoder import Inputs
 from dist_train.data.sources import MappedRows, ResidentRows
@@ -87,7 +88,7 @@ def _launches(place: Place) -> Result:
 
 
 def steps(place: Place) -> Result:
-    """A step at each batch size: recorded and eager, on the GPU and on the host, with its numbers fetched or not."""
+    """A step at each batch size: recorded and eager, on the GPU and on the host; the training loop."""
     figures: Result = {}
     for batch in SHORT_BATCHES if place.short else BATCHES:
         place.forget()
@@ -120,6 +121,7 @@ def _step(place: Place, batch: int) -> Result:
         entry["reserved_MiB"] = torch.cuda.max_memory_reserved() / 2**20
         entry["device_MiB_in_use"] = (total - free) / 2**20
     entry["rows_per_second"] = 1e6 * batch / entry["wall_us"]
+    entry["loop_rows_per_second"] = Ours(session, place.alone)(0.05 if place.short else 0.3)
     session.close()
     return entry
 
@@ -223,26 +225,23 @@ def _kernels(events: Any, *, replayed: int, on_gpu: bool) -> Result:
 
 
 def host(place: Place) -> Result:
-    """Functions of the host that a step of 32 rows spends its time in, without the calls in them."""
+    """Functions of the host that the training loop spends its time in at 32 rows, each without the calls in it."""
     session = place.session(32)
-    act = Trainer(session)
-    for _ in range(SETTLED):
-        act()
-    times = 20 if place.short else 300
-    place.wait()
+    loop = Ours(session, place.alone)
+    loop(0.0)
+    first = session.progress.step
     profiler = cProfile.Profile()
     profiler.enable()
-    for _ in range(times):
-        act()
+    loop(0.1 if place.short else 0.5)
     profiler.disable()
-    place.wait()
+    times = session.progress.step - first
     session.close()
     found: Any = pstats.Stats(profiler)
     ranked = sorted(found.stats.items(), key=lambda item: -item[1][2])
     figures: Result = {"step_us": 1e6 * found.total_tt / times, "functions": []}
-    for (file, line, function), (_, calls, own, *_rest) in ranked[:20]:
+    for (file, line, function), (_, calls, own, *_rest) in ranked[:25]:
         name = f"{'/'.join(file.split('/')[-2:])}:{line} {function}"
         figures["functions"].append({"name": name, "calls": calls / times, "us": 1e6 * own / times})
-    for entry in figures["functions"][:10]:
+    for entry in figures["functions"][:12]:
         print(f"    {entry['us']:8.1f} us in {entry['calls']:4.1f} x {entry['name']}", flush=True)
     return figures

@@ -75,11 +75,12 @@ def _probe(probe: dict[str, Any]) -> Iterator[str]:
             "replay": "replay_host_us", "eager": "eager_wall_us",
         }  # fmt: skip
         heads = " ".join(f"{name:>9}" for name in columns)
-        yield f"{'batch':>7} {heads} {'rows/s':>13}  recorded, MiB: peak, reserved, device (times of a step in us)"
+        yield f"{'batch':>7} {heads} {'rows/s':>13} {'loop':>13}  recorded, MiB: peak, reserved, device (times in us)"
         for batch, step in probe["steps"].items():
             cells = " ".join(f"{step[key]:9,.0f}" if key in step else f"{'-':>9}" for key in columns.values())
+            loop = step.get("loop_rows_per_second", 0)
             memory = ", ".join(f"{step.get(key, 0):,.0f}" for key in ("peak_MiB", "reserved_MiB", "device_MiB_in_use"))
-            yield f"{batch:>7} {cells} {step['rows_per_second']:13,.0f}  {step['recorded']}, {memory}"
+            yield f"{batch:>7} {cells} {step['rows_per_second']:13,.0f} {loop:13,.0f}  {step['recorded']}, {memory}"
     if probe.get("variants"):
         entries = probe["variants"].items()
         shown = [f"{name} {entry['wall_us']:,.0f}{' (graph)' if entry['recorded'] else ''}" for name, entry in entries]
@@ -91,7 +92,9 @@ def _probe(probe: dict[str, Any]) -> Iterator[str]:
         )
     functions = (probe.get("host") or {}).get("functions", [])
     if functions:
-        yield "host, a step of 32 rows, us: " + ", ".join(f"{f['us']:.0f} {f['name']}" for f in functions[:6])
+        yield "host, a step of 32 rows in the loop, us: " + ", ".join(
+            f"{f['us']:.0f} {f['name']}" for f in functions[:6]
+        )
 
 
 def _throughput(name: str, section: list[dict[str, Any]]) -> Iterator[str]:
