@@ -55,6 +55,9 @@ def test_the_table_begins_with_what_did_not_hold(tmp_path: Path) -> None:
         (tmp_path / f"bench_{batch}.json").write_text(json.dumps({"throughput_cuda": [row]}))
     (tmp_path / "stories.json").write_text(json.dumps(stories))
     (tmp_path / "probe.json").write_text(json.dumps(probe))
+    (tmp_path / "bench.log").write_text(
+        "  JAX takes no part: ImportError: no\nmore\n  JAX takes no part: ImportError: no\n"
+    )
     tests = tmp_path / "tests.xml"
     tests.write_text(
         '<testsuites><testsuite name="pytest" tests="2" failures="1" errors="0" skipped="0" time="3.0">'
@@ -67,6 +70,7 @@ def test_the_table_begins_with_what_did_not_hold(tmp_path: Path) -> None:
     assert lines[2] == "  FAILED test_one: assert 1 == 2"
     assert [line.split()[:2] for line in lines[3:6]] == [["BROKE", "bad:"], ["BROKE", "shapes:"], ["held", "good:"]]
     assert "  warned: UserWarning: odd" in lines
+    assert lines[-1] == "  JAX takes no part: ImportError: no"
     assert [line.split()[0] for line in lines if "9.0x tutorial" in line] == ["32", "256"]
 
 

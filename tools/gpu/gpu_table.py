@@ -45,6 +45,11 @@ def lines(out: Path, tests: Path | None = None) -> Iterator[str]:
     for name, section in bench.items():
         if name.startswith("throughput_") and isinstance(section, list):
             yield from _throughput(name.removeprefix("throughput_"), section)
+    log = out / "bench.log"
+    left_out = (
+        {line.strip() for line in log.read_text().splitlines() if "takes no part" in line} if log.is_file() else ()
+    )
+    yield from (f"  {line[:_REASON]}" for line in sorted(left_out))
 
 
 def _read(file: Path) -> Any:
