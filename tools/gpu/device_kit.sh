@@ -25,9 +25,8 @@ for argument in "$@"; do
     esac
 done
 
-mkdir -p "$CACHE"
-rm -rf "$KIT"
-mkdir "$KIT"
+mkdir -p "$CACHE" "$KIT"
+rm -rf "$KIT/wheels" "$KIT/site.tar.xz"
 
 pinned() { # NAME: the version in constraints.txt, as ==VERSION; nothing where it has none
     "$PYTHON" - "$1" <<'PY'
