@@ -69,6 +69,8 @@ class Report:
         if file:
             file.parent.mkdir(exist_ok=True)
             head = {"machine": describe_machine(torch.device("cpu")), "versions": _versions()}
+            if torch.cuda.is_available():  # on which the sections were measured whose names end in cuda
+                head["gpu_machine"] = describe_machine(torch.device("cuda", 0))
             file.write_text(json.dumps(head | self.sections, indent=1) + "\n")
             self.say(f"written to {file}")
 
