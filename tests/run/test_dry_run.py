@@ -86,7 +86,8 @@ class LikeAGpu(Collectives):
 
 def test_on_a_gpu_steps_are_timed_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "_LEAST_SECONDS_ON_GPU", 0.5)
-    built = build(Collectives(World()), [*SMALL, "train.global_batch_size=64", "train.epochs=50", "log.every_steps=1"])
+    quiet = ["log.every_steps=1", "evaluation.every_steps=1000000"]
+    built = build(Collectives(World()), [*SMALL, "train.global_batch_size=64", "train.epochs=50", *quiet])
     steps, rows_per_second = dry_run._train(built, LikeAGpu(), lambda: False)
     assert built.progress.train_seconds >= 0.5
     assert steps > dry_run._STEPS
