@@ -95,13 +95,18 @@ def assert_same(recorder: Repeater, *more: str, **how: Any) -> None:
     [
         (),
         ("train.class_weights=balanced", "train.label_smoothing=0.1", "model.embedding_dim=4", "train.ema_decay=0.9"),
-        ("train.virtual_ranks=4", "train.ema_decay=0.9"),
     ],
 )
 def test_a_recorded_step_is_the_plain_step(more: tuple[str, ...]) -> None:
     recorder = Repeater()
     assert_same(recorder, *more)
     assert (recorder.recordings, recorder.runs) == (1, 86)  # three warm-up steps, and one of 90 is ragged
+
+
+def test_a_recorded_step_of_the_exact_mode_is_the_plain_step() -> None:
+    recorder = Repeater()
+    assert_same(recorder, "train.virtual_ranks=4", "train.ema_decay=0.9", steps=20)
+    assert (recorder.recordings, recorder.runs) == (1, 17)
 
 
 def test_the_shape_of_the_first_step_is_not_the_only_one_that_is_recorded() -> None:
