@@ -29,6 +29,8 @@ class Source(Protocol):
 
     @property
     def row_numbers(self) -> Tensor: ...
+    @property
+    def table(self) -> Gathered | None: ...
     def read(self, index: Tensor) -> Gathered: ...
 
 
@@ -69,6 +71,11 @@ class Batch:
     def weights(self) -> Tensor | None:
         """Weights of the rows, (n,) float64, on the device; None where every row counts 1."""
         return self._gathered.weights
+
+    @property
+    def table(self) -> Gathered | None:
+        """All rows of the split, class indices of any integer type; None where they are not on the device."""
+        return self._source.table
 
     @property
     def rows(self) -> Tensor:
@@ -121,6 +128,11 @@ class ResidentRows:
     def gather(self, share: MicroBatchIndices) -> Batch:
         """The batch of a share."""
         return Batch(self, share, share.rows)
+
+    @property
+    def table(self) -> Gathered:
+        """All rows, class indices of any integer type."""
+        return Gathered(self.inputs, self._targets, self.weights)
 
     def read(self, index: Tensor) -> Gathered:
         """The rows at the places `index`, (n,)."""
@@ -185,6 +197,11 @@ class MappedRows:
     def gather(self, share: MicroBatchIndices) -> Batch:
         """The batch of a share."""
         return Batch(self, share, share.rows)
+
+    @property
+    def table(self) -> None:
+        """The rows are not on the device."""
+        return
 
     def read(self, index: Tensor) -> Gathered:
         """The rows at the places `index`, (n,), on the device."""

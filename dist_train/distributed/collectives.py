@@ -191,9 +191,11 @@ class Collectives:
     def async_to_host(self, *wanted: Tensor | float) -> Callable[[], list[float]]:
         """Ask for numbers, some of them in tensors, as they are once all work so far is done; the call gives them.
 
+        Those in tensors of the host are read by the call.
+
         On a GPU nothing is waited for until then, so that more work can be sent off meanwhile.
         """
-        if self.device.type != "cuda":
+        if all(part.device.type == "cpu" for part in wanted if isinstance(part, Tensor)):
             return lambda: [
                 number for part in wanted for number in (part.view(-1).tolist() if isinstance(part, Tensor) else [part])
             ]

@@ -8,7 +8,8 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.execution.base import Execution
 from dist_train.execution.ddp import DDPExecution
 from dist_train.execution.exact import ExactExecution
-from dist_train.execution.recorded import CudaRecorder, RecordedExecution
+from dist_train.execution.recorded import RecordedExecution
+from dist_train.execution.recorder import CudaRecorder
 from dist_train.execution.single import SingleExecution
 
 # Compiling whole steps takes some seconds, once on a machine: a short run would not get them back.

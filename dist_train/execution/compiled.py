@@ -30,6 +30,8 @@ class CompiledSteps:
     aside for micro-batches, weighted rows, and batches of less than 2 or more than MAX_ROWS rows.
     """
 
+    averages = False
+
     def __init__(self, eager: EagerStep, model: FinancialClassifier, optimizer: AdamW, objective: CrossEntropy) -> None:
         self._eager = eager
         self._inputs = model.inputs
@@ -63,15 +65,15 @@ class CompiledSteps:
         self._held, self._over = on, False
         self._batches, self._rates = [], []
 
-    def settle(self) -> bool:
-        """Compute what was put off; true if there was anything."""
+    def settle(self, *, wait: bool = True) -> int | None:  # noqa: ARG002
+        """Compute what was put off; None where there was nothing, otherwise 0: nothing is under way."""
         batches, results = self._batches, self._results
         if not batches:
-            return False
+            return None
         rates, self._batches, self._rates = self._rates, [], []
         self._results = torch.zeros_like(results)
         if self._over:
-            return True
+            return 0
         optimizer, largest = self._optimizer, self._eager.max_grad_norm
         settings = np.empty((len(batches), 6))
         settings[:, 0], settings[:, 1:4] = rates, (*optimizer.betas, optimizer.eps)
@@ -85,7 +87,7 @@ class CompiledSteps:
         taken = self._network.take(inputs, batch.targets, [one.context for one in batches], settings, results)
         optimizer.count_steps(taken)
         self._over = self._held and taken < len(batches)
-        return True
+        return 0
 
     def compute(
         self, batches: Sequence[Batch], lr: float | Tensor, vote: float | Tensor

@@ -49,7 +49,7 @@ class AdamW:
         ]
         self.betas = betas
         self.eps = eps
-        self._steps = torch.zeros((), dtype=torch.float32, device=self.moments.device)
+        self.steps = torch.zeros((), dtype=torch.float32, device=self.moments.device)
 
     def step(self, gradients: Tensor, lr: float | Tensor, finite: Tensor | bool) -> None:
         """Update the parameters by flat gradients; where `finite` is false, nothing changes.
@@ -58,13 +58,13 @@ class AdamW:
         """
         if finite is False:
             return
-        self._steps += finite
+        self.steps += finite
         skip = (~finite).float() if isinstance(finite, Tensor) else None
         beta1, beta2 = self.betas
         for part, multiplier, decay, values, mean, square in self._parts:
             rate = lr if multiplier == 1.0 else lr * multiplier
             torch._fused_adamw_(
-                [values], [gradients[part]], [mean], [square], [], [self._steps],
+                [values], [gradients[part]], [mean], [square], [], [self.steps],
                 lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=self.eps,
                 amsgrad=False, maximize=False, grad_scale=None, found_inf=skip,
             )  # fmt: skip
@@ -72,18 +72,18 @@ class AdamW:
     @property
     def steps_taken(self) -> int:
         """Updates so far."""
-        return int(self._steps)
+        return int(self.steps)
 
     def count_steps(self, count: int) -> None:
         """Count updates that were made elsewhere."""
-        self._steps += count
+        self.steps += count
 
     def state_dict(self) -> dict[str, Tensor]:
         """`<parameter>/<quantity>` -> tensor; the quantities are exp_avg, exp_avg_sq and step."""
         state: dict[str, Tensor] = {}
         for parameter, name in self._names.items():
             first, second = self.parameters.view(self.moments, parameter)
-            state |= {f"{name}/exp_avg": first, f"{name}/exp_avg_sq": second, f"{name}/step": self._steps}
+            state |= {f"{name}/exp_avg": first, f"{name}/exp_avg_sq": second, f"{name}/step": self.steps}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -92,7 +92,7 @@ class AdamW:
             first, second = self.parameters.view(self.moments, parameter)
             first.copy_(state[f"{name}/exp_avg"])
             second.copy_(state[f"{name}/exp_avg_sq"])
-            self._steps.copy_(state[f"{name}/step"])
+            self.steps.copy_(state[f"{name}/step"])
 
 
 def undecayed_parameters(model: nn.Module) -> set[str]:

@@ -8,20 +8,22 @@ a reference to what nobody else keeps.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_train.determinism.batch_context import BatchContext, ModelContext
 from dist_train.execution.base import Execution, Inputs
 from dist_train.execution.flat_parameters import FlatParameters
+from dist_train.execution.recorder import Recorder, Recording, record_or_warn
 from dist_train.training.protocols import Batch, DeferredSteps, GradientReducer
 from dist_train.training.step import EagerStep, Number, Step, StepResult
+
+if TYPE_CHECKING:
+    from dist_train.execution.fused import FusedSteps
 
 # Steps of a shape that are taken eagerly before one is recorded: kernels are loaded, and DistributedDataParallel has
 # laid out its buckets (11 are what torch's notes on CUDA graphs ask of it).
@@ -32,80 +34,14 @@ MAX_GRAPHS = 3
 Shape = tuple[Any, ...]
 
 
-class Recording(Protocol):
-    """Kernels that were recorded."""
-
-    def replay(self) -> None:
-        """Launch them."""
-
-    def reset(self) -> None:
-        """Free what they hold. NCCL's communicator cannot be destroyed while a graph refers to it."""
-
-
-class Recorder(Protocol):
-    """Records the kernels that a function launches."""
-
-    def use_stream(self) -> None:
-        """Let all further work of this thread run on the stream that is recorded."""
-
-    def record(self, launch: Callable[[], Any]) -> Recording:
-        """Record what a function launches, without running it.
-
-        Raises:
-            RuntimeError: it cannot be recorded; all else is as it was before.
-        """
-
-
-class CudaRecorder:
-    """torch.cuda.CUDAGraph, on the current stream; all graphs share one memory pool."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def use_stream(self) -> None:
-        """Leave the default stream, which cannot be recorded.
-
-        Autograd's nodes, and DistributedDataParallel's hooks among them, belong to the stream on which they were made:
-        the model has to be prepared after this.
-        """
-        if torch.cuda.current_stream() == torch.cuda.default_stream():
-            own = torch.cuda.Stream()
-            own.wait_stream(torch.cuda.default_stream())
-            torch.cuda.set_stream(own)
-
-    def record(self, launch: Callable[[], Any]) -> Recording:
-        """A graph of what was launched."""
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        stream = torch.cuda.current_stream()
-        try:
-            # Other threads (NCCL's watchdog, this package's own) may ask CUDA something meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                launch()
-        except RuntimeError:
-            torch.cuda.set_stream(stream)
-            self._end_allocations()
-            raise
-        return graph
-
-    def _end_allocations(self) -> None:
-        """After a capture that has failed: torch.cuda.graph leaves the allocator believing that it goes on."""
-        device = torch.cuda.current_device()
-        try:
-            torch._C._cuda_endAllocateToPool(device, self._pool)
-        except RuntimeError:
-            return  # the capture has ended, and the graph gives its share of the pool back
-        torch._C._cuda_releasePool(device, self._pool)
-
-
 class RecordedExecution:
     """Another execution whose steps are recorded."""
 
     def __init__(self, inner: Execution, recorder: Recorder) -> None:
         self._inner = inner
         self._recorder = recorder
-        self._step: GraphStep | None = None
+        self._model: nn.Module | None = None
+        self._step: GraphStep | FusedSteps | None = None
         self.name = f"{inner.name}, recorded"
         self.deferred: DeferredSteps | None = None
 
@@ -126,10 +62,18 @@ class RecordedExecution:
 
     def reduce(self, model: nn.Module, parameters: FlatParameters, sample: Inputs) -> tuple[nn.Module, GradientReducer]:
         """As the execution that is recorded does."""
+        self._model = model
         return self._inner.reduce(model, parameters, sample)
 
     def step(self, eager: EagerStep) -> Step:
-        """The step, recorded once its shape is known."""
+        """The step, recorded once its shape is known; in kernels of its own where they know the model."""
+        if self._model is not None and next(self._model.parameters()).is_cuda:
+            from dist_train.execution.fused import fuse_steps  # imports what only a step of its own needs
+
+            fused = fuse_steps(eager, self._model, self.context, self._recorder)
+            if fused is not None:
+                eager.computation, self.deferred, self._step = fused.compute, fused, fused
+                return eager
         self._step = GraphStep(eager, self.context, self._recorder)
         return self._step
 
@@ -187,59 +131,46 @@ class GraphStep:
         self._recorded.clear()
 
     def _record(self, shape: Shape, batch: Batch) -> _Recorded | None:
-        try:
-            self._recorded[shape] = _Recorded(self._eager, self._context, self._recorder, batch)
-        except RuntimeError as error:
-            reason = _why_not_captured(error)
-            if reason is None:
-                raise
-            warnings.warn(f"the step cannot be recorded as a CUDA graph, going on without: {reason}", stacklevel=3)
+        recorded = _Recorded(self._eager, self._context, batch)
+        if not recorded.record(self._recorder):
             self.close()
             return None
-        return self._recorded[shape]
-
-
-def _why_not_captured(error: BaseException) -> str | None:
-    """What an operation said that CUDA does not record; None: the error is of another kind.
-
-    Such an operation makes the whole capture invalid, so that torch.cuda.graph may raise another error after its own.
-    Memory that runs out and a communication that fails say nothing about the step.
-    """
-    errors: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in errors:
-        errors.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    if any(isinstance(one, (torch.OutOfMemoryError, dist.DistError)) for one in errors):
-        return None
-    said = [str(one).strip().splitlines()[0] for one in errors if "captur" in str(one)]
-    return said[-1] if said else None
+        self._recorded[shape] = recorded
+        return recorded
 
 
 class _Recorded:
     """A step that was recorded, and the memory that it reads from and leaves its results in."""
 
-    def __init__(self, eager: EagerStep, context: ModelContext, recorder: Recorder, batch: Batch) -> None:
+    def __init__(self, eager: EagerStep, context: ModelContext, batch: Batch) -> None:
         self._eager = eager
         self._context = context
+        self._batch = batch
         self._streams = context.used_streams
         device = eager.collectives.device
         self._pinned = device.type == "cuda"
         # One tensor, so that it takes one copy: first counters, learning rate and vote as float64, row indices.
         self._inbox = torch.zeros(len(self._streams) + 2 + len(batch.index), dtype=torch.int64, device=device)
+        self._results: tuple[Tensor, Number, Tensor | bool] | None = None
+        self._recording: Recording | None = None
+        self._kept: list[Tensor] = []
+        """The kernels read these by address; RowRandom may replace them by longer ones."""
+
+    def record(self, recorder: Recorder) -> bool:
+        """Record the step; false, with a warning, where CUDA refuses."""
+        batch = self._batch
         counters, numbers, index = self._inbox.split([len(self._streams), 2, len(batch.index)])
         rate, vote = numbers.view(torch.float64).unbind()
-        self._results: tuple[Tensor, Number, Tensor | bool] | None = None
         place = BatchContext(
             slices=batch.context.slices, counters=dict(zip(self._streams, counters.unbind(), strict=True))
         )
 
         def launch() -> None:
-            self._results = eager.compute([batch.by_index(index, place)], rate.float(), vote)
+            self._results = self._eager.compute([batch.by_index(index, place)], rate.float(), vote)
 
-        self._recording = recorder.record(launch)
-        # The kernels read these by address; RowRandom may replace them by longer ones.
-        self._kept = context.random.sequences
+        self._recording = record_or_warn(recorder, launch)
+        self._kept = self._context.random.sequences
+        return self._recording is not None
 
     def run(self, batch: Batch, step: int, *, wants_stop: bool) -> StepResult:
         """Take a step on a batch of the same shape."""
@@ -254,11 +185,13 @@ class _Recorded:
         # torch's pinned memory allocator hands it out again only once the copy is done.
         message = torch.empty(self._inbox.shape, dtype=torch.int64, pin_memory=self._pinned)
         self._inbox.copy_(torch.cat(parts, out=message), non_blocking=True)
+        assert self._recording is not None
         self._recording.replay()
         assert self._results is not None
         return StepResult(*self._results, lr, batch.global_rows)
 
     def reset(self) -> None:
         """Free the graph."""
-        self._recording.reset()
+        if self._recording is not None:
+            self._recording.reset()
         self._results = None

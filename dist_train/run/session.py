@@ -38,6 +38,9 @@ from dist_train.training.step import EagerStep, Step
 STEPS_AHEAD = 8
 # Rows of the steps that are computed together on the CPU: some milliseconds, after which a vote to stop is seen.
 ROWS_AHEAD = 1024
+# Rows of the steps that are sent to a GPU together, and steps.
+ROWS_AHEAD_ON_GPU = 1 << 20
+MOST_STEPS_AHEAD = 63
 
 
 class Session:
@@ -226,12 +229,14 @@ def build_loop(
     `put_off`: steps may be sent off, or computed together, before it is known how the one before them has ended. Else
     the weights are those of the step before whenever `wants_stop` is called, and a stop holds from the next step on.
     """
-    # A moving average follows each step.
-    deferred = session.execution.deferred if put_off and session.average is None else None
-    if collectives.device.type == "cuda":
-        steps_ahead = STEPS_AHEAD if put_off else 0
-    else:
-        steps_ahead = ROWS_AHEAD // config.train.global_batch_size if deferred is not None else 0
+    deferred = session.execution.deferred if put_off else None
+    if deferred is not None and session.average is not None and not deferred.averages:
+        deferred = None
+    on_gpu = collectives.device.type == "cuda"
+    steps_ahead = STEPS_AHEAD if on_gpu and put_off else 0
+    if deferred is not None:
+        rows = ROWS_AHEAD_ON_GPU if on_gpu else ROWS_AHEAD
+        steps_ahead = min(MOST_STEPS_AHEAD, rows // config.train.global_batch_size)
     return Loop(
         session.step,
         session.feed,

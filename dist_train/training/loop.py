@@ -91,6 +91,8 @@ class Loop:
         self.wants_stop = wants_stop
         self.deferred = deferred
         self._pending: deque[_PendingStep] = deque()
+        self._under_way = 0
+        """Steps that were put off, have been sent off, and are not known to be computed: the first of `_pending`."""
         self._clock = time.perf_counter()
         self._samples_at_line = self.progress.samples(self.feed.num_rows)
         self._seconds_at_line = self.progress.train_seconds
@@ -138,8 +140,7 @@ class Loop:
         TrainingFault where a loss or gradient was not finite. On a vote all steps are waited for.
         """
         stop = False
-        if len(self._pending) > keep and self.deferred is not None and self.deferred.settle():
-            keep = 0  # all of them were computed
+        keep = self._settled(keep)
         while len(self._pending) > keep:
             sent = self._pending.popleft()
             loss, weight, votes, norm, finite = sent.numbers()
@@ -147,8 +148,20 @@ class Loop:
                 raise TrainingFault(self._describe_nonfinite(sent, loss / (weight or 1.0), norm))
             self.meter.add(loss, weight)
             if votes > 0:
-                stop, keep = True, 0
+                stop, keep = True, self._settled(0)
         return stop
+
+    def _settled(self, keep: int) -> int:
+        """How many of the last steps are not to be asked for yet, if it may be up to `keep`."""
+        if self.deferred is None:
+            return keep
+        if keep and len(self._pending) - self._under_way <= keep:
+            return len(self._pending)
+        settled = self.deferred.settle(wait=keep == 0)
+        if settled is None:
+            return keep
+        self._under_way = settled
+        return settled
 
     def _must_synchronize(self) -> bool:
         warmed_up = self._steps_taken == WARMUP_STEPS

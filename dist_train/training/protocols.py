@@ -16,6 +16,7 @@ class Batch(Protocol):
     """This rank's rows of one forward-backward pass. Only the model and the loss look inside `inputs` and `targets`.
 
     They are read by `index`, the places of the rows in memory; `by_index` gives a twin that reads by another tensor.
+    `table`: what `index` are places in, where all of it is on the device: inputs, targets and weights of all rows.
     `weights`, (rows,): how much each row counts; None: all count 1.
     """
 
@@ -25,6 +26,8 @@ class Batch(Protocol):
     def targets(self) -> Tensor: ...
     @property
     def weights(self) -> Tensor | None: ...
+    @property
+    def table(self) -> Any | None: ...
     @property
     def index(self) -> Tensor: ...
     @property
@@ -85,13 +88,21 @@ class Average(Protocol):
 
 
 class DeferredSteps(Protocol):
-    """Steps of which several are computed together, later than they were taken; their results are there by then."""
+    """Steps of which several are computed together, later than they were taken; their results are there by then.
+
+    `averages`: whether a moving average follows each of them.
+    """
+
+    averages: bool
 
     def hold(self, *, on: bool) -> None:
         """Put steps off from now on, or do so no more; those that were and not computed are dropped."""
 
-    def settle(self) -> bool:
-        """Compute what was put off; true if there was anything."""
+    def settle(self, *, wait: bool) -> int | None:
+        """Compute what was put off, or send it off; `wait`: until all that was ever sent off is computed.
+
+        The number of steps whose results are not there yet, which are the last ones; None where nothing was to be done.
+        """
 
 
 class Rows(Protocol):

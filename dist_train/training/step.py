@@ -85,17 +85,18 @@ class EagerStep:
     def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> StepResult:
         """Train on the batches unless the loss or the gradient is not finite on some rank."""
         lr = self.learning_rate(step)
-        # On a GPU the rate is a number of its memory, as it is when the step is recorded: the kernel is another one.
-        device = self.collectives.device
-        rate = lr if device.type == "cpu" else torch.full((), lr, device=device)
         return StepResult(
-            *self.computation(batches, rate, float(wants_stop)), lr, sum(batch.global_rows for batch in batches)
+            *self.computation(batches, lr, float(wants_stop)), lr, sum(batch.global_rows for batch in batches)
         )
 
     def compute(
         self, batches: Sequence[Batch], lr: float | Tensor, vote: float | Tensor
     ) -> tuple[Tensor, Number, Tensor | bool]:
         """The step itself: totals, gradient norm, and whether both were finite. Nothing in it waits for a GPU."""
+        device = self.collectives.device
+        if device.type != "cpu" and not isinstance(lr, Tensor):
+            # A number of the GPU's memory, as it is when the step is recorded: the kernel is another one.
+            lr = torch.full((), lr, device=device)
         # Of each slice: loss, weight, and the vote to stop.
         sums = torch.zeros((len(batches[0].context.slices), 3), dtype=torch.float64, device=self.collectives.device)
         losses, weights, votes = sums.unbind(1)

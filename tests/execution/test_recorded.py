@@ -15,7 +15,8 @@ from dist_train.determinism.position import Position
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.execution.base import GuardedStep
-from dist_train.execution.recorded import MAX_GRAPHS, CudaRecorder, GraphStep
+from dist_train.execution.recorded import MAX_GRAPHS, GraphStep
+from dist_train.execution.recorder import CudaRecorder
 from dist_train.run.session import Session
 from dist_train.training.step import EagerStep
 from tests.dist.sessions import BUILTIN, build

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dist_train.determinism.batch_norm import GatheredBatchNorm1d
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World, torch_backend
-from dist_train.execution.recorded import CudaRecorder
+from dist_train.execution.recorder import CudaRecorder
 from tests.gpu import graphs
 from tests.gpu.graphs import assert_recorded_is_eager
 

@@ -19,7 +19,8 @@ from dist_train.determinism.position import Position
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.execution import exact, single
-from dist_train.execution.recorded import CudaRecorder, GraphStep
+from dist_train.execution.recorded import GraphStep
+from dist_train.execution.recorder import CudaRecorder
 from dist_train.run.session import Session
 from dist_train.tasks.tabular import TabularTask
 from dist_train.training.step import EagerStep, Step, StepResult
@@ -171,7 +172,7 @@ def replays(session: Session) -> list[Callable[[], None]]:
     """For each shape that was recorded, what launches its kernels once more."""
     step = inner_step(session)
     recorded = step._recorded.values() if isinstance(step, GraphStep) else ()
-    return [one._recording.replay for one in recorded]
+    return [one._recording.replay for one in recorded if one._recording is not None]
 
 
 class Trainer:
