@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -21,19 +22,39 @@ class Order(Protocol):
 
 
 class FullOrder:
-    """Any order of the rows is as likely as any other. Holds 8 bytes a row."""
+    """Any order of the rows is as likely as any other. Holds 8 bytes a row of an epoch.
 
-    def __init__(self, num_rows: int, seed: int) -> None:
+    The orders of the next `ahead` epochs are made in threads meanwhile: on a GPU an epoch may take no longer than its
+    order does.
+    """
+
+    def __init__(self, num_rows: int, seed: int, ahead: int = 0) -> None:
         self._num_rows = num_rows
         self._seed = seed
         self._kept: tuple[int, Tensor] | None = None
+        self._ahead = ahead
+        self._threads = ThreadPoolExecutor(ahead, "order of an epoch") if ahead else None
+        self._coming: dict[int, Future[Tensor]] = {}
 
     def rows(self, epoch: int, begin: int, end: int) -> Tensor:
         """Row numbers of the places `begin` to `end` of an epoch's order."""
         if self._kept is None or self._kept[0] != epoch:
             self._kept = None  # the former epoch's goes before the next one's comes
-            self._kept = epoch, permutation(self._num_rows, "order", self._seed, epoch)
+            coming = self._coming.pop(epoch, None)
+            self._kept = epoch, self._order(epoch) if coming is None else coming.result()
+            self._look_ahead(epoch)
         return self._kept[1][begin:end]
+
+    def _order(self, epoch: int) -> Tensor:
+        return permutation(self._num_rows, "order", self._seed, epoch)
+
+    def _look_ahead(self, epoch: int) -> None:
+        wanted = range(epoch + 1, epoch + 1 + self._ahead)
+        self._coming = {one: order for one, order in self._coming.items() if one in wanted}
+        if self._threads is not None:
+            for one in wanted:
+                if one not in self._coming:
+                    self._coming[one] = self._threads.submit(self._order, one)
 
 
 class BalancedOrder:

@@ -38,7 +38,7 @@ class PositionSampler(DistributedSampler[int]):
     """A DistributedSampler whose state is a position, so that it needs no `set_epoch` and resumes anywhere at once.
 
     The order of an epoch is a function of (seed, epoch): FullOrder, BlockOrder where `shuffle_block_rows` is set, or
-    BalancedOrder where `classes` is given, the class index of each row.
+    BalancedOrder where `classes` is given, the class index of each row. `epochs_ahead`: as FullOrder's `ahead`.
     Each global batch is the next `global_batch_size` rows of that order, cut into `accumulation_steps` passes, each of
     them cut into `num_slices` contiguous slices, of which each rank owns a contiguous run. Nothing is padded and
     nothing dropped: slices differ by one row at most and may be empty.
@@ -59,6 +59,7 @@ class PositionSampler(DistributedSampler[int]):
         num_slices: int | None = None,
         shuffle_block_rows: int | None = None,
         classes: Tensor | None = None,
+        epochs_ahead: int = 0,
         position: Position = Position(),  # noqa: B008  (immutable)
     ) -> None:
         if num_rows < 2:
@@ -77,7 +78,7 @@ class PositionSampler(DistributedSampler[int]):
         elif shuffle_block_rows:
             self._order = BlockOrder(num_rows, shuffle_block_rows, seed)
         else:
-            self._order = FullOrder(num_rows, seed)
+            self._order = FullOrder(num_rows, seed, epochs_ahead)
 
     @property
     def steps_per_epoch(self) -> int:

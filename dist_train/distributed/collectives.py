@@ -195,10 +195,8 @@ class Collectives:
 
         On a GPU nothing is waited for until then, so that more work can be sent off meanwhile.
         """
-        if all(part.device.type == "cpu" for part in wanted if isinstance(part, Tensor)):
-            return lambda: [
-                number for part in wanted for number in (part.view(-1).tolist() if isinstance(part, Tensor) else [part])
-            ]
+        if not any(isinstance(part, Tensor) and part.is_cuda for part in wanted):
+            return lambda: _numbers(wanted)
         joined = torch.cat([torch.as_tensor(part, device=self.device).view(-1).double() for part in wanted])
         arrived = torch.cuda.Event()
         host = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True).copy_(joined, non_blocking=True)
@@ -244,6 +242,18 @@ class Collectives:
             votes = torch.tensor([float(self._wants_stop())])
             if self.all_reduce(votes).item():
                 raise Stopped
+
+
+def _numbers(parts: Sequence[Tensor | float]) -> list[float]:
+    found: list[float] = []
+    for part in parts:
+        if not isinstance(part, Tensor):
+            found.append(part)
+        elif part.ndim:
+            found += part.view(-1).tolist()
+        else:
+            found.append(part.item())
+    return found
 
 
 class _Outcome(NamedTuple):

@@ -67,11 +67,12 @@ def bind(model: nn.Module, shared: ModelContext) -> Forward:
 
 
 class GuardedStep:
-    """A step in which no global random generator may move."""
+    """A step in which no global random generator may move. `every` so many steps is looked at, counted from 1."""
 
-    def __init__(self, step: Step, guard: GeneratorGuard) -> None:
+    def __init__(self, step: Step, guard: GeneratorGuard, every: int = 1) -> None:
         self.inner = step
         self._guard = guard
+        self._every = every
 
     def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> StepResult:
         """Take the step.
@@ -79,5 +80,7 @@ class GuardedStep:
         Raises:
             UserError: it has drawn from a global generator.
         """
+        if (step + 1) % self._every:
+            return self.inner(batches, step, wants_stop=wants_stop)
         with self._guard.watching(step + 1):
             return self.inner(batches, step, wants_stop=wants_stop)

@@ -71,11 +71,15 @@ class FusedSteps:
         self._shapes: dict[Shape, _StepsOfShape] = {}
         self._held = False
         self._put_off: list[_PutOff] = []
-        self._results = self._fresh_results()
+        self._renew_results()
         self._arrived: torch.cuda.Event | None = None
 
-    def _fresh_results(self) -> Tensor:
-        return torch.zeros((MAX_STEPS, 5), dtype=torch.float64, pin_memory=self._on_gpu)
+    def _renew_results(self) -> None:
+        """Memory for the results of the steps that are put off next."""
+        self._results = torch.zeros((MAX_STEPS, 5), dtype=torch.float64, pin_memory=self._on_gpu)
+        totals, norms, finite = self._results[:, :3], self._results[:, 3], self._results[:, 4]
+        # All at once: to make a view takes longer than to take one out of a list.
+        self._views = list(zip(totals.unbind(), norms.unbind(), finite.unbind(), strict=True))
 
     @property
     def _on_gpu(self) -> bool:
@@ -91,7 +95,7 @@ class FusedSteps:
         if sent:
             former, results = self._arrived, self._results
             self._send(sent, results)
-            self._results = self._fresh_results()
+            self._renew_results()
             if self._on_gpu:
                 self._arrived = torch.cuda.Event()
                 self._arrived.record()
@@ -121,8 +125,7 @@ class FusedSteps:
         if self._held:
             if len(self._put_off) > MAX_STEPS:
                 raise AssertionError("a caller that holds steps settles them")
-            result = self._results[len(self._put_off) - 1]
-            return result[:3], result[3], result[4]
+            return self._views[len(self._put_off) - 1]
         sent, self._put_off = self._put_off, []
         result = self._steps_of(sent[0]).send(sent)[0].clone()
         return result[:3], result[3], result[4] == 1
@@ -156,11 +159,12 @@ class FusedSteps:
 
     def numbers_of(self, one: _PutOff) -> list[int]:
         """The head of a step's message: first counters of both dropouts, learning rate and vote as float64's bits."""
-        with self._context.bound(one.batch.context):
-            counters = [
-                int(self._context.counter_for(drop.purpose, width))
-                for drop, width in zip(self._drops, self._widths, strict=True)
-            ]
+        place, random = one.batch.context, self._context.random
+        first = place.first_row + place.offset
+        counters = [
+            random.counter(drop.purpose, width, place.epoch, first)
+            for drop, width in zip(self._drops, self._widths, strict=True)
+        ]
         return [*counters, *struct.unpack("<2q", struct.pack("<2d", one.lr, one.vote))]
 
     def launch(self, steps: _StepsOfShape, batch: Batch) -> None:

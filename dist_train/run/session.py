@@ -38,6 +38,11 @@ from dist_train.training.step import EagerStep, Step
 STEPS_AHEAD = 8
 # Rows of the steps that are computed together on the CPU: some milliseconds, after which a vote to stop is seen.
 ROWS_AHEAD = 1024
+# Epochs whose order is made in advance, of tables of so many rows at most: 8 bytes a row and epoch.
+EPOCHS_AHEAD = 2
+ROWS_OF_SHORT_EPOCHS = 1 << 22
+# Of the steps in which only this package's code takes part, every so many is looked at for what it draws.
+STEPS_BETWEEN_LOOKS = 50
 # Rows of the steps that are sent to a GPU together, and steps.
 ROWS_AHEAD_ON_GPU = 1 << 20
 MOST_STEPS_AHEAD = 63
@@ -96,7 +101,10 @@ class Session:
             autocast_dtype=autocast_dtype_of(train.precision),
             average=self.average,
         )
-        self.step: Step = GuardedStep(self.execution.step(eager), GeneratorGuard(collectives.device))
+        step = self.execution.step(eager)
+        # Steps that can be put off are this package's own code, and looking takes as long as a small one.
+        every = STEPS_BETWEEN_LOOKS if self.execution.deferred is not None else 1
+        self.step: Step = GuardedStep(step, GeneratorGuard(collectives.device), every)
         self._tensors: dict[str, Stateful] = {
             "model.pth": self.model,
             "optimizer.pth": self.optimizer,
@@ -211,6 +219,7 @@ def _sampler(config: JobConfig, rows: Source, collectives: Collectives) -> Posit
         num_slices=train.virtual_ranks,
         shuffle_block_rows=config.data.shuffle_block_rows,
         classes=rows.targets.cpu() if train.class_sampling else None,
+        epochs_ahead=EPOCHS_AHEAD if collectives.device.type == "cuda" and len(rows) <= ROWS_OF_SHORT_EPOCHS else 0,
     )
 
 
