@@ -83,6 +83,30 @@ def _dot(a, b, sums, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _high(x):
+    """The part of float32 numbers that TF32 holds, 11 significant bits; numbers minus that part have 13."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot_parts(a, parts, place, inside, size, sums, PRECISION: tl.constexpr):
+    """sums + a @ b, of which `parts` holds the numbers and, for "tf32x3", `size` further on what is left of them.
+
+    The three products of TF32x3 as `tl.dot` has it, but the parts of b are there and need not pass the registers.
+    """
+    b = tl.load(parts + place, mask=inside, other=0.0)
+    if PRECISION == "tf32x3":
+        rest = tl.load(parts + size + place, mask=inside, other=0.0)
+        high = _high(a)
+        sums = tl.dot(a - high, b, sums, input_precision="tf32")
+        sums = tl.dot(high, rest, sums, input_precision="tf32")
+        sums = tl.dot(high, b, sums, input_precision="tf32")
+    else:
+        sums = _dot(a, b, sums, PRECISION)
+    return sums
+
+
+@triton.jit
 def first_linear(
     x, index, index_stride, inbox, inbox_stride, cursor, steps, now, w1, y1, stats, starts, PIECE_ROWS: tl.constexpr,
     PIECES: tl.constexpr, NOW: tl.constexpr, F: tl.constexpr, X_STRIDE: tl.constexpr, H: tl.constexpr,
@@ -177,7 +201,7 @@ def second_linear_and_loss(
             )  # fmt: skip
             columns = start + tl.arange(0, BK)
             both = (columns < H)[:, None] & is_out[None, :]
-            y2 = _dot(h1, tl.load(w2 + outs[None, :] * H + columns[:, None], mask=both, other=0.0), y2, PRECISION)
+            y2 = _dot_parts(h1, w2, outs[None, :] * H + columns[:, None], both, 2 * U * H, y2, PRECISION)
         y2 += bias2[None, :]
         h2 = tl.where(y2 <= 0, 0.0, y2)
         if DROPS2:
@@ -253,7 +277,7 @@ def second_linear_backward(
     counter = tl.load(now)
     columns, outs = part * BH + tl.arange(0, BH), tl.arange(0, BO)
     inside, is_out = columns < H, outs < U
-    both = is_out[:, None] & inside[None, :]
+    of_w2 = is_out[:, None] & inside[None, :]
     dw2 = tl.zeros([BO, BH], tl.float32)
     plain, times = tl.zeros([BH], tl.float64), tl.zeros([BH], tl.float64)
     for tile in range(0, PIECE_ROWS, BM):
@@ -271,10 +295,9 @@ def second_linear_backward(
             for start in range(0, BO, BK):
                 few = start + tl.arange(0, BK)
                 a = tl.load(dy2 + rows[:, None] * U + few[None, :], mask=live[:, None] & (few < U)[None, :], other=0.0)
-                b = tl.load(
-                    w2 + few[:, None] * H + columns[None, :], mask=(few < U)[:, None] & inside[None, :], other=0.0
-                )
-                slope = _dot(a, b, slope, PRECISION)
+                both = (few < U)[:, None] & inside[None, :]
+                place = U * H + columns[None, :] * U + few[:, None]
+                slope = _dot_parts(a, w2, place, both, 2 * U * H, slope, PRECISION)
             slope *= scale1
             slope = tl.where(h1 > 0, slope, 0.0)
             tl.store(dz + rows[:, None] * H + columns[None, :], slope, mask=live[:, None] & inside[None, :])
@@ -282,7 +305,7 @@ def second_linear_backward(
             times += tl.sum(slope * normal, 0).to(tl.float64)
     place = partials + piece.to(tl.int64) * size
     if TRAINS_W2:
-        tl.store(place + at_w2 + outs[:, None] * H + columns[None, :], dw2, mask=both)
+        tl.store(place + at_w2 + outs[:, None] * H + columns[None, :], dw2, mask=of_w2)
     if OF_INPUTS:
         tl.store(sums + piece * 2 * H + columns, plain, mask=inside)
         tl.store(sums + piece * 2 * H + H + columns, times, mask=inside)

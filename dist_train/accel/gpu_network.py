@@ -153,6 +153,9 @@ class GpuNetwork:
         self.inputs, self.hidden = self.first.in_features, self.first.out_features
         self.units, self.classes = self.last.in_features, self.last.out_features
         device = optimum.values.device
+        self.in_parts = precision == "tf32x3"
+        self.parts = torch.zeros((4 if self.in_parts else 2, self.units * self.hidden), device=device)
+        """The second layer's weights and their transpose, for "tf32x3" in two parts each."""
         self.verdict = torch.ones((), dtype=torch.bool, device=device)
         self.now = torch.zeros(gpu_sums.NOW_SIZE, dtype=torch.int64, device=device)
         beta1, beta2 = optimum.betas
@@ -165,6 +168,12 @@ class GpuNetwork:
         )  # fmt: skip
         self.ones = torch.ones(1, device=device)
         self.zeros = torch.zeros(max(self.hidden, self.units, self.classes), device=device)
+
+    def read_weights(self) -> None:
+        """Take the second layer's weights as they are now; steps keep what they were made into up to date."""
+        gpu_sums.split_weights[(triton.cdiv(self.units * self.hidden, _BLOCK),)](
+            self.second.weight, self.parts, U=self.units, H=self.hidden, IN_PARTS=self.in_parts, BLOCK=_BLOCK
+        )
 
     def buffers(self, slices: Slices, rows_here: int, rows: int) -> Buffers:
         """Memory for steps of one shape: `rows_here` of `rows` on all ranks."""
@@ -244,7 +253,7 @@ class Buffers:
         second, last, loss = network.second, network.last, network.loss
         (threshold1, scale1, drops1), (threshold2, scale2, drops2) = network.drops
         gpu_layers.second_linear_and_loss[(self.pieces,)](
-            *self._normal, second.weight, self._bias(second), last.weight, self._bias(last), *index, rows.targets,
+            *self._normal, network.parts, self._bias(second), last.weight, self._bias(last), *index, rows.targets,
             network.ones if loss.class_weights is None else loss.class_weights,
             network.ones if rows.weights is None else rows.weights, network.now, self.dy2, self.partials, self.losses,
             self.size, at(second.bias), at(last.weight), at(last.bias), self.slices.starts, threshold1, scale1,
@@ -270,7 +279,7 @@ class Buffers:
             return
         threshold, scale, drops = network.drops[0]
         gpu_layers.second_linear_backward[(self.pieces, triton.cdiv(network.hidden, block.columns))](
-            *self._normal, network.second.weight, self.dy2, network.now, self.dz, self.sums, self.partials, self.size,
+            *self._normal, network.parts, self.dy2, network.now, self.dz, self.sums, self.partials, self.size,
             at(network.second.weight), at(network.norm.weight), at(network.norm.bias), self.slices.starts, threshold,
             scale, **self.cut, OF_INPUTS=of_inputs, DROPS1=drops, TRAINS_W2=of_weights,
             TRAINS_GAMMA=at(network.norm.weight) >= 0, TRAINS_BETA=at(network.norm.bias) >= 0,
@@ -310,9 +319,11 @@ class Buffers:
         )
         gpu_sums.clip_and_update[(self.parts,)](
             self.gradient, self.squares, totals, network.now, optimum.values, optimum.moments, optimum.steps,
-            inbox.results, network.verdict, self.size, optimum.decayed, network.settings, SLICES=self.slices.all,
+            inbox.results, network.verdict, network.parts,
+            self._offset(network.second.weight), self.size, optimum.decayed, network.settings, SLICES=self.slices.all,
             NOW=gpu_sums.NOW_SIZE, RESULT=gpu_sums.RESULT_SIZE, NUM_PARTS=self.parts, BPARTS=_power(self.parts, 1),
-            BLOCK=_BLOCK, OF_ROWS=rows.weights is not None,
+            BLOCK=_BLOCK, OF_ROWS=rows.weights is not None, U=network.units,
+            H=network.hidden, IN_PARTS=network.in_parts,
         )  # fmt: skip
 
     @property

@@ -115,17 +115,39 @@ def sum_of_slices(gradients, size, gradient, squares, SLICES: tl.constexpr, BLOC
 
 
 @triton.jit
+def _store_parts(parts, value, unit, column, size, U: tl.constexpr, H: tl.constexpr, inside, IN_PARTS: tl.constexpr):
+    """Numbers of w2, (U, H), where the products read them: as they are and transposed, in two parts for TF32x3."""
+    place, turned = unit * H + column, U * H + column * U + unit
+    if IN_PARTS:
+        high = (value.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        tl.store(parts + 2 * size + place, value - high, mask=inside)
+        tl.store(parts + 2 * size + turned, value - high, mask=inside)
+        value = high
+    tl.store(parts + place, value, mask=inside)
+    tl.store(parts + turned, value, mask=inside)
+
+
+@triton.jit
+def split_weights(w2, parts, U: tl.constexpr, H: tl.constexpr, IN_PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """`parts`, (2 or 4, U H) float32, from the weights of the second layer; `clip_and_update` keeps it up to date."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < U * H
+    value = tl.load(w2 + place, mask=inside, other=0.0)
+    _store_parts(parts, value, place // H, place % H, U * H, U, H, inside, IN_PARTS)
+
+
+@triton.jit
 def clip_and_update(
-    gradient, squares, totals, now, values, moments, steps, results, verdict, size, decayed, settings,
+    gradient, squares, totals, now, values, moments, steps, results, verdict, parts, at_w2, size, decayed, settings,
     SLICES: tl.constexpr, NOW: tl.constexpr, RESULT: tl.constexpr, NUM_PARTS: tl.constexpr, BPARTS: tl.constexpr,
-    BLOCK: tl.constexpr, OF_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, OF_ROWS: tl.constexpr, U: tl.constexpr, H: tl.constexpr, IN_PARTS: tl.constexpr,
 ):  # fmt: skip
     """Norm, verdict, clipping and AdamW on BLOCK parameters; the first `decayed` ones have weight decay.
 
     `settings`, float64: the largest norm, both betas, 1 minus each, the logarithm of each, eps, weight decay. Not
     arguments, which would be rounded to float32. `moments` is (2, size). A loss or norm that is not finite leaves
     everything as it is. `results` is (places, RESULT) float64: loss, weight, votes, norm before clipping, whether both
-    were finite; `verdict` is the last of them as a bool.
+    were finite; `verdict` is the last of them as a bool. `at_w2`: where w2 begins in `values`; -1: it is not there.
     """
     part = tl.program_id(0)
     loss, weight = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
@@ -141,8 +163,8 @@ def clip_and_update(
     divisor = weight
     if OF_ROWS:
         divisor = tl.where(weight == 0.0, 1.0, weight)
-    parts = tl.arange(0, BPARTS)
-    norm = tl.sqrt(tl.sum(tl.load(squares + parts, mask=parts < NUM_PARTS, other=0.0), 0)) / divisor
+    blocks = tl.arange(0, BPARTS)
+    norm = tl.sqrt(tl.sum(tl.load(squares + blocks, mask=blocks < NUM_PARTS, other=0.0), 0)) / divisor
     factor = 1.0 / divisor * tl.minimum(max_norm / (norm + 1e-6), 1.0)
     both = loss + norm
     finite = tl.where(both - both == 0.0, 1, 0)
@@ -173,3 +195,7 @@ def clip_and_update(
     tl.store(values + columns, value, mask=inside)
     tl.store(moments + columns, mean, mask=inside)
     tl.store(moments + size + columns, square, mask=inside)
+    if at_w2 >= 0:
+        place = columns - at_w2
+        of_w2 = inside & (place >= 0) & (place < U * H)
+        _store_parts(parts, value, place // H, place % H, U * H, U, H, of_w2, IN_PARTS)

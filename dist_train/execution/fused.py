@@ -229,6 +229,7 @@ class _StepsOfShape:
         torch.stack([one.batch.index for one in steps], out=message[:, inbox.header :])
         inbox.numbers[:count].copy_(message, non_blocking=True)
         inbox.cursor.zero_()
+        self._fused.network.read_weights()
         left = count
         while left:
             together = _STEPS_OF_A_GRAPH if left >= _STEPS_OF_A_GRAPH and self._taken >= _WARM_UP_STEPS else 1
