@@ -52,7 +52,7 @@ IMPLEMENTS = (
     ("SingleExecution", "Execution"),
     ("DDPExecution", "Execution"),
     ("ExactExecution", "Execution"),
-    ("RecordedExecution", "Execution"),
+    ("GpuExecution", "Execution"),
 )
 
 

@@ -93,8 +93,7 @@ class Loss:
     smoothing: float
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Rows to train on: features (n, inputs) float32, targets (n,) integers, weights (n,) float64 or none."""
 
     features: Tensor

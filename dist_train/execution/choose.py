@@ -8,7 +8,7 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.execution.base import Execution
 from dist_train.execution.ddp import DDPExecution
 from dist_train.execution.exact import ExactExecution
-from dist_train.execution.recorded import RecordedExecution
+from dist_train.execution.recorded import GpuExecution
 from dist_train.execution.recorder import CudaRecorder
 from dist_train.execution.single import SingleExecution
 
@@ -21,8 +21,10 @@ def choose_execution(
 ) -> Execution:
     """The execution of a configuration in a world; `seed` keys its random numbers.
 
-    `train.virtual_ranks` asks for the exact mode. Without it one rank is single, and several are ddp. A step of any of
-    them is recorded where all of it runs on the GPU (`rows_on_device`: its rows too) and the host is asked for nothing.
+    `train.virtual_ranks` asks for the exact mode. Without it one rank is single, and several are ddp. On a GPU each of
+    them has kernels of its own for the models that these know, on any backend and wherever the rows are, so that their
+    bits depend on neither; other models are recorded where all of a step runs on the GPU (`rows_on_device`: its rows
+    too) and the host is asked for nothing.
     On the CPU one rank's steps are compiled where a run is of COMPILED_FROM_STEPS or more.
     """
     context = ModelContext(seed)
@@ -33,6 +35,8 @@ def choose_execution(
     else:
         compiles = collectives.device.type == "cpu" and total_steps >= COMPILED_FROM_STEPS
         chosen = SingleExecution(collectives, context, compiles=compiles)
-    if collectives.runs_on_device and rows_on_device and train.accumulation_steps == 1:
-        return RecordedExecution(chosen, CudaRecorder())
+    if collectives.device.type == "cuda" and train.accumulation_steps == 1:
+        # What goes over the host, as gloo does, is no part of a graph.
+        recorder = CudaRecorder() if collectives.runs_on_device else None
+        return GpuExecution(chosen, recorder, rows_on_device=rows_on_device)
     return chosen

@@ -23,7 +23,7 @@ from dist_train.training.protocols import Batch
 from dist_train.training.step import EagerStep, Number
 
 if TYPE_CHECKING:
-    from dist_train.accel.gpu_network import GpuNetwork, Rows
+    from dist_train.accel.gpu_network import GpuNetwork, Index, Rows
 
 # Units of the second hidden layer, of which a tile stays in registers, and classes.
 _MAX_UNITS, _MAX_CLASSES = 512, 64
@@ -60,7 +60,9 @@ class FusedSteps:
 
     averages = True
 
-    def __init__(self, eager: EagerStep, model: FinancialClassifier, context: ModelContext, recorder: Recorder) -> None:
+    def __init__(
+        self, eager: EagerStep, model: FinancialClassifier, context: ModelContext, recorder: Recorder | None
+    ) -> None:
         self._eager, self._model, self._context, self._recorder = eager, model, context, recorder
         self._network = _network_of(eager, model)
         self._drops = [layer for layer in model.layers if isinstance(layer, KeyedDropout)]
@@ -167,23 +169,26 @@ class FusedSteps:
         ]
         return [*counters, *struct.unpack("<2q", struct.pack("<2d", one.lr, one.vote))]
 
-    def launch(self, steps: _StepsOfShape, batch: Batch) -> None:
-        """The kernels of the next step in a shape's inbox."""
+    @torch.no_grad()
+    def rows_of(self, batch: Batch) -> Rows:
+        """What the kernels read of a batch, in its order."""
         from dist_train.accel.gpu_network import Rows
 
-        inbox = steps.inbox
-        with torch.no_grad():
-            if self._table is None and self._reads_rows and batch.table is not None:
-                self._table = Rows(_aligned(batch.table.inputs[0]), batch.table.targets, batch.table.weights)
-            if self._table is not None:
-                steps.buffers.launch(self._table, inbox.index, inbox)
-            else:
-                index = inbox.numbers.index_select(0, inbox.cursor.view(1))[0, inbox.header :]
-                here = batch.by_index(index, batch.context)
-                features: Tensor = self._model.inputs(*here.inputs)
-                steps.buffers.launch(Rows(features.contiguous(), here.targets, here.weights), (steps.places, 0), inbox)
-            if self._eager.average is not None:
-                self._eager.average.update(self._network.verdict)
+        features: Tensor = self._model.inputs(*batch.inputs)
+        return Rows(features.contiguous(), batch.targets, batch.weights)
+
+    def table_of(self, batch: Batch) -> Rows | None:
+        """All rows, where the kernels can read them as they are, by the index of a batch."""
+        from dist_train.accel.gpu_network import Rows
+
+        if self._table is None and self._reads_rows and batch.table is not None:
+            self._table = Rows(_aligned(batch.table.inputs[0]), batch.table.targets, batch.table.weights)
+        return self._table
+
+    def follow(self) -> None:
+        """Let the moving average follow the step whose kernels were launched last."""
+        if self._eager.average is not None:
+            self._eager.average.update(self._network.verdict)
 
     @property
     def network(self) -> GpuNetwork:
@@ -200,26 +205,29 @@ class FusedSteps:
         for steps in self._shapes.values():
             steps.close()
         self._shapes.clear()
+        self._recorder = None
 
 
 class _StepsOfShape:
     """Memory for steps of one shape, and their kernels, recorded once they have run."""
 
-    def __init__(self, fused: FusedSteps, batch: Batch, recorder: Recorder) -> None:
+    def __init__(self, fused: FusedSteps, batch: Batch, recorder: Recorder | None) -> None:
         from dist_train.accel.gpu_network import Inbox, slices_on
 
         self._fused, self._batch = fused, batch
-        self._recorder: Recorder | None = recorder
+        self._recorder = recorder
         device = fused.network.now.device
         rows = len(batch.index)
         slices = slices_on(device, batch.context.slices, fused.ranks)
         self.buffers = fused.network.buffers(slices, rows, batch.global_rows)
         self.inbox = Inbox(MAX_STEPS, rows, device)
-        self.places = torch.arange(rows, device=device)
+        self._places = torch.arange(rows, device=device)
         self._taken = 0
         self._graphs: dict[int, Recording] = {}
-        self.settled = False
+        self.settled = recorder is None
         """Whether the next step is recorded, or will not be."""
+        self._arrived: Rows | None = None
+        """Rows that the host has sent, always in the same memory, where they are not on the device."""
 
     def send(self, steps: list[_PutOff]) -> Tensor:
         """Take steps; their results, (steps, 5) float64 on the device, which the next call overwrites."""
@@ -230,12 +238,28 @@ class _StepsOfShape:
         inbox.numbers[:count].copy_(message, non_blocking=True)
         inbox.cursor.zero_()
         self._fused.network.read_weights()
-        left = count
-        while left:
-            together = _STEPS_OF_A_GRAPH if left >= _STEPS_OF_A_GRAPH and self._taken >= _WARM_UP_STEPS else 1
+        done = 0
+        while done < count:
+            if steps[0].batch.table is None:
+                self._receive(self._fused.rows_of(steps[done].batch))
+                together = 1
+            else:
+                settled = self._taken >= _WARM_UP_STEPS
+                together = _STEPS_OF_A_GRAPH if settled and count - done >= _STEPS_OF_A_GRAPH else 1
             self._take(together)
-            left -= together
+            done += together
         return inbox.results[:count]
+
+    def _receive(self, rows: Rows) -> None:
+        if self._arrived is None:
+            features, targets, weights = rows
+            self._arrived = rows._replace(
+                features=features.clone(), targets=targets.clone(), weights=None if weights is None else weights.clone()
+            )
+            return
+        for kept, sent in zip(self._arrived, rows, strict=True):
+            if kept is not None and sent is not None:
+                kept.copy_(sent)
 
     def _take(self, count: int) -> None:
         graph = self._graph(count) if self._taken >= _WARM_UP_STEPS else None
@@ -257,7 +281,19 @@ class _StepsOfShape:
 
     def _launch(self, count: int) -> None:
         for _ in range(count):
-            self._fused.launch(self, self._batch)
+            rows, index = self._next_rows()
+            self.buffers.launch(rows, index, self.inbox)
+            self._fused.follow()
+
+    def _next_rows(self) -> tuple[Rows, Index]:
+        """What the next step reads, and where."""
+        if self._arrived is not None:
+            return self._arrived, (self._places, 0)
+        table, inbox = self._fused.table_of(self._batch), self.inbox
+        if table is not None:
+            return table, inbox.index
+        index = inbox.numbers.index_select(0, inbox.cursor.view(1))[0, inbox.header :]
+        return self._fused.rows_of(self._batch.by_index(index, self._batch.context)), (self._places, 0)
 
     def close(self) -> None:
         """Free the graphs."""
@@ -266,8 +302,13 @@ class _StepsOfShape:
         self._graphs.clear()
 
 
-def fuse_steps(eager: EagerStep, model: nn.Module, context: ModelContext, recorder: Recorder) -> FusedSteps | None:
-    """The computation of a step in kernels of its own, where they know the model, the loss and the optimizer."""
+def fuse_steps(
+    eager: EagerStep, model: nn.Module, context: ModelContext, recorder: Recorder | None
+) -> FusedSteps | None:
+    """The computation of a step in kernels of its own, where they know the model, the loss and the optimizer.
+
+    Without `recorder` nothing is recorded.
+    """
     if type(model) is not FinancialClassifier or not _known(eager, model) or find_spec("triton") is None:
         return None
     return FusedSteps(eager, model, context, recorder)

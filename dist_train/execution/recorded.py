@@ -34,39 +34,44 @@ MAX_GRAPHS = 3
 Shape = tuple[Any, ...]
 
 
-class RecordedExecution:
-    """Another execution whose steps are recorded."""
+class GpuExecution:
+    """Another execution on a GPU: its steps in kernels of their own, or recorded, or as they are.
 
-    def __init__(self, inner: Execution, recorder: Recorder) -> None:
+    `recorder` None: nothing can be recorded.
+    """
+
+    def __init__(self, inner: Execution, recorder: Recorder | None, *, rows_on_device: bool) -> None:
         self._inner = inner
         self._recorder = recorder
+        self._rows_on_device = rows_on_device
         self._model: nn.Module | None = None
         self._step: GraphStep | FusedSteps | None = None
-        self.name = f"{inner.name}, recorded"
+        self.name = inner.name if recorder is None else f"{inner.name}, recorded"
         self.deferred: DeferredSteps | None = None
 
     @property
     def context(self) -> ModelContext:
-        """That of the execution that is recorded."""
+        """That of the other execution."""
         return self._inner.context
 
     @property
     def settled(self) -> bool:
         """Whether the last step was a recorded one, or none will be."""
-        return self._step is not None and self._step.settled
+        return self._inner.settled if self._step is None else self._step.settled
 
     def prepare(self, model: nn.Module, sample: Inputs, name: str) -> nn.Module:
-        """Prepare the model on the stream that will be recorded."""
-        self._recorder.use_stream()
+        """Prepare the model, on the stream that will be recorded."""
+        if self._recorder is not None:
+            self._recorder.use_stream()
         return self._inner.prepare(model, sample, name)
 
     def reduce(self, model: nn.Module, parameters: FlatParameters, sample: Inputs) -> tuple[nn.Module, GradientReducer]:
-        """As the execution that is recorded does."""
+        """As the other execution does."""
         self._model = model
         return self._inner.reduce(model, parameters, sample)
 
     def step(self, eager: EagerStep) -> Step:
-        """The step, recorded once its shape is known; in kernels of its own where they know the model."""
+        """The step, in kernels of its own where they know the model, else recorded once its shape is known."""
         if self._model is not None and next(self._model.parameters()).is_cuda:
             from dist_train.execution.fused import fuse_steps  # imports what only a step of its own needs
 
@@ -74,6 +79,8 @@ class RecordedExecution:
             if fused is not None:
                 eager.computation, self.deferred, self._step = fused.compute, fused, fused
                 return eager
+        if self._recorder is None or not self._rows_on_device:
+            return self._inner.step(eager)
         self._step = GraphStep(eager, self.context, self._recorder)
         return self._step
 

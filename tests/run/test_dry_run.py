@@ -11,7 +11,7 @@ import torch
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import Stopped
-from dist_train.execution.recorded import WARM_UP_STEPS, RecordedExecution
+from dist_train.execution.recorded import WARM_UP_STEPS, GpuExecution
 from dist_train.run import dry_run, session
 from dist_train.run.dry_run import DryRunReport, profile_session
 from tests.dist.sessions import BUILTIN, build
@@ -61,8 +61,8 @@ def test_steps_are_timed_once_they_are_recorded(monkeypatch: pytest.MonkeyPatch)
     """As on a GPU, where the first eleven steps are many times slower than the others, and the next is recorded."""
     recorder, choose = Repeater(), session.choose_execution
 
-    def chosen(*arguments: Any, **more: Any) -> RecordedExecution:
-        return RecordedExecution(choose(*arguments, **more), recorder)
+    def chosen(*arguments: Any, **more: Any) -> GpuExecution:
+        return GpuExecution(choose(*arguments, **more), recorder, rows_on_device=True)
 
     monkeypatch.setattr(session, "choose_execution", chosen)
     monkeypatch.setattr(dry_run, "_SECONDS", 1000.0)

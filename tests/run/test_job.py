@@ -15,7 +15,7 @@ from dist_train.config.load import load_config, read_config
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World, process_group
 from dist_train.errors import TrainingFault
-from dist_train.execution.recorded import RecordedExecution
+from dist_train.execution.recorded import GpuExecution
 from dist_train.run import job, session
 from dist_train.run.job import train
 from dist_train.training.loop import Loop
@@ -80,7 +80,9 @@ def test_recorded_steps_are_freed_before_the_process_group_goes(
             raise failure
 
     monkeypatch.setattr(Repeated, "reset", lambda _: events.append("a graph is freed"))
-    monkeypatch.setattr(session, "choose_execution", lambda *a, **b: RecordedExecution(choose(*a, **b), recorder))
+    monkeypatch.setattr(
+        session, "choose_execution", lambda *a, **b: GpuExecution(choose(*a, **b), recorder, rows_on_device=True)
+    )
     monkeypatch.setattr(job, "process_group", group)
     monkeypatch.setattr(Loop, "_log", log)
     more = ("train.accumulation_steps=1", "train.max_steps=40", "log.every_steps=30", "train.epochs=40")
