@@ -64,6 +64,9 @@ class CudaRecorder:
         except RuntimeError:
             torch.cuda.set_stream(stream)
             self._end_allocations()
+            # Torch's generator was made part of the capture, and would refuse to draw from now on.
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
             raise
         return graph
 

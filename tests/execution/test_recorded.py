@@ -225,9 +225,22 @@ class FailingGraph:
         raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
 
+class StandInGenerator:
+    """A generator of torch.cuda, of which a capture has taken the state."""
+
+    state = "that of the capture"
+
+    def clone_state(self) -> str:
+        return "a copy"
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self.state = state
+
+
 def test_a_failed_recording_leaves_the_stream_and_the_allocator_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch.cuda replaced."""
     stream, ended = ["the run's"], []
+    generator = StandInGenerator()
     for name, stand_in in {
         "synchronize": lambda: None,
         "CUDAGraph": object,
@@ -235,12 +248,14 @@ def test_a_failed_recording_leaves_the_stream_and_the_allocator_as_they_were(mon
         "current_stream": lambda: stream[-1],
         "set_stream": stream.append,
         "current_device": lambda: 3,
+        "default_generators": {3: generator},
         "graph": FailingGraph,
     }.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(torch.cuda, name, stand_in, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *of: ended.append(("end", *of)), raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *of: ended.append(("release", *of)), raising=False)
     with pytest.raises(RuntimeError, match="previous error"):
         CudaRecorder().record(lambda: None)
     assert stream[-1] == "the run's"
     assert ended == [("end", 3, (0, 1)), ("release", 3, (0, 1))]
+    assert generator.state == "a copy"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -24,10 +25,11 @@ Weights = dict[str, torch.Tensor]
 
 
 def session_of(*more: str, collectives: Collectives | None = None) -> tuple[Session, GraphStep]:
-    """A session of the default job, and its step."""
+    """A session of the default job, with torch's modules instead of kernels of its own, and its recorded step."""
     of_a_stand_in = RATE if DEVICE.type == "cpu" else []
     config, alone = load_config([*BUILTIN, *of_a_stand_in, *more]), Collectives(World(device=DEVICE))
-    session = Session(config, load_task(config, alone), collectives or alone)
+    with patch("dist_train.execution.fused.fuse_steps", return_value=None):
+        session = Session(config, load_task(config, alone), collectives or alone)
     inner: Any = session.step.inner  # type: ignore[attr-defined]
     if DEVICE.type == "cpu":
         inner = session.step.inner = GraphStep(inner, session.execution.context, Repeater())  # type: ignore[attr-defined]

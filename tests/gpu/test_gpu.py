@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,7 +127,8 @@ def test_a_step_that_is_not_finite_updates_nothing() -> None:
     batches, _ = next(iter(session.feed.steps(session.progress.position)))
     session.step(batches, 0, wants_stop=False)
     before = [p.detach().clone() for p in session.model.parameters()]
-    batches[0].inputs[0][0] = torch.nan
+    rows: Any = session.task.splits["train"]
+    rows.inputs[0][batches[0].index[0]] = torch.nan
     assert not session.step(batches, 1, wants_stop=False).finite
     assert all(torch.equal(p, q) for p, q in zip(session.model.parameters(), before, strict=True))
 

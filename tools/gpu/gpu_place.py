@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -81,12 +81,13 @@ class Place:
     def session(
         self, batch: int, *more: str, data: Dataset | None = None, collectives: Collectives | None = None
     ) -> Session:
-        """A session of the benchmarks' job. Its step is recorded as in a run; on the CPU by a stand-in."""
+        """A session of the benchmarks' job, with torch's modules, recorded; on the CPU by a stand-in."""
         # A long run would be compiled on the CPU.
         config = workload.configuration(batch, *(() if self.on_gpu else ("train.max_steps=1000",)), *more)
         collectives = collectives or self.alone
         task = TabularTask(config, data or self.data, collectives)
-        with nullcontext() if self.on_gpu else _plain_modules():
+        without_own_kernels = patch("dist_train.execution.fused.fuse_steps", return_value=None)
+        with without_own_kernels if self.on_gpu else _plain_modules():
             session = Session(config, task, collectives)
         inner = inner_step(session)
         recordable = session.feed.rows.on_device and config.train.accumulation_steps == 1  # type: ignore[attr-defined]
