@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import workload
 from benchmarks.contestants import wait_for
-from dist_train.execution.recorded import CudaRecorder
+from dist_train.execution.recorder import CudaRecorder
 
 SQUARE = 2048
 TRIAD_NUMBERS = 16 * 2**20  # of each array: 64 MiB, beyond the caches

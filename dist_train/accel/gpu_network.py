@@ -46,7 +46,7 @@ class Tuning(NamedTuple):
 TUNINGS = {
     2048: Tuning(256, Block(16, 64, 4), Block(16, 64, 8), Block(16, 32, 4), None, Block(16, 32, 4)),
     16384: Tuning(256, Block(64, 32, 4), Block(64, 32, 8), Block(32, 64, 4), Block(64, 64, 8), Block(64, 128, 8)),
-    1 << 62: Tuning(128, Block(64, 64, 4), Block(32, 64, 8), Block(32, 64, 4), Block(32, 64, 4), Block(64, 128, 8)),
+    1 << 62: Tuning(132, Block(64, 64, 4), Block(128, 32, 8), Block(64, 64, 4), Block(32, 64, 4), Block(64, 64, 4)),
 }
 """By the rows of all ranks up to which they are taken."""
 
