@@ -1,0 +1,31 @@
+"""The kernels of a GPU's step compile for compute capability 9.0, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+MOST_SHARED_BYTES = 232448  # of a block on compute capability 9.0
+KERNELS = 10
+"""Of a step; an eleventh where the second layer's backward pass is two, and one that reads the weights before."""
+
+
+# In a process of its own: here Triton may have been loaded with its interpreter.
+@pytest.mark.parametrize("rows", [2048, *(pytest.param(size, marks=pytest.mark.slow) for size in (16384, 65536))])
+def test_the_kernels_compile_and_fit_into_shared_memory(rows: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.accel.compiled_kernels", str(rows)],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    kernels = [line for line in done.stdout.splitlines() if "`" in line]
+    assert len({line.split("`")[1] for line in kernels}) == KERNELS
+    assert all(int(line.split("|")[7].replace(",", "")) <= MOST_SHARED_BYTES for line in kernels)
