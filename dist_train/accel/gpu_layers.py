@@ -14,6 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dist_train.accel import gpu_parts
+from dist_train.determinism.keyed_random import LAST_SHIFT, ROUNDS
+
+# Triton reads a global only where it is one of these.
+_SHIFT1, _FACTOR1, _SHIFT2, _FACTOR2 = (tl.constexpr(number) for one in ROUNDS for number in one)
+_LAST_SHIFT = tl.constexpr(LAST_SHIFT)
+
 
 @triton.jit
 def _piece(starts, piece, PIECE_ROWS: tl.constexpr, PIECES: tl.constexpr):
@@ -30,11 +37,11 @@ def _kept(counter, rows, first_column, width, threshold, INCREMENT: tl.constexpr
     word = first_column // 4 + tl.arange(0, BN // 4)
     z = counter + (rows.to(tl.int64)[:, None] * words + word[None, :]) * INCREMENT
     z = z.to(tl.uint64, bitcast=True)
-    z ^= z >> 30
-    z *= 0xBF58476D1CE4E5B9
-    z ^= z >> 27
-    z *= 0x94D049BB133111EB
-    z ^= z >> 31
+    z ^= z >> _SHIFT1
+    z *= _FACTOR1
+    z ^= z >> _SHIFT2
+    z *= _FACTOR2
+    z ^= z >> _LAST_SHIFT
     even = tl.join((z & 0xFFFF).to(tl.int32), ((z >> 32) & 0xFFFF).to(tl.int32))
     odd = tl.join(((z >> 16) & 0xFFFF).to(tl.int32), (z >> 48).to(tl.int32))
     bits = tl.reshape(tl.join(even, odd), [BM, BN])
@@ -83,12 +90,6 @@ def _dot(a, b, sums, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _high(x):
-    """The part of float32 numbers that TF32 holds, 11 significant bits; numbers minus that part have 13."""
-    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _dot_parts(a, parts, place, inside, size, sums, PRECISION: tl.constexpr):
     """sums + a @ b, of which `parts` holds the numbers and, for "tf32x3", `size` further on what is left of them.
 
@@ -97,7 +98,7 @@ def _dot_parts(a, parts, place, inside, size, sums, PRECISION: tl.constexpr):
     b = tl.load(parts + place, mask=inside, other=0.0)
     if PRECISION == "tf32x3":
         rest = tl.load(parts + size + place, mask=inside, other=0.0)
-        high = _high(a)
+        high = gpu_parts.high_part(a)
         sums = tl.dot(a - high, b, sums, input_precision="tf32")
         sums = tl.dot(high, rest, sums, input_precision="tf32")
         sums = tl.dot(high, b, sums, input_precision="tf32")

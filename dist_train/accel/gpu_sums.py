@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dist_train.accel import gpu_parts
+
 NOW_SIZE = 6
 """Numbers of the step at hand: see `gpu_layers`."""
 RESULT_SIZE = 5
@@ -119,7 +121,7 @@ def _store_parts(parts, value, unit, column, size, U: tl.constexpr, H: tl.conste
     """Numbers of w2, (U, H), where the products read them: as they are and transposed, in two parts for TF32x3."""
     place, turned = unit * H + column, U * H + column * U + unit
     if IN_PARTS:
-        high = (value.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        high = gpu_parts.high_part(value)
         tl.store(parts + 2 * size + place, value - high, mask=inside)
         tl.store(parts + 2 * size + turned, value - high, mask=inside)
         value = high

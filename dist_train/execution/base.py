@@ -67,7 +67,7 @@ def bind(model: nn.Module, shared: ModelContext) -> Forward:
 
 
 class GuardedStep:
-    """A step in which no global random generator may move. `every` so many steps is looked at, counted from 1."""
+    """A step in which no global random generator may move. The guard compares each `every`-th step, counted from 1."""
 
     def __init__(self, step: Step, guard: GeneratorGuard, every: int = 1) -> None:
         self.inner = step

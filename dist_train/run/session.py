@@ -41,8 +41,8 @@ ROWS_AHEAD = 1024
 # Epochs whose order is made in advance, of tables of so many rows at most: 8 bytes a row and epoch.
 EPOCHS_AHEAD = 2
 ROWS_OF_SHORT_EPOCHS = 1 << 22
-# Of the steps in which only this package's code takes part, every so many is looked at for what it draws.
-STEPS_BETWEEN_LOOKS = 50
+# Of the steps in which only this package's code takes part, the generator guard compares every so many.
+STEPS_BETWEEN_GUARDS = 50
 # Rows of the steps that are sent to a GPU together, and steps.
 ROWS_AHEAD_ON_GPU = 1 << 20
 MOST_STEPS_AHEAD = 63
@@ -102,8 +102,8 @@ class Session:
             average=self.average,
         )
         step = self.execution.step(eager)
-        # Steps that can be put off are this package's own code, and looking takes as long as a small one.
-        every = STEPS_BETWEEN_LOOKS if self.execution.deferred is not None else 1
+        # Steps that can be put off are this package's own code, and the guard takes as long as a small one.
+        every = STEPS_BETWEEN_GUARDS if self.execution.deferred is not None else 1
         self.step: Step = GuardedStep(step, GeneratorGuard(collectives.device), every)
         self._tensors: dict[str, Stateful] = {
             "model.pth": self.model,

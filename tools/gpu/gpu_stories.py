@@ -153,9 +153,9 @@ def store(s: Stage) -> str:
 def dry_run(s: Stage) -> str:
     """What a dry run says, and what the run takes."""
     much = ("train.epochs=60", "log.every_steps=200", "evaluation.every_steps=1000000")
-    foretold = s.run("train", *s.job("dry"), *much, "--dry-run").stderr
+    report = s.run("train", *s.job("dry"), *much, "--dry-run").stderr
     happened = s.train("dry", *much)
-    said_rate, said_peak = (_number(rf"{word} +about ([\d,]+)", foretold) for word in ("speed", "peak"))
+    said_rate, said_peak = (_number(rf"{word} +about ([\d,]+)", report) for word in ("speed", "peak"))
     rate, peak = happened["samples_per_second"], happened["peak_memory_bytes"] / 2**20
     text = f"rows/s said {said_rate:,.0f}, happened {rate:,.0f} ({said_rate / rate:.2f}); "
     text += f"MiB said {said_peak:,.0f}, happened {peak:,.0f}"
