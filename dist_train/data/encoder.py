@@ -16,6 +16,7 @@ import pyarrow.compute
 import torch
 from torch import Tensor
 
+from dist_train.data.missing import without_missing_words
 from dist_train.data.quantiles import columns_to_sort, exact_quantiles
 from dist_train.data.scaling import scaled
 from dist_train.data.spec import (
@@ -29,15 +30,7 @@ from dist_train.data.spec import (
     NumericColumn,
 )
 from dist_train.data.spelling import alike, merged
-from dist_train.data.table import (
-    TRAINED_ON,
-    ColumnKinds,
-    arrow_text,
-    as_text,
-    numbers,
-    require_columns,
-    without_missing_words,
-)
+from dist_train.data.table import TRAINED_ON, ColumnKinds, arrow_text, as_text, numbers, require_columns
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.system.console import log
@@ -115,10 +108,10 @@ class Encoder:
 
 
 def with_missing_cells(table: pl.DataFrame, spec: FeatureSpec, words: Sequence[str]) -> pl.DataFrame:
-    """A table whose cells of text are null where they are a word for "missing" and no category of the spec."""
+    """A table whose cells are null where they are a word for "missing" and no category of the spec."""
     categories = {column.name: column.categories for column in spec.categorical}
     wanted = frozenset(spec.names)
-    cells = (column for column in table.get_columns() if column.dtype == pl.String and column.name in wanted)
+    cells = (column for column in table.get_columns() if column.name in wanted)
     return table.with_columns(without_missing_words(column, words, categories.get(column.name, ())) for column in cells)
 
 

@@ -18,7 +18,6 @@ Form = Callable[[str], str | None]
 
 _TRUE, _FALSE = ("true", "t"), ("false", "f")
 _DIGITS = {"1": "true", "0": "false"}
-# Without zeros in front, which codes have and numbers do not.
 _NUMBER = re.compile(r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 _ANY_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 _MOMENT = re.compile(
@@ -51,6 +50,11 @@ def canonical_number(text: str) -> str | None:
     return format(value.normalize(), "f") if plain else str(value.normalize()).lower()
 
 
+def canonical_plain_number(text: str) -> str | None:
+    """The same for a text without a plus sign and without zeros in front, which codes have and numbers do not."""
+    return canonical_number(text) if _NUMBER.fullmatch(text.strip()) else None
+
+
 def canonical_moment(text: str) -> str | None:
     """A date; with its time where that is not midnight, of the zone UTC where the text names a zone."""
     found = _MOMENT.fullmatch(text.strip())
@@ -73,7 +77,7 @@ def form_of(words: Collection[str]) -> Form | None:
     if not words:
         return None
     forms: Mapping[Form, Callable[[str], bool]] = {
-        canonical_number: lambda word: _NUMBER.fullmatch(word.strip()) is not None,
+        canonical_number: lambda word: canonical_plain_number(word) is not None,
         canonical_boolean: lambda word: canonical_boolean(word) is not None,
         canonical_moment: lambda word: canonical_moment(word) is not None,
     }

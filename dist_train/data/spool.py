@@ -26,6 +26,7 @@ from dist_train.data.classes import MAX_CLASSES, first_rows, index_of_classes, t
 from dist_train.data.columns import ColumnFacts, Columns, FloatArray, Unit, UnitFacts, check_classes, row_offset
 from dist_train.data.csv_files import is_csv_name
 from dist_train.data.dates import typed_seconds
+from dist_train.data.missing import without_missing_words, words_with_value
 from dist_train.data.readers import read_rows
 from dist_train.data.readings import FormFacts, Reading, parse
 from dist_train.data.row_keys import group_keys, time_keys
@@ -39,7 +40,6 @@ from dist_train.data.table import (
     parse_numbers,
     require_columns,
     require_numbers_or_text,
-    without_missing_words,
 )
 from dist_train.data.weights import weights_of_column
 from dist_train.errors import UserError
@@ -149,7 +149,9 @@ class _Spooling:
         self._unit = unit
         self._source = unit.source
         self._columns = columns
-        self._missing_words = [] if is_csv_name(unit.file) else columns.missing_values  # they are null in CSV already
+        # The letters of a word are null in CSV already, other spellings of its value are not.
+        words = columns.missing_values
+        self._missing_words = words_with_value(words) if is_csv_name(unit.file) else words
         self._categorical = frozenset(columns.categorical)
         self._known_numbers = frozenset(columns.numbers)
         self._text = text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -80,18 +80,6 @@ def read_table(file: Path, missing_values: Sequence[str], columns: Sequence[str]
     return pl.concat(read_rows(file, missing_values, columns=columns))
 
 
-def without_missing_words(column: pl.Series, words: Sequence[str], categories: Collection[str] = ()) -> pl.Series:
-    """A column whose cells of text are null where they are one of the words that mean: no value.
-
-    A word that is among the `categories` stays: a former release took it for one in a Parquet file.
-    """
-    if column.dtype != pl.String or not words:
-        return column
-    missing = [word for word in words if word not in categories]
-    found = column.is_in(missing)
-    return column.set(found, None) if found.any() else column
-
-
 def require_columns(frame: pl.DataFrame, names: Sequence[str], source: str, why: str) -> None:
     """UserError when a column is not there, with the nearest hint there is: the columns that are."""
     require_names(frame.columns, names, source, why)
@@ -130,7 +118,7 @@ def float32_range(parsed: pl.Series, column: pl.Series, source: str, first_row: 
         row = int(too_large.int().argmax())
         raise UserError(
             f"{source}: column {column.name!r}, data row {first_row + row + 1}: {column[row]} is infinite or beyond "
-            "float32"
+            f"float32; mend the cell, name {column[row]} in data.missing_values or the column in data.drop"
         )
     return values
 

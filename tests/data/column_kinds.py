@@ -59,8 +59,18 @@ KINDS = [
     Kind("numbers and words for missing", ["3", "-", "?"], "number: 3, missing, missing",
          settings={"missing_values": ["-", "?"]}),
     Kind("no cell at all", ["", "NA"], "number: missing, missing"),
-    Kind("infinite", ["1", "inf"], "refused: column 'x', data row 2: inf is infinite or beyond float32"),
-    Kind("beyond float32", ["1", "1e39"], "refused: column 'x', data row 2: 1e39 is infinite or beyond float32"),
+    Kind("a number that means missing", ["3", "-999", "-999.0"], "number: 3, missing, missing",
+         settings={"missing_values": ["-999"]}),
+    Kind("a typed number that means missing", [3.5, -999.0, 2.0], "number: 3.5, missing, 2",
+         settings={"missing_values": ["-999"]}, dtype=pl.Float64),
+    Kind("a typed date that means missing", [date(2020, 3, 1), date(1900, 1, 1), date(2021, 3, 1)],
+         f"date (date): {MONTHS}", settings={"missing_values": ["1900-01-01"]}, dtype=pl.Date),
+    Kind("infinite, named as missing", [3.5, float("inf"), 2.0], "number: 3.5, missing, 2",
+         settings={"missing_values": ["inf"]}, dtype=pl.Float64),
+    Kind("infinite", ["1", "inf"], "refused: column 'x', data row 2: inf is infinite or beyond float32; "
+         "mend the cell, name inf in data.missing_values or the column in data.drop"),
+    Kind("beyond float32", ["1", "1e39"], "refused: column 'x', data row 2: 1e39 is infinite or beyond float32; "
+         "mend the cell, name 1e39 in data.missing_values or the column in data.drop"),
     Kind("a word among numbers", ["1", "2", "about 3"],
          "refused: column 'x', data row 3: 'about 3' is not a number; mend the cell, or name the text in "
          "data.missing_values or the column in data.categorical"),
