@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_train.config.auto import TableSize, with_auto_values
 from dist_train.config.compatibility import FORMATS, require_format
-from dist_train.config.rules import given_class_weights, split_seed
+from dist_train.config.rules import split_seed
 from dist_train.config.schema import JobConfig
 from dist_train.data.dataset import (
     Dataset,
@@ -38,32 +36,25 @@ from dist_train.errors import UserError
 from dist_train.models.registry import build_model
 from dist_train.system.console import log
 from dist_train.tasks.base import Description
-from dist_train.training.loss import Objective, balanced_draws, balanced_weights, class_probabilities, objective_of
+from dist_train.tasks.classification import Classification
 from dist_train.training.metrics import (
     check_metrics,
-    classification_metrics,
-    registered_metrics,
     unweighted_metrics,
 )
 from dist_train.training.precision import dtype_of
 from dist_train.training.protocols import Source
-from dist_train.training.selection import OBJECTIVE, Selection
 
 
-class TabularTask:
+class TabularTask(Classification):
     """A table with a column to predict. `dataset` holds the spec of its columns and the encoded rows of each split."""
 
     def __init__(self, config: JobConfig, dataset: Dataset, collectives: Collectives) -> None:
-        self._config = config
-        self._collectives = collectives
-        self._dtype = dtype_of(config.train.precision)
+        super().__init__(config, dataset.spec.class_names, dataset.splits, collectives)
         self.spec = dataset.spec
         self._encoder = Encoder(dataset.spec)
         self.splits: Mapping[str, ResidentRows | MappedRows] = dataset.splits
         self.fingerprint = dataset.sha256
         self._columns = list(dataset.columns)
-        if config.train.class_weights is not None:
-            given_class_weights(config.train, self.class_names)  # a mistake is told before anything is written
         if config.data.weight and dataset.splits:
             self._check_class_weights()
 
@@ -96,16 +87,6 @@ class TabularTask:
         return cls(config, Dataset({}, _spec_of(fitted), fingerprint), collectives)
 
     @property
-    def config(self) -> JobConfig:
-        """The configuration, with a value for every key that was `auto`."""
-        return self._config
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes, in the order of the logits."""
-        return list(self.spec.class_names)
-
-    @property
     def num_inputs(self) -> int:
         """Feature columns of the table."""
         return self.spec.num_columns
@@ -114,45 +95,6 @@ class TabularTask:
         """The classifier with initial weights that are a function of the seed."""
         model = build_model(self.spec, self._config.model, seed=self._config.run.seed)
         return model.to(self._collectives.device, self._dtype)
-
-    def objective(self) -> Objective:
-        """The loss of the configuration with its class weights."""
-        weights = self._class_weights
-        if self._config.train.class_sampling == "balanced_reweighted":
-            corrections = torch.nan_to_num(1 / self._draws, posinf=1.0)
-            weights = corrections if weights is None else weights * corrections
-        return objective_of(self._config.train, weights)
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Softmax over the classes, mean over the members of an ensemble: (rows, classes) float64."""
-        return class_probabilities(logits)
-
-    def metrics(self, probabilities: Tensor, targets: Tensor, weights: Tensor | None = None) -> dict[str, Any]:
-        """`classification_metrics` of the rows, `objective` where it chooses the epoch, and the registered metrics."""
-        of_rows = None if weights is None else weights.numpy()
-        rows = (probabilities.numpy(), targets.numpy(), self.class_names, of_rows)
-        metrics = classification_metrics(*rows) | self._objective_on(probabilities, targets, weights)
-        return metrics | registered_metrics(self._config.evaluation.metrics, *rows)
-
-    def _objective_on(self, probabilities: Tensor, targets: Tensor, weights: Tensor | None) -> dict[str, float]:
-        """The loss that is trained, without label smoothing, with the logs of the probabilities for logits.
-
-        Not of a restored task whose class weights are those of training rows that it does not have.
-        """
-        train = self._config.train
-        drawn = train.class_sampling == "balanced"  # a row counts as often as it is drawn
-        needs_rows = train.class_weights == "balanced" or drawn
-        if Selection.of(train).metric != OBJECTIVE or (needs_rows and "train" not in self.splits):
-            return {}
-        device = self._collectives.device
-        logits = probabilities.clamp_min(torch.finfo(torch.float64).tiny).log().to(device, self._dtype)
-        by_class = self._class_weights
-        if drawn:
-            by_class = self._draws if by_class is None else by_class * self._draws
-        objective = objective_of(replace(train, label_smoothing=0.0), by_class)
-        on_device = () if weights is None else (weights.to(device),)
-        loss, weight = objective(logits, targets.to(device), (len(targets),), *on_device)
-        return {OBJECTIVE: float(loss.double() / weight.double())}
 
     def description(self) -> Description:
         """The spec of the columns."""
@@ -224,24 +166,6 @@ class TabularTask:
                     f"{self._config.data.path}: column {self._config.data.weight!r}: the weight of every training row "
                     f"of class {name!r} is 0 (data.weight)"
                 )
-
-    @cached_property
-    def _draws(self) -> Tensor:
-        draws = balanced_draws(self.splits["train"].targets, len(self.class_names))
-        return draws.to(self._collectives.device, self._dtype)
-
-    @cached_property
-    def _class_weights(self) -> Tensor | None:
-        train = self._config.train
-        if train.class_weights is None:
-            return None
-        given = given_class_weights(train, self.class_names)
-        if given:
-            weights = torch.tensor(given, dtype=torch.float64)
-        else:
-            rows = self.splits["train"]
-            weights = balanced_weights(rows.targets, len(self.class_names), rows.weights)
-        return weights.to(self._collectives.device, self._dtype)
 
 
 def tabular_description_of_format_1(encoder: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Description:
