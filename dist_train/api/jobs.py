@@ -93,11 +93,12 @@ def train(config: Config = None, overrides: Sequence[str] = (), *, verbose: bool
     return TrainResult(path_of_run(resolved), summary or {})
 
 
-def load(folder: File, checkpoint: str = "best", *, device: str = "auto") -> Predictor:
+def load(folder: File, checkpoint: str = "best", *, device: str = "auto", calibrated: bool | None = None) -> Predictor:
     """A trained model, from a run folder, from its `model/`, from a copy of that, or from `Classifier.save`.
 
     `checkpoint` is `best` (the lowest validation loss), `last`, or a step; only a run folder has others than the best
-    one. `device` is `auto`, `cpu` or `cuda`.
+    one. `device` is `auto`, `cpu` or `cuda`. `calibrated` says whether probabilities are calibrated; None: as
+    `calibration.apply` of the run says.
 
         predictor = load("runs/loans")
         predictor.predict_proba([{"income": 3000, "purpose": "car"}])     # (1, classes), in the order of classes_
@@ -108,4 +109,4 @@ def load(folder: File, checkpoint: str = "best", *, device: str = "auto") -> Pre
     """
     path = Path(folder)
     chosen = device_here(runtime_of(path).device) if device == "auto" else device
-    return Predictor(path, Collectives(world_from_environment({}, device=chosen)), checkpoint)
+    return Predictor(path, Collectives(world_from_environment({}, device=chosen)), checkpoint, calibrated=calibrated)

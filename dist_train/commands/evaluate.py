@@ -5,7 +5,8 @@
     dist-train evaluate runs/credit_risk --data new_clients.parquet
     torchrun --standalone --nproc_per_node=8 -m dist_train evaluate runs/credit_risk        # same numbers, sooner
 
-stderr gets a table for people; stdout gets one line of JSON, {"<split>": {...}}.
+stderr gets a table for people; stdout gets one line of JSON, {"<split>": {...}}. The metrics are those of the model's
+own probabilities; where it has a calibration, `calibrated` holds those of the calibrated ones.
 """
 
 from __future__ import annotations
@@ -49,12 +50,17 @@ def _table(metrics: dict[str, Any], title: str) -> Table:
     table = Table(title=printable(title), title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
+    after = metrics.get("calibrated", {})
+    if after:
+        table.add_column("calibrated", justify="right")
     for name, value in metrics.items():
-        if isinstance(value, float):
-            table.add_row(name, f"{value:.4f}")
-        elif not isinstance(value, (dict, list)):
-            table.add_row(name, "-" if value is None else f"{value:,}")
+        if not isinstance(value, (dict, list)):
+            table.add_row(name, *(_text(scores.get(name)) for scores in (metrics, after) if scores))
     for name, scores in metrics.get("per_class", {}).items():
         row = f"precision {scores['precision']:.3f}  recall {scores['recall']:.3f}  f1 {scores['f1']:.3f}"
         table.add_row(f"class {printable(name)} ({scores['rows']:,} rows)", row)
     return table
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"

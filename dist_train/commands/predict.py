@@ -7,7 +7,8 @@
 The input needs the feature columns that the run was trained on, in any order. Other columns, the target among them,
 are ignored. A missing cell and an unknown category have codes of their own. The output has one row for each input row,
 in the same order: probability_<class> for each class, and predicted_class. An output that is a link stays one: the file
-behind it is written. The input and the run's own data are never overwritten.
+behind it is written. The input and the run's own data are never overwritten. Probabilities are calibrated where the
+trained model has a calibration (docs/risk.md).
 
 stderr names the columns of which many cells are unknown categories, or missing although none was in training. Where
 there are such, stdout gets one line of JSON with the rows and, by column, the shares of such cells:
@@ -44,6 +45,7 @@ def main(program: str, argv: Sequence[str]) -> None:
     parser.add_argument("input", type=path, help="CSV or Parquet file")
     parser.add_argument("output", type=path, help="CSV or Parquet file to write")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (default: best)")
+    parser.add_argument("--uncalibrated", action="store_true", help="the model's own probabilities")
     arguments = parser.parse_args(argv)
     output: Path = arguments.output
     if output.suffix.lower() not in _WRITERS:
@@ -53,7 +55,8 @@ def main(program: str, argv: Sequence[str]) -> None:
     from dist_train.run.predictor import open_predictor
     from dist_train.system.console import log
 
-    with open_predictor(arguments.run_dir, arguments.checkpoint, os.environ) as predictor:
+    calibrated = False if arguments.uncalibrated else None
+    with open_predictor(arguments.run_dir, arguments.checkpoint, os.environ, calibrated=calibrated) as predictor:
         source = locate(str(arguments.input))
         kept = {"the input": source, "the data of the run": Path(predictor.config.data.path)}
         predictor.collectives.on_rank_zero(lambda: _require_writable(output, kept))

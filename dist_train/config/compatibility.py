@@ -22,6 +22,7 @@ FORMATS = {
     "tabular task": 2,
     "feature spec": 3,
     "classifier": 1,
+    "calibration": 1,
 }
 """The format that this version writes, by kind of artefact."""
 
@@ -62,6 +63,8 @@ ADDED: dict[str, Any] = {
     "train.class_sampling": None,
     "train.ema_warmup": _warmed_up_before,
     "data.formats": {},
+    "calibration.method": "none",
+    "calibration.apply": True,
 }
 """Key that came after format 1 -> what a run that lacks it was trained with: the key's first default, or a function of
 the configuration that gives it."""
@@ -69,7 +72,8 @@ the configuration that gives it."""
 REDEFINED_METRICS = {"brier": (2, 2, "of two classes it is now scikit-learn's brier_score_loss, half of what it was")}
 """Metric -> (first format with its present definition, number of classes that it changed for, the change in words)."""
 
-# Keys that a run may change when it resumes: paths, output, length, and which of its weights are best. They do not
+# Keys that a run may change when it resumes: paths, output, length, which of its weights are best, and what
+# is made of its probabilities. They do not
 # affect the model, the data, their order or anything else that a step takes from the configuration, with one exception:
 # train.epochs and train.max_steps stretch the cosine, and with it the learning rate of later steps, which is what
 # somebody who asks for more epochs wants. evaluation.* can change which weights count as best, and with
@@ -78,7 +82,7 @@ REDEFINED_METRICS = {"brier": (2, 2, "of two classes it is now scikit-learn's br
 _COMPATIBLE = (
     "run.name", "run.dir", "run.resume", "run.force", "run.time_limit_minutes", "data.path", "train.epochs",
     "train.max_steps", "train.early_stopping_patience", "train.select_by", "evaluation.", "checkpoint.",
-    "runtime.", "log.", "wandb.",
+    "runtime.", "log.", "wandb.", "calibration.",
 )  # fmt: skip
 
 

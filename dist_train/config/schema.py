@@ -187,6 +187,16 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """Probabilities that agree with observed frequencies, fitted to the validation rows (docs/risk.md)."""
+
+    method: Literal["temperature", "vector", "isotonic", "none"] = "temperature"
+    """`temperature`: one number, which leaves the predicted class as it is. `vector`: a scale and a bias for each class. `isotonic`: a monotone function for each class; it needs many validation rows. `none`. It is shipped in `model/calibration.json`; the weights in `model.pth` are not changed."""
+    apply: bool = True
+    """Predictions of the trained model are calibrated. False: the parameters are shipped and not applied."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Checkpoints are also written at each evaluation with a better validation, at a stop and at the end."""
 
@@ -239,6 +249,7 @@ class JobConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     log: LogConfig = field(default_factory=LogConfig)

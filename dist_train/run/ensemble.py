@@ -28,6 +28,7 @@ from dist_train.run.checkpoint.trained_model import DESCRIPTION, ENSEMBLE, read_
 from dist_train.run.members import Member, ensemble_parts, mean_probabilities, with_weights
 from dist_train.run.predictions import Predictions, joined, mean_of
 from dist_train.run.resume import open_ensemble
+from dist_train.run.scoring import Calibrated, calibrated, fitted, note_calibration
 from dist_train.run.tracking.console_tracker import describe_scores
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
@@ -124,10 +125,11 @@ class Ensemble:
         validated, tested = self._predictions(parts)
 
         def write() -> Summary:
-            model = ensemble_parts(self.config, [member.name for member in self.members], parts)
             of_folds = joined(validated)
-            scores = {"valid": of_folds.metrics(), "test": mean_of(tested).metrics()}
-            summary = self._summary(summaries, model[ENSEMBLE], world) | scores
+            calibration = self._calibration(of_folds)
+            model = ensemble_parts(self.config, [member.name for member in self.members], parts, calibration)
+            scores = {"valid": _scores(of_folds, calibration), "test": _scores(mean_of(tested), calibration)}
+            summary = self._summary(summaries, model[ENSEMBLE], world) | {"calibration": calibration} | scores
             if of_folds.folds is not None:
                 write_atomically(self.folder.path / "out_of_fold.parquet", of_folds.parquet())
             commit(self.folder.model, encode_parts(model), self.folder.confirm)
@@ -136,8 +138,13 @@ class Ensemble:
 
         summary = collectives.on_rank_zero(lambda: os_errors_as_faults(write, "the ensemble"))
         log.info("%s", _described(summary))
+        note_calibration(summary)
         log.info("summary in %s", self.folder.summary)
         return summary
+
+    def _calibration(self, validated: Predictions) -> Calibrated | None:
+        """Of the mean of the members; of folds, each row is predicted by the members that have not seen it."""
+        return fitted(self.config, validated.probabilities, validated.targets, validated.weights)
 
     def _predictions(self, parts: Sequence[Parts]) -> tuple[list[Predictions], list[Predictions]]:
         """Of each fold the mean of its members, for its validation rows and for the test rows; empty but on rank 0."""
@@ -193,6 +200,14 @@ class Ensemble:
                 },
             },
         }
+
+
+def _scores(predictions: Predictions, calibration: Calibrated | None) -> dict[str, Any] | None:
+    metrics = predictions.metrics()
+    if metrics is None or calibration is None:
+        return metrics
+    after = replace(predictions, probabilities=calibrated(calibration, predictions.probabilities))
+    return metrics | {"calibrated": after.metrics()}
 
 
 def _spread(metrics: Sequence[Mapping[str, Any] | None]) -> dict[str, dict[str, float]]:

@@ -20,6 +20,7 @@ from dist_train.run.checkpoint.commit import commit
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import Parts, encode_parts, pack_json
 from dist_train.run.checkpoint.trained_model import DESCRIPTION, trained_model_parts
+from dist_train.run.scoring import note_calibration, score_splits
 from dist_train.run.session import Session, scored_weights
 from dist_train.run.tracking.console_tracker import describe_scores
 from dist_train.system.console import log
@@ -60,7 +61,7 @@ def export_best(
     if best is not None and best != session.progress.step:
         # The weights alone: no rank but 0 reads the moments.
         session.scored.load_state_dict(collectives.on_rank_zero(lambda: scored_weights(checkpoints.read(best))))
-    scores = {split: session.score(split, collectives) for split in ("valid", "test")}
+    scores, calibration = score_splits(session.scored, session.task, config, collectives)
     peak = max(collectives.all_gather_object(lambda: peak_memory_bytes(world.device)))
 
     def write() -> dict[str, Any]:
@@ -72,9 +73,12 @@ def export_best(
             weights,
             step=best or session.progress.step,
             data_sha256=session.task.fingerprint,
+            calibration=calibration,
         )
         digest = model[DESCRIPTION]["weights_sha256"]
-        summary = _summary(config, session, world, digest) | {"peak_memory_bytes": peak} | scores
+        summary = (
+            _summary(config, session, world, digest) | {"peak_memory_bytes": peak, "calibration": calibration} | scores
+        )
         commit(folder.model, encode_parts(model), folder.confirm)
         write_atomically(folder.summary, pack_json(summary))
         return summary
@@ -89,6 +93,7 @@ def export_best(
                 best or session.progress.step,
             )
             _warn_of_base_rate(split, metrics)
+    note_calibration(summary)
     _note_early_best(session)
     log.info("summary in %s", folder.summary)
     return summary

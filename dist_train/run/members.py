@@ -14,7 +14,7 @@ from dist_train.config.schema import JobConfig
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.run.checkpoint.state import Parts, weights_sha256
-from dist_train.run.checkpoint.trained_model import DESCRIPTION, ENSEMBLE, describe_model
+from dist_train.run.checkpoint.trained_model import CALIBRATION, DESCRIPTION, ENSEMBLE, describe_model
 from dist_train.tasks.base import Task
 from dist_train.training.evaluation import probabilities
 from dist_train.training.protocols import Rows
@@ -60,14 +60,17 @@ def mean_probabilities(
     return total if total is None or count == 1 else total.div_(count)
 
 
-def ensemble_parts(config: JobConfig, names: Sequence[str], members: Sequence[Parts]) -> Parts:
+def ensemble_parts(
+    config: JobConfig, names: Sequence[str], members: Sequence[Parts], calibration: Mapping[str, Any] | None = None
+) -> Parts:
     """Parts of the `model/` of an ensemble, of those of its members.
 
-    `model.pth` holds the weights of all members; a name begins with the member's number and a dot.
+    `model.pth` holds the weights of all members; a name begins with the member's number and a dot. `calibration` is
+    that of the mean; a member's own is not kept.
     """
     weights = {f"{i}.{name}": tensor for i, parts in enumerate(members) for name, tensor in parts["model.pth"].items()}
     class_names = members[0][DESCRIPTION]["classes"]
-    return {
+    parts: Parts = {
         "model.pth": weights,
         ENSEMBLE: {
             "format": FORMATS["ensemble"],
@@ -81,6 +84,7 @@ def ensemble_parts(config: JobConfig, names: Sequence[str], members: Sequence[Pa
             ],
         },
     }
+    return parts if calibration is None else parts | {CALIBRATION: dict(calibration)}
 
 
 def members_in(parts: Parts) -> list[Parts]:

@@ -32,6 +32,7 @@ from dist_train.run.checkpoint.commit import CorruptCheckpoint
 from dist_train.run.checkpoint.run_folder import RunFolder, opened_run
 from dist_train.run.checkpoint.state import Parts
 from dist_train.run.checkpoint.trained_model import (
+    CALIBRATION,
     DESCRIPTION,
     config_of_model,
     is_trained_model,
@@ -39,6 +40,7 @@ from dist_train.run.checkpoint.trained_model import (
 )
 from dist_train.run.labels import Labels, labels_of
 from dist_train.run.members import Member, mean_probabilities, members_in, with_weights
+from dist_train.run.scoring import Calibrated, calibrated, calibrated_scores
 from dist_train.run.session import scored_weights
 from dist_train.system.console import log
 from dist_train.tasks.base import Task
@@ -55,17 +57,22 @@ class Predictor:
     """A trained classifier with its preprocessing and the configuration that it was trained with.
 
     `folder` is a run folder, or a trained model: `model/` of a run, or a copy of it. `checkpoint` is `best` (the
-    trained model), `last`, or a step. Of an ensemble the probabilities are the mean over its members. Tables are
-    DataFrames (polars, pandas), lists of records, dicts of columns, or paths of CSV and Parquet files. They need the
-    feature columns, in any order; other columns are ignored.
+    trained model), `last`, or a step. Of an ensemble the probabilities are the mean over its members. They are
+    calibrated where the trained model has a calibration and `calibrated` says so; None: where `calibration.apply` does.
+    A checkpoint has none.
+
+    Tables are DataFrames (polars, pandas), lists of records, dicts of columns, or paths of CSV and Parquet files. They
+    need the feature columns, in any order; other columns are ignored.
 
     Raises:
         UserError: `folder` is neither of both, or what is asked for is not there, does not verify, or is of a format
             that this version does not read.
     """
 
-    def __init__(self, folder: Path, collectives: Collectives, checkpoint: str = "best") -> None:
-        self._load(collectives.on_rank_zero(lambda: _read(folder, checkpoint)), collectives)
+    def __init__(
+        self, folder: Path, collectives: Collectives, checkpoint: str = "best", *, calibrated: bool | None = None
+    ) -> None:
+        self._load(collectives.on_rank_zero(lambda: _read(folder, checkpoint)), collectives, calibrated)
 
     @classmethod
     def of_parts(cls, parts: Parts, collectives: Collectives, config: JobConfig | None = None) -> Predictor:
@@ -75,11 +82,17 @@ class Predictor:
         predictor._load(_of_parts(parts, config) | {"has_data": False}, collectives)
         return predictor
 
-    def _load(self, found: Parts, collectives: Collectives) -> None:
+    def _load(self, found: Parts, collectives: Collectives, calibrated: bool | None = None) -> None:
         self.collectives = collectives
         self._told: set[str] = set()
         self.config = _with_known_metrics(found["config"])
         self._has_data: bool = found["has_data"]
+        self.calibration: Calibrated | None = found["calibration"]
+        """The calibration of the trained model, content of its calibration.json; None: it has none."""
+        self.calibrated = self.calibration is not None and (
+            self.config.calibration.apply if calibrated is None else calibrated
+        )
+        """Whether the probabilities of rows to score are calibrated."""
         self.members = [self._member(parts) for parts in found["members"]]
         steps = [parts["origin"]["step"] for parts in found["members"]]
         self.weights = f"weights of step {steps[0]}" if len(steps) == 1 else f"mean of {len(steps)} members"
@@ -117,7 +130,8 @@ class Predictor:
     def evaluate(self, split: str = "test", data: Rows | None = None) -> dict[str, Any]:
         """Metrics on a split of the run's own data, or on another table that has the target column.
 
-        All rows of another table count unless it has the split column.
+        They are those of the model's own probabilities; `calibrated` holds those of the calibrated ones, if there is a
+        calibration. All rows of another table count unless it has the split column.
 
         Raises:
             UserError: there is no such split, it has no rows, or a trained model without its run folder is given no
@@ -142,6 +156,7 @@ class Predictor:
             with self.collectives.heartbeat.phase("evaluation"):
                 predicted = self._mean(lambda task: labelled if task is first else task.labelled(split, file))
                 metrics = scores(predicted, labelled, first, self.collectives)
+                metrics |= calibrated_scores(self.calibration, predicted, labelled, first, self.collectives)
                 unfamiliar = first.unfamiliar(labelled)
         self._tell(unfamiliar)
         return metrics | unfamiliar.as_json()
@@ -178,7 +193,10 @@ class Predictor:
                 unfamiliar.append(task.unfamiliar(rows, frame))
             return rows
 
-        return self._mean(rows_of), unfamiliar[0]
+        predicted = self._mean(rows_of)
+        if predicted is not None and self.calibration is not None and self.calibrated:
+            predicted = calibrated(self.calibration, predicted)
+        return predicted, unfamiliar[0]
 
     def _tell(self, unfamiliar: Unfamiliar) -> None:
         """Warn of each column once."""
@@ -223,7 +241,9 @@ def _with_known_metrics(config: JobConfig) -> JobConfig:
 
 
 @contextmanager
-def open_predictor(folder: Path, checkpoint: str, environ: Mapping[str, str]) -> Iterator[Predictor]:
+def open_predictor(
+    folder: Path, checkpoint: str, environ: Mapping[str, str], *, calibrated: bool | None = None
+) -> Iterator[Predictor]:
     """The classifier of a folder on all ranks that a launcher has started, inside the block. Raises as `Predictor`."""
     runtime = runtime_of(folder)
     world = world_from_environment(environ, device=device_here(runtime.device))
@@ -231,7 +251,7 @@ def open_predictor(folder: Path, checkpoint: str, environ: Mapping[str, str]) ->
     with process_group(world, timeout) as store:
         collectives = use_host_memory(Collectives(world))
         with watched(collectives, store, timeout_seconds=timeout, report_file=None):
-            yield Predictor(folder, collectives, checkpoint)
+            yield Predictor(folder, collectives, checkpoint, calibrated=calibrated)
 
 
 def runtime_of(folder: Path) -> RuntimeConfig:
@@ -282,6 +302,7 @@ def _of_parts(parts: Parts, config: JobConfig) -> Parts:
     configs = [config] if len(members) == 1 else [config_of_model(member, "a member") for member in members]
     return {
         "config": config,
+        "calibration": parts.get(CALIBRATION),
         "members": [
             {
                 "config": own,
@@ -303,7 +324,7 @@ def _of_checkpoint(run: RunFolder, checkpoint: str) -> Parts:
     origin = {"step": step, "data_sha256": state["data_sha256"]}
     weights = scored_weights(parts)
     member = {"config": config, "task": description_in(parts), "weights": weights, "origin": origin}
-    return {"config": config, "members": [member]}
+    return {"config": config, "calibration": None, "members": [member]}
 
 
 def _step(checkpoints: Checkpoints, wanted: str) -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dist_train.config.compatibility import FORMATS, redefined_metrics
@@ -22,8 +20,15 @@ from dist_train.errors import UserError
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.commit import CorruptCheckpoint
 from dist_train.run.checkpoint.run_folder import RunFolder
-from dist_train.run.checkpoint.state import Parts, read_parts, weights_sha256
-from dist_train.run.checkpoint.trained_model import DESCRIPTION, config_of_model, describe_model, read_trained_model
+from dist_train.run.checkpoint.state import Parts, read_parts, tensor_sha256, weights_sha256, with_digests
+from dist_train.run.checkpoint.trained_model import (
+    CALIBRATION,
+    DESCRIPTION,
+    config_of_model,
+    describe_model,
+    read_trained_model,
+)
+from dist_train.run.scoring import score_splits
 from dist_train.run.session import Session, build_loop
 from dist_train.system.machine import describe_machine
 from dist_train.tasks.registry import description_in, load_task
@@ -81,7 +86,7 @@ class Evidence:
         checkpoints, damaged = {}, {}
         for step in stored.steps():
             try:
-                checkpoints[step] = _with_digests(read_parts(stored.path(step)))
+                checkpoints[step] = with_digests(read_parts(stored.path(step)))
             except CorruptCheckpoint as damage:
                 if stored.path(step).is_dir():
                     damaged[step] = str(damage)
@@ -91,7 +96,7 @@ class Evidence:
         if summary:
             try:
                 parts = read_trained_model(folder.model)
-                model, model_sha256 = _with_digests(parts), weights_sha256(parts["model.pth"])
+                model, model_sha256 = with_digests(parts), weights_sha256(parts["model.pth"])
             except CorruptCheckpoint as damage:
                 model_damage = str(damage)
         changes = _read_lines(folder.changes) if folder.changes.is_file() else []
@@ -156,7 +161,8 @@ def verify(
         raise UserError(f"{folder.path}: nothing is recorded of the steps after {first} up to {last}")
     _check_world(config, evidence, collectives)
     start = evidence.start(first, last)
-    parts = collectives.on_rank_zero(lambda: _parts_at(folder, start)) if start in evidence.checkpoints else None
+    stored = Checkpoints(folder.checkpoints, keep=1)
+    parts = collectives.on_rank_zero(lambda: stored.read(start)) if start in evidence.checkpoints else None
     session = _session(config, collectives, evidence, parts)
     report = Report(start, last, machine=describe_machine(collectives.device), config=asdict(config))
     report.data_sha256 = session.task.fingerprint
@@ -280,8 +286,12 @@ class _Replay:
         if report.weights_sha256 != summary["weights_sha256"]:
             report.differ(best, "model/model.pth does not have the weights_sha256 of summary.json")
         self.session.scored.load_state_dict(self.best_weights)
-        for split in ("valid", "test"):
-            score = self.session.score(split, self.collectives)
+        scores, calibration = score_splits(
+            self.session.scored, self.session.task, self.session.config, self.collectives
+        )
+        if self.evidence.model.get(CALIBRATION) != json.loads(json.dumps(calibration)):
+            report.differ(best, f"the trained model's {CALIBRATION} is not what the replay has")
+        for split, score in scores.items():
             redefined = self._redefined(self.evidence.model[DESCRIPTION]["format"])
             name = _first_difference(summary[split] or {}, json.loads(json.dumps(score)) or {}, redefined)
             if name:
@@ -299,10 +309,6 @@ class _Replay:
     def _same_task(self, parts: Parts) -> bool:
         """Whether the task in a checkpoint or in `model/` is that of the replay; its format may be an older one."""
         return self.session.task.matches(description_in(parts))
-
-
-def _parts_at(folder: RunFolder, step: int) -> Parts:
-    return Checkpoints(folder.checkpoints, keep=1).read(step)
 
 
 def _session(config: JobConfig, collectives: Collectives, evidence: Evidence, parts: Parts | None) -> Session:
@@ -349,27 +355,9 @@ def _first_different_tensor(recorded: Parts, replayed: Parts) -> str | None:
     for part, tensors in replayed.items():
         theirs: Mapping[str, str] = recorded.get(part, {})
         for name in [*tensors, *theirs]:
-            if name not in theirs or name not in tensors or theirs[name] != _digest(tensors[name]):
+            if name not in theirs or name not in tensors or theirs[name] != tensor_sha256(tensors[name]):
                 return f"{part}, tensor {name}"
     return None
-
-
-def _with_digests(parts: Parts) -> Parts:
-    """The parts with the digest of each tensor in its place, apart from an encoder's few numbers."""
-    return {
-        name: {key: _digest(tensor) for key, tensor in part.items()}
-        if name.endswith(".pth") and name != "encoder.pth"
-        else part
-        for name, part in parts.items()
-    }
-
-
-def _digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's type, shape and bytes."""
-    own = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{own.dtype} {tuple(own.shape)}".encode())
-    digest.update(own.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:

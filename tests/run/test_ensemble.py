@@ -45,11 +45,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 def test_probabilities_are_the_mean_over_the_members(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = trained
     table = pl.read_csv(folder / "table.csv")
-    members = [dist_train.load(folder / "run" / f"seed_{i}").predict_proba(table) for i in range(3)]
+    members = [dist_train.load(folder / "run" / f"seed_{i}", calibrated=False).predict_proba(table) for i in range(3)]
     assert not np.array_equal(members[0], members[1])
-    ensemble = dist_train.load(folder / "run").predict_proba(table)
+    ensemble = dist_train.load(folder / "run", calibrated=False).predict_proba(table)
     assert np.array_equal(ensemble, (members[0] + members[1] + members[2]) / 3)
-    assert np.array_equal(ensemble, dist_train.load(folder / "run" / "model").predict_proba(table))
+    assert np.array_equal(ensemble, dist_train.load(folder / "run" / "model", calibrated=False).predict_proba(table))
 
 
 def test_all_members_have_one_split_and_the_summary_is_of_the_whole(trained: tuple[Path, dict[str, Any]]) -> None:

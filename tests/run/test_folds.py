@@ -69,7 +69,8 @@ def test_predictions_out_of_fold_cover_every_row_once(grouped: tuple[Path, dict[
         splits = _splits(folder / "run", f"{name}_seed_1", table.height)
         assert {splits[row] for row in of_fold["row"]} == {"valid"}
         rows = table[of_fold["row"].to_list()]
-        members = [dist_train.load(folder / "run" / f"{name}_seed_{i}").predict_proba(rows) for i in range(2)]
+        runs = [folder / "run" / f"{name}_seed_{i}" for i in range(2)]
+        members = [dist_train.load(run, calibrated=False).predict_proba(rows) for run in runs]
         assert np.allclose(of_fold.select(PROBABILITIES).to_numpy(), np.mean(members, 0), atol=1e-6)
         train_rows = [row for row, split in enumerate(splits) if split == "train"]
         assert not set(table["customer"].gather(train_rows)) & set(rows["customer"])
@@ -79,8 +80,8 @@ def test_the_model_is_the_mean_of_all_runs(grouped: tuple[Path, dict[str, Any], 
     folder, summary, table = grouped
     names = [member["name"] for member in summary["ensemble"]["members"]]
     assert names == [f"fold_{fold}_seed_{seed}" for fold in range(3) for seed in range(2)]
-    members = [dist_train.load(folder / "run" / name).predict_proba(table) for name in names]
-    model = dist_train.load(folder / "run")
+    members = [dist_train.load(folder / "run" / name, calibrated=False).predict_proba(table) for name in names]
+    model = dist_train.load(folder / "run", calibrated=False)
     assert np.allclose(model.predict_proba(table), np.mean(members, 0), atol=1e-12)
     assert model.evaluate("test")["loss"] == pytest.approx(summary["test"]["loss"], abs=1e-12)
     with pytest.raises(UserError, match="each fold of an ensemble has other valid rows"):

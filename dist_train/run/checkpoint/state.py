@@ -24,6 +24,7 @@ _FORMAT_PARTS = {
     "model.json": "trained model",
     "ensemble.json": "ensemble",
     "classifier.json": "classifier",
+    "calibration.json": "calibration",
 }
 """The part that holds the format number, by name -> the kind of artefact."""
 
@@ -122,3 +123,21 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
         tensor = state[name].detach().cpu().contiguous()
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes."""
+    own = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{own.dtype} {tuple(own.shape)}".encode())
+    digest.update(own.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def with_digests(parts: Parts) -> Parts:
+    """The parts with the digest of each tensor in its place, apart from an encoder's few numbers."""
+    return {
+        name: {key: tensor_sha256(tensor) for key, tensor in part.items()}
+        if name.endswith(".pth") and name != "encoder.pth"
+        else part
+        for name, part in parts.items()
+    }

@@ -20,6 +20,8 @@ from dist_train.run.checkpoint.state import Parts, read_parts, weights_sha256
 DESCRIPTION = "model.json"
 ENSEMBLE = "ensemble.json"
 """The description of an ensemble, in the place of `model.json`."""
+CALIBRATION = "calibration.json"
+"""The calibration of the probabilities; a trained model without it is not calibrated."""
 _OF_FORMAT_1 = "training.json"
 
 
@@ -31,9 +33,10 @@ def trained_model_parts(
     *,
     step: int,
     data_sha256: str,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Parts:
     """Parts of `model/`. `task` is the task's description; `weights` are those of `step`."""
-    return {
+    parts: Parts = {
         "model.pth": dict(weights),
         "task.json": dict(task),
         DESCRIPTION: {
@@ -45,6 +48,7 @@ def trained_model_parts(
             "weights_sha256": weights_sha256(weights),
         },
     }
+    return parts if calibration is None else parts | {CALIBRATION: dict(calibration)}
 
 
 def describe_model(config: JobConfig, class_names: Sequence[str]) -> dict[str, Any]:
@@ -58,6 +62,7 @@ def describe_model(config: JobConfig, class_names: Sequence[str]) -> dict[str, A
         "model": tree["model"],
         "train": {"precision": config.train.precision},
         "evaluation": {"batch_size": config.evaluation.batch_size, "metrics": config.evaluation.metrics},
+        "calibration": tree["calibration"],
     }
     return {"classes": list(class_names), "config": kept}
 
