@@ -59,6 +59,14 @@ def read_index_names(file: Path) -> list[str]:
     return [name for name in metadata.get("index_columns", []) if isinstance(name, str)]
 
 
+def num_rows_of(file: Path) -> int | None:
+    """Rows of a Parquet file; None of a CSV file, which only reading it tells."""
+    if _is_csv(file):
+        return None
+    with _mistakes(file):
+        return int(pyarrow.parquet.read_metadata(file).num_rows)
+
+
 def read_parts(file: Path, rows: int) -> list[Part]:
     """A Parquet file cut between row groups, into parts of `rows` rows or more; a CSV file as a whole."""
     if _is_csv(file):

@@ -18,14 +18,37 @@ MANY = 0.1
 
 @dataclass(frozen=True)
 class Unfamiliar:
-    """Shares of the cells by name of the column, the columns with many such cells only.
+    """Counts of unfamiliar cells by name of the column; `+` is of the rows of both, which have the same columns.
 
-    `unknown`: of the cells that are there, those with a category that is not in the vocabulary. `missing`: of all
-    cells, those that are missing, in columns that had no missing cell in training.
+    `unknown_cells` are categories that are not in the vocabulary, `missing_cells` the missing cells of every column
+    that is counted; `never_missing` are the columns that had no missing cell in training.
     """
 
-    unknown: Mapping[str, float] = field(default_factory=dict)
-    missing: Mapping[str, float] = field(default_factory=dict)
+    rows: int = 0
+    unknown_cells: Mapping[str, int] = field(default_factory=dict)
+    missing_cells: Mapping[str, int] = field(default_factory=dict)
+    never_missing: frozenset[str] = frozenset()
+
+    def __add__(self, other: Unfamiliar) -> Unfamiliar:
+        return Unfamiliar(
+            self.rows + other.rows,
+            _sums(self.unknown_cells, other.unknown_cells),
+            _sums(self.missing_cells, other.missing_cells),
+            self.never_missing | other.never_missing,
+        )
+
+    @property
+    def unknown(self) -> dict[str, float]:
+        """Shares of the unknown categories among the cells that are there, of columns with many of them."""
+        return _many(
+            {name: cells / max(1, self.rows - self.missing_cells[name]) for name, cells in self.unknown_cells.items()}
+        )
+
+    @property
+    def missing(self) -> dict[str, float]:
+        """Shares of the missing cells among all cells, of columns with many of them and none in training."""
+        counts = {name: cells for name, cells in self.missing_cells.items() if name in self.never_missing}
+        return _many({name: cells / max(1, self.rows) for name, cells in counts.items()})
 
     def lines(self) -> list[str]:
         """One for each column that is named."""
@@ -49,25 +72,27 @@ def unfamiliar_cells(
 
     Missing numbers are looked for in `table`, the rows before they were encoded.
     """
-    if not num_rows:
-        return Unfamiliar()
     unknown, missing = (torch.zeros(spec.num_categorical, dtype=torch.int64) for _ in range(2))
     for start in range(0, num_rows if spec.num_categorical else 0, _ROWS_AT_ONCE):
         codes = slice_of(start, min(num_rows, start + _ROWS_AT_ONCE))[2]
         unknown += (codes == UNKNOWN).sum(0).cpu()
         missing += (codes == MISSING).sum(0).cpu()
     names = [column.name for column in spec.categorical]
-    of_present = unknown / (num_rows - missing).clamp(min=1)
-    without = [not column.seen_in_training[MISSING] for column in spec.categorical]
-    shares = zip(names, (missing / num_rows).tolist(), without, strict=True)
-    missing_shares = {name: share for name, share, applies in shares if applies}
+    missing_cells = dict(zip(names, missing.tolist(), strict=True))
+    never_missing = {column.name for column in spec.categorical if not column.seen_in_training[MISSING]}
     if table is not None:
         made = spec.columns_of_features
         for column in spec.numeric:
             if not column.has_missing_flag:
                 name = made.get(column.name, column.name)
-                missing_shares[name] = _num_missing(table[name]) / num_rows
-    return Unfamiliar(_many(dict(zip(names, of_present.tolist(), strict=True))), _many(missing_shares))
+                missing_cells[name] = _num_missing(table[name])
+                never_missing.add(name)
+    unknown_cells = dict(zip(names, unknown.tolist(), strict=True))
+    return Unfamiliar(num_rows, unknown_cells, missing_cells, frozenset(never_missing))
+
+
+def _sums(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
 
 
 def _many(shares: Mapping[str, float]) -> dict[str, float]:

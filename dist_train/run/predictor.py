@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,24 +15,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import torch
 from torch import Tensor
 
 from dist_train.accel.host_memory import use_host_memory
 from dist_train.config.load import config_from_tree
 from dist_train.config.members import is_ensemble, members_of
 from dist_train.config.schema import JobConfig, RuntimeConfig
+from dist_train.data.chunks import Chunk, ChunkedFile
 from dist_train.data.frames import Table, frame_of
 from dist_train.data.split import SPLITS
-from dist_train.data.table import locate, read_table
+from dist_train.data.table import locate
 from dist_train.data.unfamiliar import Unfamiliar
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.supervision import watched
-from dist_train.distributed.world import device_here, process_group, world_from_environment
+from dist_train.distributed.world import World, device_here, process_group, world_from_environment
 from dist_train.errors import UserError
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.commit import CorruptCheckpoint
 from dist_train.run.checkpoint.run_folder import RunFolder, opened_run
-from dist_train.run.checkpoint.state import Parts
+from dist_train.run.checkpoint.state import Parts, weights_sha256
 from dist_train.run.checkpoint.trained_model import (
     CALIBRATION,
     DESCRIPTION,
@@ -40,6 +44,7 @@ from dist_train.run.checkpoint.trained_model import (
 )
 from dist_train.run.labels import Labels, labels_of
 from dist_train.run.members import Member, mean_probabilities, members_in, with_weights
+from dist_train.run.rounds import Scored, scored_in_rounds
 from dist_train.run.scoring import Calibrated, calibrated, calibrated_scores
 from dist_train.run.session import scored_weights
 from dist_train.system.console import log
@@ -94,6 +99,8 @@ class Predictor:
         )
         """Whether the probabilities of rows to score are calibrated."""
         self.members = [self._member(parts) for parts in found["members"]]
+        self.fingerprint = _fingerprint(found, self.calibration if self.calibrated else None)
+        """SHA-256 of what the probabilities of a row depend on."""
         steps = [parts["origin"]["step"] for parts in found["members"]]
         self.weights = f"weights of step {steps[0]}" if len(steps) == 1 else f"mean of {len(steps)} members"
         """Whose probabilities these are, in words."""
@@ -115,11 +122,13 @@ class Predictor:
             UserError: a column is missing, or a cell cannot be read.
         """
         if isinstance(rows, (str, os.PathLike)):
-            frame = self._read(locate(os.fspath(rows)))
-            predicted, unfamiliar = self._probabilities(frame, os.fspath(rows))
+            rounds = [part for part in self.scored(self.chunked(locate(os.fspath(rows)))) if part is not None]
+            predicted: Tensor | None = torch.cat([part.probabilities for part in rounds])
+            unfamiliar = sum((part.unfamiliar for part in rounds), Unfamiliar())
         else:
-            predicted, unfamiliar = self._probabilities(frame_of(rows, wanted=self._input_columns), "the table")
-        self._tell(unfamiliar)
+            frame = frame_of(rows, wanted=self._input_columns)
+            predicted, unfamiliar = self._probabilities(frame, "the table", self.collectives)
+        self.tell(unfamiliar)
         assert predicted is not None  # in a world of one
         return predicted.numpy()
 
@@ -154,60 +163,66 @@ class Predictor:
             if len(labelled) == 0:
                 raise UserError(f"{file or self.config.data.path}: there are no {split} rows")
             with self.collectives.heartbeat.phase("evaluation"):
-                predicted = self._mean(lambda task: labelled if task is first else task.labelled(split, file))
+                predicted = self._mean(
+                    lambda task: labelled if task is first else task.labelled(split, file), self.collectives
+                )
                 metrics = scores(predicted, labelled, first, self.collectives)
                 metrics |= calibrated_scores(self.calibration, predicted, labelled, first, self.collectives)
                 unfamiliar = first.unfamiliar(labelled)
-        self._tell(unfamiliar)
+        self.tell(unfamiliar)
         return metrics | unfamiliar.as_json()
 
-    def table(self, file: Path) -> tuple[pl.DataFrame, Unfamiliar] | None:
-        """`probability_<class>` for each class and `predicted_class`: a row for each row of a file, in its order.
+    def chunked(self, file: Path, keep: Sequence[str] = ()) -> ChunkedFile:
+        """A CSV or Parquet file as the model reads it, with columns to carry over."""
+        data, passes = self.config.data, self.config.evaluation.batch_size
+        return ChunkedFile(file, self._input_columns, keep, data.missing_values, passes)
 
-        And what the model has not seen the like of in it. Called by all ranks; None on ranks other than 0. Raises as
-        `predict_proba`.
+    def scored(self, rows: ChunkedFile, first_row: int = 0) -> Iterator[Scored | None]:
+        """Scores of a file from row `first_row` on, some rows at a time, in bounded memory; None on ranks other than 0.
+
+        Called by all ranks. Probabilities do not depend on the number of ranks. Raises as `predict_proba`.
         """
-        frame = self.collectives.run_on_all(lambda: self._read(file))
-        predicted, unfamiliar = self._probabilities(frame, str(file))
-        if predicted is None:
-            return None
-        self._tell(unfamiliar)
-        columns = {f"probability_{name}": predicted[:, i].numpy() for i, name in enumerate(self.class_names)}
-        winners = [self.class_names[i] for i in predicted.argmax(1).tolist()]
-        scores = pl.DataFrame(columns).with_columns(pl.Series("predicted_class", winners, dtype=pl.String))
-        return scores, unfamiliar
+        alone = Collectives(World(device=self.collectives.device))
 
-    def _read(self, file: Path) -> pl.DataFrame:
-        return read_table(file, self.config.data.missing_values, self._input_columns)
+        def score(chunk: Chunk) -> tuple[Tensor, Unfamiliar]:
+            predicted, unfamiliar = self._probabilities(chunk.features, str(rows.file), alone, chunk.first_row)
+            assert predicted is not None  # in a world of one
+            return predicted, unfamiliar
+
+        self.collectives.run_on_all(rows.check)
+        with self.collectives.heartbeat.phase("evaluation"):
+            yield from scored_in_rounds(rows.chunks(first_row), score, len(self.class_names), self.collectives)
 
     @property
     def _input_columns(self) -> list[str]:
         return list(dict.fromkeys(name for member in self.members for name in member.task.input_columns))
 
-    def _probabilities(self, frame: pl.DataFrame, source: str) -> tuple[Tensor | None, Unfamiliar]:
+    def _probabilities(
+        self, frame: pl.DataFrame, source: str, collectives: Collectives, first_row: int = 0
+    ) -> tuple[Tensor | None, Unfamiliar]:
         unfamiliar: list[Unfamiliar] = []
 
         def rows_of(task: Task) -> EncodedRows:
-            rows = self.collectives.run_on_all(lambda: task.unlabelled(frame, source))
+            rows = collectives.run_on_all(lambda: task.unlabelled(frame, source, first_row))
             if not unfamiliar:  # the members of an ensemble know nearly the same categories
                 unfamiliar.append(task.unfamiliar(rows, frame))
             return rows
 
-        predicted = self._mean(rows_of)
+        predicted = self._mean(rows_of, collectives)
         if predicted is not None and self.calibration is not None and self.calibrated:
             predicted = calibrated(self.calibration, predicted)
         return predicted, unfamiliar[0]
 
-    def _tell(self, unfamiliar: Unfamiliar) -> None:
-        """Warn of each column once."""
+    def tell(self, unfamiliar: Unfamiliar) -> None:
+        """Warn of each unfamiliar column once."""
         for line in unfamiliar.lines():
             name = line.partition(":")[0]
             if self.collectives.is_main and name not in self._told:
                 log.warning("%s", line)
             self._told.add(name)
 
-    def _mean(self, rows_of: Callable[[Task], EncodedRows]) -> Tensor | None:
-        return mean_probabilities(self.members, rows_of, self.config.evaluation.batch_size, self.collectives)
+    def _mean(self, rows_of: Callable[[Task], EncodedRows], collectives: Collectives) -> Tensor | None:
+        return mean_probabilities(self.members, rows_of, self.config.evaluation.batch_size, collectives)
 
     def _member(self, parts: Parts) -> Member:
         """A member reads its own data as it was trained, and scores as the whole does."""
@@ -229,6 +244,16 @@ def _file_of(data: Rows | None) -> Iterator[Path | None]:
             yield file
         except UserError as error:
             raise UserError(str(error).replace(str(file), "the table")) from None
+
+
+def _fingerprint(found: Parts, calibration: Calibrated | None) -> str:
+    digest = hashlib.sha256(json.dumps(calibration, sort_keys=True, default=str).encode())
+    for parts in found["members"]:
+        data, model = parts["config"].data, parts["config"].model
+        read = {"missing_values": data.missing_values, "batch_size": found["config"].evaluation.batch_size}
+        known = {**parts, "config": asdict(model), "weights": weights_sha256(parts["weights"]), **read}
+        digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def _with_known_metrics(config: JobConfig) -> JobConfig:

@@ -84,8 +84,8 @@ class Task(Protocol):
     def inputs(self) -> list[str]:
         """What the columns of the data became, in lines for the plan."""
 
-    def unlabelled(self, table: pl.DataFrame, source: str) -> Source:
-        """Rows of a table to score, in its order; the targets are zeros.
+    def unlabelled(self, table: pl.DataFrame, source: str, first_row: int = 0) -> Source:
+        """Rows of a table to score, in its order; the targets are zeros. It begins with row `first_row` of the source.
 
         Raises:
             UserError: a column is missing, or a cell cannot be read.

@@ -141,11 +141,12 @@ class TabularTask(Classification):
         """The columns by kind, and those that are left out."""
         return self._columns
 
-    def unlabelled(self, table: pl.DataFrame, source: str) -> ResidentRows:
+    def unlabelled(self, table: pl.DataFrame, source: str, first_row: int = 0) -> ResidentRows:
         """Rows to score; cells of text that are a word for "missing" are missing, as in a CSV file."""
         table = with_missing_cells(table, self.spec, self._config.data.missing_values)
         require_columns(table, self.spec.names, source, TRAINED_ON)
-        inputs = self._encoder.to_arrays(with_features(table, self.spec.readings, source), source)
+        features = with_features(table, self.spec.readings, source, first_row)
+        inputs = self._encoder.to_arrays(features, source, first_row)
         targets = torch.zeros(table.height, dtype=torch.int64)
         rows, device = torch.arange(table.height), self._collectives.device
         return resident(inputs, targets, rows, self.spec.num_classes, device, self._dtype)
