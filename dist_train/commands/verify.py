@@ -5,8 +5,9 @@
     torchrun --standalone --nproc_per_node=4 -m dist_train verify runs/credit_risk
 
 A run in the exact mode (train.virtual_ranks=V) is replayed on any number of ranks that divides V. A run in the fast
-mode is replayed on as many ranks as it was trained on. The run may be finished or still running; nothing in its folder
-is changed. The data are read from the path in the run's configuration, relative to the current folder.
+mode is replayed on as many ranks as it was trained on. Of an ensemble each member is replayed, and their mean is made
+again. The run may be finished or still running; nothing in its folder is changed. The data are read from the path in
+the run's configuration, relative to the current folder.
 A report goes to stderr, one line of JSON to stdout. Exit code 0: all agree; 1: the first step that differs is named.
 """
 
@@ -23,6 +24,7 @@ from dist_train.errors import TrainingFault, UserError
 from dist_train.system.console import log, print_json
 
 if TYPE_CHECKING:
+    from dist_train.run.ensemble_verification import EnsembleReport
     from dist_train.run.verification import Report
 
 
@@ -34,14 +36,19 @@ def main(program: str, argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     first, last = _range(arguments.steps)
 
+    from dist_train.config.members import is_ensemble
     from dist_train.distributed.collectives import Collectives
     from dist_train.distributed.supervision import watched
     from dist_train.distributed.world import device_here, process_group, world_from_environment
     from dist_train.run.checkpoint.run_folder import opened_run
+    from dist_train.run.ensemble_verification import verify_ensemble
     from dist_train.run.verification import verify
     from dist_train.system.machine import pin_arithmetic
 
     folder, config = opened_run(arguments.run_dir)
+    whole = is_ensemble(config)
+    if whole and (first, last) != (0, None):
+        raise UserError(f"--steps: {folder.path} is an ensemble: the steps are those of a member, a folder in it")
     world = world_from_environment(os.environ, device=device_here(config.runtime.device))
     if config.train.virtual_ranks:
         pin_arithmetic(world.device)
@@ -49,12 +56,34 @@ def main(program: str, argv: Sequence[str]) -> None:
     with process_group(world, timeout) as store:
         collectives = use_host_memory(Collectives(world))
         with watched(collectives, store, timeout_seconds=timeout, report_file=None):
-            report = verify(folder, config, collectives, first, last)
-    if world.rank == 0:
+            if whole:
+                of_members = verify_ensemble(folder, config, collectives)
+            else:
+                report = verify(folder, config, collectives, first, last)
+    if whole:
+        _end_of_ensemble(of_members, world.rank)
+    else:
+        _end_of_run(report, world.rank)
+
+
+def _end_of_run(report: Report, rank: int) -> None:
+    if rank == 0:
         _show(report)
         print_json(asdict(report))
     if report.difference is not None:
         raise TrainingFault(f"step {report.difference_step} differs: {report.difference}")
+
+
+def _end_of_ensemble(report: EnsembleReport, rank: int) -> None:
+    if rank == 0:
+        for name, of_member in report.members.items():
+            log.info("member %s", name)
+            _show(of_member)
+        if report.difference is None and report.model_compared:
+            log.info("the mean of %d members, sha256 %s, agrees to the bit", len(report.members), report.weights_sha256)
+        print_json(asdict(report))
+    if report.difference is not None:
+        raise TrainingFault(report.difference)
 
 
 def _range(text: str) -> tuple[int, int | None]:

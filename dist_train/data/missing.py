@@ -1,4 +1,4 @@
-"""Cells that mean: no value. A word means it in each type that holds its value: -999 as a float, 1900-01-01 as a date."""
+"""Cells that mean: no value. A word means it in each type that has its value: -999 as a float, 1900-01-01 as a date."""
 
 from __future__ import annotations
 

@@ -6,13 +6,11 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from statistics import mean, stdev
 from typing import Any, Protocol
-
-from torch import Tensor
 
 from dist_train import __version__
 from dist_train.config.members import MemberRun
@@ -25,7 +23,7 @@ from dist_train.run.checkpoint.commit import CorruptCheckpoint, commit
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import Parts, encode_parts, pack_json
 from dist_train.run.checkpoint.trained_model import DESCRIPTION, ENSEMBLE, read_trained_model
-from dist_train.run.members import Member, ensemble_parts, mean_probabilities, with_weights
+from dist_train.run.members import ensemble_parts, mean_probabilities, with_weights
 from dist_train.run.predictions import Predictions, joined, mean_of
 from dist_train.run.resume import open_ensemble
 from dist_train.run.scoring import Calibrated, calibrated, fitted, note_calibration
@@ -33,9 +31,14 @@ from dist_train.run.tracking.console_tracker import describe_scores
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
 from dist_train.system.machine import describe_machine
+from dist_train.tasks.base import Task
 from dist_train.tasks.registry import description_in, load_task
+from dist_train.training.protocols import Source
 
 Summary = dict[str, Any]
+
+OUT_OF_FOLD = "out_of_fold.parquet"
+"""File in the folder of an ensemble of folds: probabilities of each row by the members that did not train on it."""
 
 
 class TrainMember(Protocol):
@@ -121,17 +124,16 @@ class Ensemble:
 
     def _combine(self, summaries: Sequence[Summary], world: World) -> Summary:
         collectives = self._collectives
-        parts = [collectives.on_rank_zero(partial(self._parts_of, member)) for member in self.members]
-        validated, tested = self._predictions(parts)
+        parts = [collectives.on_rank_zero(partial(parts_of_member, self.folder, member)) for member in self.members]
+        scored = scores_of_members(self.config, self.members, parts, collectives)
 
         def write() -> Summary:
-            of_folds = joined(validated)
-            calibration = self._calibration(of_folds)
-            model = ensemble_parts(self.config, [member.name for member in self.members], parts, calibration)
-            scores = {"valid": _scores(of_folds, calibration), "test": _scores(mean_of(tested), calibration)}
-            summary = self._summary(summaries, model[ENSEMBLE], world) | {"calibration": calibration} | scores
-            if of_folds.folds is not None:
-                write_atomically(self.folder.path / "out_of_fold.parquet", of_folds.parquet())
+            names = [member.name for member in self.members]
+            model = ensemble_parts(self.config, names, parts, scored.calibration)
+            summary = self._summary(summaries, model[ENSEMBLE], world) | {"calibration": scored.calibration}
+            summary |= scored.metrics
+            if scored.out_of_fold is not None:
+                write_atomically(self.folder.path / OUT_OF_FOLD, scored.out_of_fold)
             commit(self.folder.model, encode_parts(model), self.folder.confirm)
             write_atomically(self.folder.summary, pack_json(summary))
             return summary
@@ -141,35 +143,6 @@ class Ensemble:
         note_calibration(summary)
         log.info("summary in %s", self.folder.summary)
         return summary
-
-    def _calibration(self, validated: Predictions) -> Calibrated | None:
-        """Of the mean of the members; of folds, each row is predicted by the members that have not seen it."""
-        return fitted(self.config, validated.probabilities, validated.targets, validated.weights)
-
-    def _predictions(self, parts: Sequence[Parts]) -> tuple[list[Predictions], list[Predictions]]:
-        """Of each fold the mean of its members, for its validation rows and for the test rows; empty but on rank 0."""
-        validated: list[Predictions] = []
-        tested: list[Predictions] = []
-        for fold, pairs in groupby(zip(self.members, parts, strict=True), lambda pair: pair[0].config.data.fold):
-            runs = list(pairs)
-            task = load_task(runs[0][0].config, self._collectives, description_in(runs[0][1]))
-            members = [with_weights(task, of_member["model.pth"]) for _, of_member in runs]
-            for split, found in (("valid", validated), ("test", tested)):
-                predicted = self._mean(members, split)
-                if predicted is not None:
-                    found.append(Predictions.of(task, task.splits[split], predicted, fold))
-        return validated, tested
-
-    def _mean(self, members: Sequence[Member], split: str) -> Tensor | None:
-        batch_size = self.config.evaluation.batch_size
-        return mean_probabilities(members, lambda task: task.splits[split], batch_size, self._collectives)
-
-    def _parts_of(self, member: MemberRun) -> Parts:
-        folder = self.folder.path / member.name / "model"
-        try:
-            return read_trained_model(folder)
-        except CorruptCheckpoint as damage:
-            raise TrainingFault(f"the trained model of a member is damaged: {damage}") from None
 
     def _summary(self, summaries: Sequence[Summary], described: Mapping[str, Any], world: World) -> Summary:
         """Content of summary.json without the scores of the whole. Steps, samples and seconds are sums."""
@@ -202,12 +175,68 @@ class Ensemble:
         }
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What the members predict together; empty but on rank 0.
+
+    `metrics`: `valid` and `test` of the summary. `calibration` is fitted to the validation rows, `out_of_fold` is a
+    Parquet file; None where the configuration asks for none.
+    """
+
+    metrics: dict[str, Any]
+    calibration: Calibrated | None
+    out_of_fold: bytes | None
+
+
+def scores_of_members(
+    config: JobConfig, members: Sequence[MemberRun], parts: Sequence[Parts], collectives: Collectives
+) -> Scores:
+    """Score the validation rows of each fold by the mean of its members, and the test rows by the mean over folds.
+
+    `parts` are those of the members' `model/`, in their order.
+    """
+    found: dict[str, list[Predictions]] = {"valid": [], "test": []}
+    for fold, pairs in groupby(zip(members, parts, strict=True), lambda pair: pair[0].config.data.fold):
+        runs = list(pairs)
+        task = load_task(runs[0][0].config, collectives, description_in(runs[0][1]))
+        trained = [with_weights(task, of_member["model.pth"]) for _, of_member in runs]
+        for split, predictions in found.items():
+            rows = task.splits[split]
+            batch_size = config.evaluation.batch_size
+            mean = mean_probabilities(trained, partial(_rows_of, split), batch_size, collectives)
+            if mean is not None:
+                predictions.append(Predictions.of(task, rows, mean, fold))
+    if not found["valid"]:
+        return Scores({}, None, None)
+    validated = joined(found["valid"])
+    # Of folds, each row is predicted by the members that have not seen it.
+    calibration = fitted(config, validated.probabilities, validated.targets, validated.weights)
+    metrics = {"valid": _scores(validated, calibration), "test": _scores(mean_of(found["test"]), calibration)}
+    return Scores(metrics, calibration, None if validated.folds is None else validated.parquet())
+
+
 def _scores(predictions: Predictions, calibration: Calibrated | None) -> dict[str, Any] | None:
     metrics = predictions.metrics()
     if metrics is None or calibration is None:
         return metrics
     after = replace(predictions, probabilities=calibrated(calibration, predictions.probabilities))
     return metrics | {"calibrated": after.metrics()}
+
+
+def _rows_of(split: str, task: Task) -> Source:
+    return task.splits[split]
+
+
+def parts_of_member(folder: RunFolder, member: MemberRun) -> Parts:
+    """The parts of a member's `model/`; `folder` is that of the ensemble.
+
+    Raises:
+        TrainingFault: they are damaged.
+    """
+    try:
+        return read_trained_model(folder.path / member.name / "model")
+    except CorruptCheckpoint as damage:
+        raise TrainingFault(f"the trained model of a member is damaged: {damage}") from None
 
 
 def _spread(metrics: Sequence[Mapping[str, Any] | None]) -> dict[str, dict[str, float]]:

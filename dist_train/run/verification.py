@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dist_train.config.compatibility import FORMATS, redefined_metrics
 from dist_train.config.load import config_from_tree
-from dist_train.config.members import members_of
 from dist_train.config.schema import JobConfig
 from dist_train.determinism.sliced_modules import require_world_size
 from dist_train.distributed.collectives import Collectives
@@ -150,11 +149,6 @@ def verify(
     step, the trained model and the metrics of the summary as well. The replay starts from the newest sound checkpoint
     at or before `first`, or from the initial weights.
     """
-    members = members_of(config)
-    if members:
-        raise UserError(
-            f"{folder.path}: is an ensemble: verify each of its members, as {folder.path / members[0].name}"
-        )
     evidence = collectives.on_rank_zero(lambda: Evidence.of(folder))
     last = evidence.last_step if last is None else min(last, evidence.last_step)
     if last <= first:
@@ -220,7 +214,7 @@ class _Replay:
             return
         self.pending.remove(line)
         self.report.lines += 1
-        name = _first_difference(line, json.loads(json.dumps(record)), self._redefined(self.evidence.format))
+        name = first_difference(line, json.loads(json.dumps(record)), self._redefined(self.evidence.format))
         if name:
             what = f"{split} {name}: recorded {line.get(name)!r}, replayed {record.get(name)!r}"
             self.report.differ(step, what)
@@ -241,7 +235,7 @@ class _Replay:
             return
         self.report.checkpoints += 1
         replayed = self.session.tensor_parts()
-        name = _first_different_tensor(recorded, replayed)
+        name = first_different_tensor(recorded, replayed)
         state = recorded["state.json"]
         if name:
             self.report.differ(step, f"the checkpoint's {name} is not what the replay has")
@@ -252,7 +246,7 @@ class _Replay:
             replayed_progress = self.session.progress.state_dict()
             if recorded_progress["evaluation_due"]:  # stopped before an evaluation that the replay has done by now
                 replayed_progress |= {name: recorded_progress[name] for name in _OF_THE_EVALUATION}
-            name = _first_difference(recorded_progress, replayed_progress)
+            name = first_difference(recorded_progress, replayed_progress)
             if name:
                 self.report.differ(step, f"the checkpoint's {name} is not what the replay has")
 
@@ -274,7 +268,7 @@ class _Replay:
         report.model_compared = True
         report.weights_sha256 = self.evidence.model_sha256
         replayed: Parts = {"model.pth": self.best_weights}
-        name = _first_different_tensor(self.evidence.model, replayed)
+        name = first_different_tensor(self.evidence.model, replayed)
         if name:
             report.differ(best, f"the trained model's {name} is not what the replay has")
         if not self._same_task(self.evidence.model):
@@ -293,7 +287,7 @@ class _Replay:
             report.differ(best, f"the trained model's {CALIBRATION} is not what the replay has")
         for split, score in scores.items():
             redefined = self._redefined(self.evidence.model[DESCRIPTION]["format"])
-            name = _first_difference(summary[split] or {}, json.loads(json.dumps(score)) or {}, redefined)
+            name = first_difference(summary[split] or {}, json.loads(json.dumps(score)) or {}, redefined)
             if name:
                 report.differ(best, f"the summary's {split} {name} is not what the replayed weights have")
 
@@ -342,7 +336,7 @@ def _compare_machine(report: Report, evidence: Evidence) -> None:
             report.notes.append(f"{name} is {now}, the run had {value}: equal bits are not promised")
 
 
-def _first_difference(
+def first_difference(
     recorded: Mapping[str, Any], replayed: Mapping[str, Any], redefined: Mapping[str, str] | None = None
 ) -> str | None:
     for name in [*replayed, *recorded]:
@@ -351,7 +345,8 @@ def _first_difference(
     return None
 
 
-def _first_different_tensor(recorded: Parts, replayed: Parts) -> str | None:
+def first_different_tensor(recorded: Parts, replayed: Parts) -> str | None:
+    """Part and name of a tensor that only one has, or that differs; `recorded` comes of `with_digests`."""
     for part, tensors in replayed.items():
         theirs: Mapping[str, str] = recorded.get(part, {})
         for name in [*tensors, *theirs]:

@@ -18,7 +18,6 @@ from dist_train.distributed.stopping import StopRequest
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
 from dist_train.run.job import Job, train
-from dist_train.run.verification import verify
 from tests.resume.jobs import run_job, tiny_job, write_table
 
 
@@ -125,9 +124,6 @@ def test_mistakes_cost_one_line(trained: tuple[Path, dict[str, Any]], tmp_path: 
         dist_train.load(folder / "run", "last")
     with pytest.raises(UserError, match="holds an ensemble"):
         _train(folder, "ensemble.seeds=1")
-    config = load_config(_arguments(folder))
-    with pytest.raises(UserError, match=r"verify each of its members"):
-        verify(dist_train.run.checkpoint.run_folder.RunFolder(folder / "run"), config, None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="no such file"):
         _train(tmp_path, "data.path=nowhere.csv")
     assert not (tmp_path / "run").exists()
