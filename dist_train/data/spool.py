@@ -150,8 +150,7 @@ class _Spooling:
         self._source = unit.source
         self._columns = columns
         # The letters of a word are null in CSV already, other spellings of its value are not.
-        words = columns.missing_values
-        self._missing_words = words_with_value(words) if is_csv_name(unit.file) else words
+        self._missing_words = (words_with_value if is_csv_name(unit.file) else list)(columns.missing_values)
         self._categorical = frozenset(columns.categorical)
         self._known_numbers = frozenset(columns.numbers)
         self._text = text
@@ -254,8 +253,7 @@ class _Spooling:
             facts.padded = padded[0] if len(padded) else None
 
     def _with_nulls(self, column: pl.Series) -> pl.Series:
-        kept = self._columns.categories.get(column.name, ())
-        return without_missing_words(column, self._missing_words, kept)
+        return without_missing_words(column, self._missing_words, self._columns.categories.get(column.name, ()))
 
 
 def _array(values: np.ndarray[Any, Any]) -> pa.Array:
