@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import torch
@@ -67,6 +68,14 @@ def in_processes(count: int, function: Callable[..., Any], *arguments: Any) -> l
     failures = [f"rank {number}: {text}" for number, (ok, text) in enumerate(answers) if not ok]
     assert not failures, "\n".join(failures)
     return [value for _, value in answers]
+
+
+def free_port() -> int:
+    """A TCP port of this machine on which nothing listens."""
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 def _answer(pipe: Connection, rank: int) -> tuple[bool, Any]:

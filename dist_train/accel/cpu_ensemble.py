@@ -172,12 +172,14 @@ class _Members(torch.autograd.Function):
             _output_backward(block, grad[block.rows], weight, of_output, layers[-1].dropout.scale)
             for index in range(len(layers) - 1, 0, -1):
                 kernels.relu_dropout_backward_of_members(
-                    block.gradients[index].numpy(), block.arrays[index], work.totals[index]
+                    block.gradients[index].numpy(), block.arrays[index], False, work.totals[index]
                 )
                 gradient = block.activations[index]
                 work.of_weights[index].baddbmm_(gradient.transpose(1, 2), block.sources[index - 1], beta=beta)
                 torch.bmm(gradient, work.weights[index], out=block.gradients[index - 1])
-            kernels.relu_dropout_backward(block.gradients[0].numpy(), block.first.numpy(), work.totals[0])
+            kernels.relu_dropout_backward_of_members(
+                block.gradients[0].numpy(), block.first.numpy(), True, work.totals[0]
+            )
             work.of_wide.addmm_(block.activations[0].t(), x[block.rows], beta=beta)
             if of_x is not None:
                 torch.mm(block.activations[0], work.wide, out=of_x[block.rows])

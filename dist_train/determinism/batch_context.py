@@ -82,6 +82,10 @@ class ModelContext:
         self._used[stream] = None
         if batch.counters is not None:
             return batch.counters[stream] + self.random.distance(width, batch.offset + place)
+        return self.counter_of(batch, purpose, width, place)
+
+    def counter_of(self, batch: BatchContext, purpose: str, width: int, place: int = 0) -> int:
+        """The same of a batch that need not be at hand, from its place in the training order."""
         return self.random.counter(purpose, width, batch.epoch, batch.first_row + batch.offset + place)
 
     def bits16(self, purpose: str, num_rows: int, width: int, like: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from dist_train.training.step import EagerStep, Forward, Step, StepResult
 Inputs = tuple[Tensor, ...]
 """Arguments of a model, each (rows, ...)."""
 
+MAX_STEPS = 64
+"""Steps for whose results a computation of several at once has memory."""
+
 
 class Execution(Protocol):
     """How a step is computed on the ranks of a job.

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from dist_train.accel.cpu_mlp import FusedSequential
 from dist_train.accel.cpu_network import MAX_ROWS, CompiledNetwork, Updates, can_compile
 from dist_train.determinism.batch_context import BatchContext
+from dist_train.execution.base import MAX_STEPS
 from dist_train.execution.optimizer import AdamW
 from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.training.loss import CrossEntropy
 from dist_train.training.protocols import Batch
 from dist_train.training.step import EagerStep, Number
-
-MAX_STEPS = 64
-"""Steps that are put off at most."""
 
 
 class CompiledSteps:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dist_train.determinism.batch_context import ModelContext
 from dist_train.determinism.dropout import KeyedDropout
+from dist_train.execution.base import MAX_STEPS
 from dist_train.execution.optimizer import AdamW
 from dist_train.execution.recorder import Recorder, Recording, record_or_warn
 from dist_train.models.embeddings import TabularInputs
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 # Units of the second hidden layer, of which a tile stays in registers, and classes.
 _MAX_UNITS, _MAX_CLASSES = 512, 64
-MAX_STEPS = 64
-"""Steps that are put off at most."""
 # Steps of a shape before it is recorded: the first one compiles its kernels.
 _WARM_UP_STEPS = 1
 # Shapes that are kept: full batches, the last one of an epoch, and one of two rows more than that.
@@ -161,10 +160,8 @@ class FusedSteps:
 
     def numbers_of(self, one: _PutOff) -> list[int]:
         """The head of a step's message: first counters of both dropouts, learning rate and vote as float64's bits."""
-        place, random = one.batch.context, self._context.random
-        first = place.first_row + place.offset
         counters = [
-            random.counter(drop.purpose, width, place.epoch, first)
+            self._context.counter_of(one.batch.context, drop.purpose, width)
             for drop, width in zip(self._drops, self._widths, strict=True)
         ]
         return [*counters, *struct.unpack("<2q", struct.pack("<2d", one.lr, one.vote))]

@@ -6,7 +6,6 @@ import warnings
 from typing import Any, cast
 
 import numpy as np
-import rtdl_num_embeddings as rtdl
 import torch
 from torch import Tensor, nn
 
@@ -67,6 +66,9 @@ def bin_edges(column: NumericColumn, num_bins: int) -> Tensor:
 
 
 def _piecewise_linear(spec: FeatureSpec, keys: FeatureKeys) -> Any:
+    # Imported here: it loads scikit-learn, for which a model without these modules must not wait.
+    import rtdl_num_embeddings as rtdl
+
     bins = [bin_edges(column, keys.numeric_bins) for column in spec.numeric]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The .* feature has just two bin edges")
@@ -76,6 +78,8 @@ def _piecewise_linear(spec: FeatureSpec, keys: FeatureKeys) -> Any:
 
 
 def _periodic(spec: FeatureSpec, keys: FeatureKeys) -> Any:
+    import rtdl_num_embeddings as rtdl
+
     module = rtdl.PeriodicEmbeddings(
         spec.num_numeric,
         keys.numeric_width,

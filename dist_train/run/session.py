@@ -17,7 +17,7 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
 from dist_train.execution.average import MovingAverage
-from dist_train.execution.base import GuardedStep, bind
+from dist_train.execution.base import MAX_STEPS, GuardedStep, bind
 from dist_train.execution.choose import choose_execution
 from dist_train.execution.optimizer import AdamW, lr_multipliers, undecayed_parameters
 from dist_train.run.checkpoint.state import Parts
@@ -43,9 +43,8 @@ EPOCHS_AHEAD = 2
 ROWS_OF_SHORT_EPOCHS = 1 << 22
 # Of the steps in which only this package's code takes part, the generator guard compares every so many.
 STEPS_BETWEEN_GUARDS = 50
-# Rows of the steps that are sent to a GPU together, and steps.
+# Rows of the steps that are sent to a GPU together.
 ROWS_AHEAD_ON_GPU = 1 << 20
-MOST_STEPS_AHEAD = 63
 
 
 class Session:
@@ -245,7 +244,7 @@ def build_loop(
     steps_ahead = STEPS_AHEAD if on_gpu and put_off else 0
     if deferred is not None:
         rows = ROWS_AHEAD_ON_GPU if on_gpu else ROWS_AHEAD
-        steps_ahead = min(MOST_STEPS_AHEAD, rows // config.train.global_batch_size)
+        steps_ahead = min(MAX_STEPS - 1, rows // config.train.global_batch_size)
     return Loop(
         session.step,
         session.feed,

@@ -71,16 +71,20 @@ def assert_same(ours: Job, other: Job) -> None:
 
 
 @needs_interpreter
-def test_fifty_steps_are_those_of_the_modules(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [12, pytest.param(50, marks=pytest.mark.slow)])
+def test_many_steps_are_those_of_the_modules(tmp_path: Path, steps: int) -> None:
     """Numeric features, whose table the kernels read as it is; its rows are filled up to eight numbers."""
     arguments = [*write_numbers(tmp_path / "table.parquet", ROWS, 7), *SMALL]
     ours, plain = make_job(arguments, Repeater()), make_job(arguments, None)
     assert ours.fused is not None
-    results = follow(ours, plain, 50)
+    before = plain.state["model layers.0.weight"]
+    results = follow(ours, plain, steps)
     assert ours.fused._table is not None
     assert ours.fused._table.features.shape == (ROWS, 8)
     assert results[3][2] == 1  # the vote
-    assert results[-3][0] < 0.9 * results[0][0]  # it has learnt; equality of nothing would prove nothing
+    # Equality of nothing would prove nothing.
+    assert (plain.state["model layers.0.weight"] - before).abs().max() > 1e-3
+    assert steps < 50 or results[-3][0] < 0.9 * results[0][0]
 
 
 def freeze(*places: int) -> Callable[[nn.Module], None]:
@@ -277,7 +281,7 @@ def test_what_the_kernels_do_not_know_is_left_to_the_modules(
     assert make_job([*arguments, *more], Repeater(), change).fused is None
 
 
-@pytest.mark.parametrize("ranks", [(1, 4), pytest.param((1, 2, 8), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [(1, 2), pytest.param((1, 4, 8), marks=pytest.mark.slow)])
 def test_the_exact_mode_is_the_same_bits_on_any_number_of_ranks(tmp_path: Path, ranks: tuple[int, ...]) -> None:
     """Eight slices, in the last step of an epoch of 0 or 1 row, held by as many processes."""
     arguments = [

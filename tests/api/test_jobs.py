@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import pytest
 
 from dist_train import UserError, load_config, register_metric, train
 from tests.api.tables import QUICK, loans
-from tests.commands import REPOSITORY, environment
-from tests.patience import PATIENCE_SECONDS
+from tests.commands import environment
+from tests.ranks import free_port, in_processes
 
 
 @pytest.fixture
@@ -94,28 +95,27 @@ import json, sys
 import torch, torch.distributed as dist
 from dist_train import train
 threads = torch.get_num_threads()
-result = train(overrides=sys.argv[2:], verbose=False)
+result = train(overrides=sys.argv[1:], verbose=False)
 assert not dist.is_initialized()
 assert torch.get_num_threads() == threads
-with open(f"{sys.argv[1]}/{__import__('os').environ['RANK']}.json", "w") as file:
-    json.dump(dict(result.summary), file)
+print(json.dumps(dict(result.summary)))
 """
 
 
-def test_ranks_of_torchrun_give_the_bits_of_one_process(settings: list[str], tmp_path: Path) -> None:
-    script = tmp_path / "job.py"
-    script.write_text(OWN + RANKS)
+def _rank(rank: int, port: int, job: list[str]) -> str:
+    """What RANKS prints on a rank, in the environment that torchrun gives it."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.clear()
+    os.environ.update(environment(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in place.items()}))
+    sys.argv = ["job.py", *job]
+    with redirect_stdout(StringIO()) as printed:
+        exec(OWN + RANKS, {})
+    return printed.getvalue()
+
+
+def test_two_ranks_give_the_bits_of_one_process(settings: list[str]) -> None:
     job = [*settings, "train.virtual_ranks=2", "train.loss=own", "evaluation.metrics=[own]"]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path, *job],
-        env=environment(PYTHONPATH=str(REPOSITORY)),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    summaries = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    summaries = [json.loads(printed) for printed in in_processes(2, _rank, free_port(), job)]
     assert summaries[0] == summaries[1]
     assert summaries[0]["world_size"] == 2
     exec(OWN, {})

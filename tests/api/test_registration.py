@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ from dist_train import Classifier, UserError, load, register_loss, register_metr
 from dist_train.config.schema import TrainConfig
 from dist_train.training.loss import CrossEntropy, RegisteredLoss, objective_of
 from tests.api.tables import loans, quick
-from tests.commands import REPOSITORY, environment
-from tests.patience import PATIENCE_SECONDS
+from tests.cli.in_process import command_on_ranks
+from tests.programs import output_of
 
 
 def fit_with(metric: str, **arguments: Any) -> Classifier:
@@ -73,18 +71,10 @@ def test_a_metric_of_another_program_is_left_out(tmp_path: Path) -> None:
     fit_with("passing", run_dir=tmp_path / "run")
     file = tmp_path / "run" / "config.yaml"
     assert "passing" in file.read_text()
-    done = subprocess.run(
-        [sys.executable, "-m", "dist_train", "evaluate", str(tmp_path / "run"), "--split", "valid"],
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "left out, because this program has not registered them: the metrics passing" in done.stderr
-    assert "passing" not in json.loads(done.stdout)["valid"]
+    (other,) = command_on_ranks(1, "evaluate", tmp_path / "run", "--split", "valid")
+    assert other.code == 0, other.err
+    assert "left out, because this program has not registered them: the metrics passing" in other.err
+    assert "passing" not in json.loads(other.out)["valid"]
 
 
 def row_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -201,17 +191,7 @@ def test_installed_packages_are_found_by_their_entry_points(tmp_path: Path) -> N
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: extras\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(ENTRY_POINTS)
-    done = subprocess.run(
-        [sys.executable, "-c", INSTALLED],
-        cwd=tmp_path,
-        env=environment(PYTHONPATH=f"{tmp_path}:{REPOSITORY}"),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    assert output_of(INSTALLED, tmp_path).splitlines() == [
         "False",
         "0.0 6",
         "evaluation.metrics: the metric 'gone' of an installed package (extras:gone) cannot be loaded: "

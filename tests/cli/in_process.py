@@ -10,13 +10,12 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from socket import socket
 from typing import NoReturn
 from unittest.mock import patch
 
 from dist_train.system import console
 from tests.commands import environment
-from tests.ranks import in_processes
+from tests.ranks import free_port, in_processes
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,7 @@ def command(script: str, *arguments: object, **environ: str) -> CommandResult:
 
 def command_on_ranks(ranks: int, script: str, *arguments: object) -> list[CommandResult]:
     """The same on several ranks, in rank order: processes with the environment that torchrun gives, but forked."""
-    with socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return in_processes(ranks, _rank, ranks, port, script, arguments)
+    return in_processes(ranks, _rank, ranks, free_port(), script, arguments)
 
 
 def _rank(rank: int, ranks: int, port: int, script: str, arguments: tuple[object, ...]) -> CommandResult:

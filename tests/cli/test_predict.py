@@ -18,7 +18,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from dist_train.distributed.world import World, world_from_environment
 from tests import commands
 from tests.cli.conftest import Trained
-from tests.cli.in_process import command
+from tests.cli.in_process import command, command_on_ranks
 from tests.cli.tables import CLASSES, clients
 
 FEATURES = ["income", "age", "purpose", "utilisation"]
@@ -227,12 +227,13 @@ def test_the_weights_load_into_a_plain_module(trained: Trained) -> None:
         torch.nn.Linear(width, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Dropout(0.3),
         torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Dropout(0.2), torch.nn.Linear(4, 3),
     )  # fmt: skip
-    torch.nn.ModuleDict({"layers": layers}).load_state_dict(weights, strict=True)
+    matched = torch.nn.ModuleDict({"layers": layers}).load_state_dict(weights, strict=True)
+    assert not matched.missing_keys + matched.unexpected_keys
 
 
 def test_two_ranks_predict_what_one_does(trained: Trained, reference: pl.DataFrame, tmp_path: Path) -> None:
     source, output = write(clients(), tmp_path / "in.parquet"), tmp_path / "out.parquet"
-    done = commands.run("predict", trained.folder, source, output, ranks=2)
-    assert done.returncode == 0, done.stderr
+    done = command_on_ranks(2, "predict", trained.folder, source, output)
+    assert [rank.code for rank in done] == [0, 0], done
     assert pl.read_parquet(output).equals(reference)
     assert sorted(path.name for path in tmp_path.iterdir()) == [source.name, output.name]

@@ -17,10 +17,10 @@ from dist_train.data.store import MANIFEST, Store
 from dist_train.data.table import locate, read_table
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
-from tests.cli.in_process import command, contents
+from tests.cli.in_process import command, command_on_ranks, contents
 from tests.cli.tables import QUICK, clients
 from tests.cli.test_mistakes import assert_one_message
-from tests.commands import REPOSITORY, run
+from tests.commands import REPOSITORY
 from tests.data.stores import prepare_on_rank, table, write_parts
 from tests.dist.sessions import train
 from tests.patience import PATIENCE_SECONDS
@@ -89,11 +89,12 @@ def test_two_ranks_on_a_store_train_to_the_bits_of_two_ranks_on_the_file(mode: s
         assert losses_and_weights(Collectives(World()), [*arguments, f"data.path={store}"]) == stored[0]
 
 
-def test_under_torchrun_it_is_the_same_store_and_verifies(store: Path, tmp_path: Path) -> None:
+def test_on_two_ranks_it_is_the_same_store(store: Path, tmp_path: Path) -> None:
     files = sorted((store.parent / "files").iterdir())
-    done = run("prepare", *files, tmp_path / "store", CREDIT_RISK, ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    done = command_on_ranks(2, "prepare", *files, tmp_path / "store", CREDIT_RISK)
+    assert [rank.code for rank in done] == [0, 0], done
+    assert done[0].err.splitlines()
+    assert done[1].err == ""
     assert contents(tmp_path / "store") == contents(store)
 
 
@@ -348,7 +349,7 @@ def test_a_second_command_on_one_output_is_refused(tmp_path: Path, monkeypatch: 
     def meanwhile(*given: Any, **more: Any) -> None:
         if not refusals and "spool" in str(given[0]):
             refusals.append("")
-            refusals[0] = run("prepare", *arguments).stderr
+            refusals[0] = command_on_ranks(1, "prepare", *arguments)[0].err  # in a process of its own
         replace(*given, **more)
 
     monkeypatch.setattr(os, "replace", meanwhile)

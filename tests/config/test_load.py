@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -190,8 +189,13 @@ def test_a_name_that_looks_like_something_else_stays_a_name(tmp_path: Path, name
     st.text(max_size=12),
 )
 def test_whatever_is_typed_is_taken_or_refused_in_words(key: str, value: str) -> None:
-    with suppress(UserError):
+    said = "taken"
+    try:
         load_config([f"{key}={value}"])
+    except UserError as refused:
+        said = str(refused)
+    assert said
+    assert all(line.isprintable() for line in said.split("\n")), repr(said)
 
 
 def test_every_shipped_configuration_loads() -> None:

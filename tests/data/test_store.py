@@ -205,7 +205,7 @@ def test_a_configuration_that_asks_for_other_data_is_refused(sound: Path, argume
 
 
 def test_what_does_not_matter_to_the_data_may_differ(sound: Path) -> None:
-    load(
+    found = load(
         sound,
         [
             "data.split_column=part",
@@ -215,6 +215,7 @@ def test_what_does_not_matter_to_the_data_may_differ(sound: Path) -> None:
             "model.embedding_dim=4",
         ],
     )
+    assert found.spec == load(sound, ["data.split_column=part"]).spec
 
 
 def test_a_store_of_a_later_format_is_refused_in_one_line(sound: Path, tmp_path: Path) -> None:

@@ -221,8 +221,9 @@ def uneven_evaluation(collectives: Collectives) -> None:
     """Ranks evaluate different numbers of passes: nothing may wait for another rank there."""
     for options in ({}, {"track_running_stats": False}):
         norm = sync_batch_norm(nn.Sequential(layer(options, torch.float32)), collectives).eval()
+        rows = batch(0, 4, 0.0)[0].float()
         for _ in range(collectives.rank):
-            norm(batch(0, 4, 0.0)[0].float())
+            torch.testing.assert_close(norm(rows), layer(options, torch.float32).eval()(rows))
 
 
 @pytest.mark.parametrize("check_on_ranks", [replace_in_a_model, single_row, uneven_evaluation])

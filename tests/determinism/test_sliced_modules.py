@@ -146,7 +146,9 @@ def test_an_unknown_module_is_refused_by_name(layer: nn.Module, named: str) -> N
 
 @pytest.mark.parametrize("layer", [nn.Softmax(1), nn.Softmax(-1), nn.Flatten(), nn.Embedding(3, 3)])
 def test_the_same_module_is_known_where_it_is_row_wise(layer: nn.Module) -> None:
-    converted(nn.Sequential(nn.Linear(3, 3), layer))
+    plain = nn.Sequential(nn.Linear(3, 3), layer)
+    names = list(plain.state_dict())
+    assert list(converted(plain)[0].state_dict()) == names
 
 
 class MinusMean(nn.Module):
@@ -327,4 +329,6 @@ class OneHotInside(nn.Module):
 
 
 def test_one_hot_between_modules_only_moves_numbers() -> None:
-    check_own_operations(converted(OneHotInside())[0], [ROWS], "a model")
+    model = converted(OneHotInside())[0]
+    check_own_operations(model, [ROWS], "a model")
+    assert all(module.training for module in model.modules())

@@ -6,14 +6,12 @@ import ast
 import doctest
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.commands import REPOSITORY, environment
-from tests.patience import PATIENCE_SECONDS
+from tests.commands import REPOSITORY
+from tests.programs import output_of
 
 PACKAGE = REPOSITORY / "dist_train"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "docs" / "python.md"]
@@ -46,14 +44,5 @@ def blocks(page: Path) -> list[str]:
 def test_python_blocks_of_a_page_run_in_the_printed_order(page: Path, tmp_path: Path) -> None:
     assert blocks(page)
     setup = "from dist_train.commands.sample import main\nmain('dist-train sample', ['demo'])\n"
-    for program, folder in ((setup, tmp_path), ("\n".join(blocks(page)), tmp_path / "demo")):
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", program],
-            cwd=folder,
-            env=environment(WANDB_MODE="disabled", PYTHONPATH=str(REPOSITORY)),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_SECONDS,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+    output_of(setup, tmp_path)
+    output_of("\n".join(blocks(page)), tmp_path / "demo", WANDB_MODE="disabled")

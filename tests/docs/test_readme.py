@@ -1,8 +1,9 @@
-"""The README's commands, run in the printed order in an empty folder, as an installed package runs them."""
+"""The README's commands, run in the printed order in an empty folder."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from tests.cli.in_process import command
 from tests.commands import REPOSITORY, environment
 from tests.patience import PATIENCE_SECONDS
 
@@ -31,27 +33,35 @@ def test_every_block_is_either_run_or_cannot_be() -> None:
         assert all(line.startswith(NOT_RUN) for line in block.splitlines())
 
 
-@pytest.mark.timeout(3 * PATIENCE_SECONDS)
-def test_the_commands_work_in_the_printed_order(tmp_path: Path) -> None:
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, module in (("dist-train", "dist_train"), ("torchrun", "torch.distributed.run")):
-        program = programs / name
-        program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m {module} "$@"\n')
-        program.chmod(0o755)
-    script = "set -ex\n" + "".join(blocks("sh")).replace("--nproc_per_node=8", "--nproc_per_node=2")
+def carry_out(words: list[str]) -> None:
+    """A command of the README: in this process, and on several ranks as it is printed, by torchrun."""
+    match words:
+        case ["cd", folder]:
+            os.chdir(folder)
+        case ["dist-train", verb, *arguments]:
+            outcome = command(verb, *arguments, WANDB_MODE="disabled")
+            assert outcome.code == 0, outcome.err
+        case ["torchrun", *arguments]:
+            done = subprocess.run(
+                [sys.executable, "-m", "torch.distributed.run", *arguments],
+                env=environment(WANDB_MODE="disabled"),
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE_SECONDS,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+        case _:
+            raise AssertionError(f"no test carries this out: {words}")
+
+
+def test_the_commands_work_in_the_printed_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "anywhere"
     folder.mkdir()
-    done = subprocess.run(
-        ["bash", "-c", script],
-        cwd=folder,
-        env=environment(WANDB_MODE="disabled", PATH=f"{programs}:/usr/bin:/bin"),
-        capture_output=True,
-        text=True,
-        timeout=2 * PATIENCE_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(folder)
+    script = "".join(blocks("sh")).replace("--nproc_per_node=8", "--nproc_per_node=2")
+    for line in script.splitlines():
+        carry_out(shlex.split(line))
     demo = folder / "demo"
     scores, clients = pl.read_csv(demo / "scores.csv"), pl.read_csv(demo / "clients.csv")
     assert scores.height == clients.height

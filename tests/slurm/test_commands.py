@@ -19,7 +19,9 @@ def test_submit_checks_and_submits_a_job_that_trains(stage: Stage) -> None:
     job = arguments(stage.table, stage.run_dir)
     assert stage.cluster.command(*submit, log, "--partition=nowhere", *job, check=False) == ""
     number = stage.cluster.command(*submit, log, *job)
-    assert Training(stage.cluster, number.strip(), stage.run_dir, 0).completed(restarts=0) == stage.whole
+    submitted = Training(stage.cluster, number.strip(), stage.run_dir, 0)
+    assert submitted.completed(restarts=0) == stage.whole
+    assert submitted.summary()["world_size"] == 2
 
 
 @pytest.mark.slow

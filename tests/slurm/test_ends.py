@@ -37,6 +37,7 @@ def test_a_mistake_in_the_configuration_ends_the_job(stage: Stage) -> None:
     assert not job.run_dir.exists()
 
 
+@pytest.mark.slow  # in the daily suite: tests/resume/test_resume.py::test_another_job_in_the_folder_is_refused
 @side_by_side
 def test_a_second_job_on_a_run_folder_is_refused_and_told_who_holds_it(stage: Stage) -> None:
     first = submit(stage, pace=SLOW)

@@ -15,6 +15,7 @@ from tests.slurm.stories import Stage, side_by_side
 from tests.slurm.submissions import arguments, checkout, plain_script, submit
 
 
+@pytest.mark.slow  # in the daily suite, the job of test_commands.py is one of two nodes
 @side_by_side
 def test_two_nodes_train_as_one_process(stage: Stage) -> None:
     job = submit(stage, sbatch=["--nodes=2"])

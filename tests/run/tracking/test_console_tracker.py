@@ -118,6 +118,9 @@ def test_a_terminal_that_has_gone_is_no_reason_to_stop() -> None:
     screen = _screen(out, terminal=True)
     screen.log(_train(40))
     out.connected = False
+    shown = out.getvalue()
+    assert "step" in shown
     screen.log(_train(50))
     screen.log(_valid())
     screen.close()
+    assert out.getvalue() == shown
