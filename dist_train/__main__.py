@@ -18,6 +18,7 @@ VERBS = {
     "train": "train a classifier on a table; the same command continues an interrupted run",
     "predict": "score the rows of a table",
     "evaluate": "metrics of a trained run on one of its splits, or on another table",
+    "report": "report on a trained run: report.html, report.json and figures",
     "verify": "replay a run and compare every bit",
     "prepare": "turn a table that is larger than memory into a store",
     "submit": "write, check and submit a Slurm job",

@@ -23,6 +23,7 @@ FORMATS = {
     "feature spec": 3,
     "classifier": 1,
     "calibration": 1,
+    "report": 1,
 }
 """The format that this version writes, by kind of artefact."""
 
@@ -65,6 +66,12 @@ ADDED: dict[str, Any] = {
     "data.formats": {},
     "calibration.method": "none",
     "calibration.apply": True,
+    "report.enabled": False,
+    "report.positive_class": None,
+    "report.segments": [],
+    "report.false_positive_cost": 1.0,
+    "report.false_negative_cost": 1.0,
+    "report.bootstrap_repeats": 200,
 }
 """Key that came after format 1 -> what a run that lacks it was trained with: the key's first default, or a function of
 the configuration that gives it."""
@@ -82,7 +89,7 @@ REDEFINED_METRICS = {"brier": (2, 2, "of two classes it is now scikit-learn's br
 _COMPATIBLE = (
     "run.name", "run.dir", "run.resume", "run.force", "run.time_limit_minutes", "data.path", "train.epochs",
     "train.max_steps", "train.early_stopping_patience", "train.select_by", "evaluation.", "checkpoint.",
-    "runtime.", "log.", "wandb.", "calibration.",
+    "runtime.", "log.", "wandb.", "calibration.", "report.",
 )  # fmt: skip
 
 

@@ -79,6 +79,9 @@ def _broken(c: JobConfig) -> Iterator[tuple[str, str]]:
         yield "train.class_sampling", "draws from all rows: data.shuffle_block_rows must be null"
     yield from at_least("evaluation.every_steps", c.evaluation.every_steps, 1)
     yield from at_least("evaluation.batch_size", c.evaluation.batch_size, 1)
+    yield from at_least("report.bootstrap_repeats", c.report.bootstrap_repeats, 10)
+    yield from _positive("report.false_positive_cost", c.report.false_positive_cost)
+    yield from _positive("report.false_negative_cost", c.report.false_negative_cost)
     yield from at_least("checkpoint.every_steps", c.checkpoint.every_steps, 1)
     yield from at_least("checkpoint.keep", c.checkpoint.keep, 1)
     yield from at_least("log.every_steps", c.log.every_steps, 1)

@@ -197,6 +197,24 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """The report on a trained model, `dist-train report RUN` (docs/risk.md). Its probabilities are those that the model ships."""
+
+    enabled: bool = False
+    """Write the report at the end of training."""
+    positive_class: str | None = None
+    """Class that scores are the probability of, as `default` or `bad`; null: the class with the fewest training rows."""
+    segments: list[str] = field(default_factory=list)
+    """Columns whose groups are compared (age band, region); they need not be features."""
+    false_positive_cost: float = 1.0
+    """Cost of taking a row for the positive class that is not of it, in the unit of `false_negative_cost`."""
+    false_negative_cost: float = 1.0
+    """Cost of missing a row of the positive class."""
+    bootstrap_repeats: int = 200
+    """Draws of the rows for the confidence intervals."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Checkpoints are also written at each evaluation with a better validation, at a stop and at the end."""
 
@@ -250,6 +268,7 @@ class JobConfig:
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -19,12 +19,14 @@ from dist_train.distributed.stopping import LAUNCHER_DIED, Launcher, StopRequest
 from dist_train.distributed.supervision import watched
 from dist_train.distributed.world import World, process_group
 from dist_train.errors import LauncherDied, Stopped, os_errors_as_faults
+from dist_train.risk.figures import require_matplotlib
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import pack_json
 from dist_train.run.dry_run import DryRunReport, profile_session
 from dist_train.run.ensemble import Ensemble
 from dist_train.run.export import checkpoint_parts, export_best
+from dist_train.run.reporting import report_once
 from dist_train.run.resume import as_it_began, begin_writing, changes_since, finished_line, matching_task, open_run
 from dist_train.run.session import Session, build_loop
 from dist_train.run.split_record import write_split
@@ -52,6 +54,8 @@ def train(
     None where the ranks have agreed to stop, and where a `dry_run` has printed the plan, tried it, and written nothing.
     Signals ask a run to stop unless `handle_signals` is false.
     """
+    if config.report.enabled:
+        require_matplotlib()
     if config.train.virtual_ranks:
         require_world_size(config.train.virtual_ranks, world.size)
         pin_arithmetic(world.device)
@@ -84,8 +88,12 @@ def train(
                 members = members_of(config)
                 if members:
                     parts = (members, folder, collectives, environ, stack, job.train_member)
-                    return Ensemble(config, *parts).run(world, dry_run=dry_run)
-                return job.run(dry_run=dry_run)
+                    summary = Ensemble(config, *parts).run(world, dry_run=dry_run)
+                else:
+                    summary = job.run(dry_run=dry_run)
+                if config.report.enabled and summary is not None:
+                    report_once(folder, summary, collectives)
+                return summary
             except Stopped:
                 if not dry_run:
                     job.leave_marker(attempt)

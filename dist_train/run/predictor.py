@@ -53,6 +53,7 @@ from dist_train.tasks.registry import description_in, restore_task
 from dist_train.training.evaluation import scores
 from dist_train.training.metrics import is_metric
 from dist_train.training.protocols import Rows as EncodedRows
+from dist_train.training.protocols import Source
 
 Rows = Table | str | os.PathLike[str]
 """A table in memory, or the path of a CSV or Parquet file."""
@@ -126,7 +127,7 @@ class Predictor:
             predicted: Tensor | None = torch.cat([part.probabilities for part in rounds])
             unfamiliar = sum((part.unfamiliar for part in rounds), Unfamiliar())
         else:
-            frame = frame_of(rows, wanted=self._input_columns)
+            frame = frame_of(rows, wanted=self.input_columns)
             predicted, unfamiliar = self._probabilities(frame, "the table", self.collectives)
         self.tell(unfamiliar)
         assert predicted is not None  # in a world of one
@@ -158,14 +159,12 @@ class Predictor:
                 "out_of_fold.parquet are of all folds; name a member for those of one"
             )
         with _file_of(data) as file:
-            first = self.members[0].task
-            labelled = first.labelled(split, file)
-            if len(labelled) == 0:
+            found = self.scored_split(split, file)
+            if found is None:
                 raise UserError(f"{file or self.config.data.path}: there are no {split} rows")
+            predicted, labelled = found
+            first = self.members[0].task
             with self.collectives.heartbeat.phase("evaluation"):
-                predicted = self._mean(
-                    lambda task: labelled if task is first else task.labelled(split, file), self.collectives
-                )
                 metrics = scores(predicted, labelled, first, self.collectives)
                 metrics |= calibrated_scores(self.calibration, predicted, labelled, first, self.collectives)
                 unfamiliar = first.unfamiliar(labelled)
@@ -175,7 +174,30 @@ class Predictor:
     def chunked(self, file: Path, keep: Sequence[str] = ()) -> ChunkedFile:
         """A CSV or Parquet file as the model reads it, with columns to carry over."""
         data, passes = self.config.data, self.config.evaluation.batch_size
-        return ChunkedFile(file, self._input_columns, keep, data.missing_values, passes)
+        return ChunkedFile(file, self.input_columns, keep, data.missing_values, passes)
+
+    def scored_split(self, split: str, file: Path | None = None) -> tuple[Tensor | None, Source] | None:
+        """The model's own probabilities of the rows of a split, or of another file, and those rows.
+
+        Called by all ranks. The probabilities, (rows, classes) float64, are on rank 0, None on the others. None where
+        there are no rows, and for the validation rows of folds, of which each fold has others. Raises as `evaluate`.
+        """
+        first = self.members[0].task
+        if file is None and split == "valid" and len(self.members) > 1 and self.config.data.folds is not None:
+            return None
+        labelled = first.labelled(split, file)
+        if len(labelled) == 0:
+            return None
+        with self.collectives.heartbeat.phase("evaluation"):
+            return self._mean(
+                lambda task: labelled if task is first else task.labelled(split, file), self.collectives
+            ), labelled
+
+    def shipped(self, probabilities: Tensor) -> Tensor:
+        """The model's own probabilities as it gives them out: calibrated, unless that is turned off."""
+        if self.calibration is None or not self.calibrated:
+            return probabilities
+        return calibrated(self.calibration, probabilities)
 
     def scored(self, rows: ChunkedFile, first_row: int = 0) -> Iterator[Scored | None]:
         """Scores of a file from row `first_row` on, some rows at a time, in bounded memory; None on ranks other than 0.
@@ -194,7 +216,8 @@ class Predictor:
             yield from scored_in_rounds(rows.chunks(first_row), score, len(self.class_names), self.collectives)
 
     @property
-    def _input_columns(self) -> list[str]:
+    def input_columns(self) -> list[str]:
+        """Columns of a table that a row is scored by."""
         return list(dict.fromkeys(name for member in self.members for name in member.task.input_columns))
 
     def _probabilities(
@@ -209,9 +232,7 @@ class Predictor:
             return rows
 
         predicted = self._mean(rows_of, collectives)
-        if predicted is not None and self.calibration is not None and self.calibrated:
-            predicted = calibrated(self.calibration, predicted)
-        return predicted, unfamiliar[0]
+        return None if predicted is None else self.shipped(predicted), unfamiliar[0]
 
     def tell(self, unfamiliar: Unfamiliar) -> None:
         """Warn of each unfamiliar column once."""
