@@ -24,6 +24,8 @@ _SMALLEST = 1e-12
 _LOG_BETA = 10.0
 # A parametric calibration is used where a likelihood-ratio test refutes, at this level, that none is needed.
 SIGNIFICANCE = 0.05
+# Rows that are predicted wrong and say how sure probabilities may be: with fewer, a temperature below 1 is not used.
+FEWEST_WRONG = 30
 
 
 class Calibration(Protocol):
@@ -93,25 +95,28 @@ class Isotonic:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A calibration and what it was fitted to. `p_value`: of the likelihood-ratio test against none, if there is one.
+    """A calibration and what it was fitted to: so many `rows`, of which `wrong` are predicted wrong.
 
-    `estimate`: the parameters of the highest likelihood. Where the test does not refute that none is needed, they are
-    not used: the calibration leaves the probabilities as they are.
+    `p_value`: of the likelihood-ratio test against none, if there is one. `estimate`: the parameters of the highest
+    likelihood. Unless they are `used`, the calibration leaves the probabilities as they are.
     """
 
     method: str
     calibration: Calibration
     estimate: Calibration
     rows: int
+    wrong: int
     p_value: float | None = None
+    used: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """What `model/calibration.json` holds."""
+        fitted = {"rows": self.rows, "wrong": self.wrong, "p_value": self.p_value, "used": self.used}
         return {
             "format": FORMATS["calibration"],
             "method": self.method,
             **self.calibration.parameters(),
-            "fitted": {"rows": self.rows, "p_value": self.p_value, "estimate": self.estimate.parameters()},
+            "fitted": fitted | {"estimate": self.estimate.parameters()},
         }
 
 
@@ -138,15 +143,18 @@ def fit_calibration(method: str, probabilities: Floats, targets: Integers, weigh
         kept = weights > 0
         probabilities, targets, weights = probabilities[kept], targets[kept], weights[kept]
     own = np.ones(len(targets)) if weights is None else weights
+    wrong = int((probabilities.argmax(1) != targets).sum())
     if method == "isotonic":
         isotonic = _isotonic(probabilities, targets, own)
-        return Fitted(method, isotonic, isotonic, len(targets))
+        return Fitted(method, isotonic, isotonic, len(targets), wrong)
     classes = probabilities.shape[1]
     fit, identity, degrees = _PARAMETRIC[method](classes)
     estimate = fit(_logits(probabilities), targets, own)
     gain = _log_loss(identity(probabilities), targets, own) - _log_loss(estimate(probabilities), targets, own)
     p_value = _p_value(gain, own, degrees)
-    return Fitted(method, estimate if p_value < SIGNIFICANCE else identity, estimate, len(targets), p_value)
+    sharpens = isinstance(estimate, Temperature) and estimate.temperature < 1
+    used = p_value < SIGNIFICANCE and not (sharpens and wrong < FEWEST_WRONG)
+    return Fitted(method, estimate if used else identity, estimate, len(targets), wrong, p_value, used)
 
 
 _Fit = Callable[[Floats, Integers, Floats], Calibration]

@@ -168,7 +168,11 @@ def _calibration(calibration: Mapping[str, Any] | None) -> str:
     if "temperature" in calibration:
         text += f" Temperature {calibration['temperature']:.4f} (estimate {fitted['estimate']['temperature']:.4f})."
     if fitted["p_value"] is not None:
-        text += f" p-value of the test that none is needed: {fitted['p_value']:.3g}; above 0.05 none is made."
+        text += f" p-value of the test that none is needed: {fitted['p_value']:.3g}."
+    if not fitted["used"]:
+        text += (
+            f" None is made: {fitted['rows']:,} rows, {fitted['wrong']:,} of them predicted wrong, do not say enough."
+        )
     return text
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dist_train.config.schema import JobConfig
 from dist_train.distributed.collectives import Collectives
-from dist_train.risk.calibration import SIGNIFICANCE, calibration_from_json, fit_calibration
+from dist_train.risk.calibration import calibration_from_json, fit_calibration
 from dist_train.run.checkpoint.trained_model import CALIBRATION
 from dist_train.system.console import log
 from dist_train.tasks.base import Task
@@ -81,9 +81,12 @@ def note_calibration(summary: Mapping[str, Any]) -> None:
     calibration = summary["calibration"]
     if calibration is None:
         return
-    p_value = calibration["fitted"]["p_value"]
-    if p_value is not None and p_value >= SIGNIFICANCE:
-        log.info("calibration: the validation rows do not refute that none is needed (p = %.2f): none is made", p_value)
+    found = calibration["fitted"]
+    if not found["used"]:
+        log.info(
+            "calibration: none is made: %d validation rows, %d of them predicted wrong, do not say enough (p = %.2g)",
+            found["rows"], found["wrong"], found["p_value"],
+        )  # fmt: skip
         return
     for split in ("valid", "test"):
         before, after = summary[split] or {}, (summary[split] or {}).get("calibrated", {})

@@ -106,6 +106,21 @@ def test_rows_that_are_all_right_and_a_class_without_rows(method: str) -> None:
     assert (after > 1e-4).all()  # of a later row that is otherwise the log loss stays small
 
 
+@pytest.mark.parametrize(("rows", "wrong", "used"), [(400, 4, False), (4000, 40, True)])
+def test_few_wrong_rows_do_not_make_probabilities_surer(rows: int, wrong: int, used: bool) -> None:
+    """How sure they may be is known from the rows that are wrong; the likelihood-ratio test does not see how few."""
+    y = np.arange(rows) % 3
+    p = np.full((rows, 3), 0.05)
+    p[np.arange(rows), np.where(np.arange(rows) < wrong, (y + 1) % 3, y)] = 0.9
+    fitted = fit_calibration("temperature", p, y)
+    assert fitted.p_value is not None
+    assert fitted.p_value < 0.01
+    assert fitted.estimate.parameters()["temperature"] < 0.8
+    assert fitted.wrong == wrong
+    assert fitted.used == used
+    assert np.array_equal(fitted.calibration(p), p) != used
+
+
 def test_a_bias_of_a_class_is_found() -> None:
     p, y = overconfident(20_000, 3, factor=1.0)
     tilted = p * [1.0, 3.0, 1.0]
