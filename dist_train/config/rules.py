@@ -120,7 +120,8 @@ def _data(c: JobConfig) -> Iterator[tuple[str, str]]:
     for name in sorted(set(d.drop) & set(d.categorical)):
         yield "data.categorical", f"{name!r} is in data.drop as well"
     for name, form in d.formats.items():
-        if form.partition(" ")[0] not in COLUMN_FORMS:
+        # A mapping or a list in the place of a text is not refused by OmegaConf.
+        if not isinstance(form, str) or form.partition(" ")[0] not in COLUMN_FORMS:
             yield "data.formats", f"{form!r} of column {name!r} is none of {', '.join(COLUMN_FORMS)}"
         if name in d.categorical or name in d.drop:
             yield "data.formats", f"{name!r} is in data.{'drop' if name in d.drop else 'categorical'} as well"

@@ -279,7 +279,7 @@ def _card(content: Mapping[str, Any], figures: Figures) -> str:
     limits = "".join(f"<li>{escape(limit)}</li>" for limit in card["limits"])
     verify = "".join(f"<li><code>{escape(command)}</code></li>" for command in card["verify"])
     return (
-        _wide(f"<tbody>{rows}</tbody>", "Model card")
+        _wide(f"<tbody>{rows}</tbody>", "Facts of the run")
         + f"<h3>Limits</h3><ul>{limits}</ul><h3>How to verify</h3><ul>{verify}</ul>"
         + _table(("rows", "count", "share"), shares, "Rows and classes")
         + (_table(head, features, "Columns in the training rows") if features else "")

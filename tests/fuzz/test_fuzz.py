@@ -33,7 +33,8 @@ def test_a_column_whose_name_has_a_null_character(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "argument", [f"schedule.min_lr_ratio={'1' * 400}", f"optim.lr=-{'9' * 400}", "data.drop=\\${x}"]
+    "argument",
+    [f"schedule.min_lr_ratio={'1' * 400}", f"optim.lr=-{'9' * 400}", "data.drop=\\${x}", "data.formats={a: {b: c}}"],
 )
 def test_a_number_that_no_float_can_hold_and_text_that_is_no_list(argument: str, tmp_path: Path) -> None:
     assert try_case(Case([argument]), tmp_path) == "refused: configuration"
