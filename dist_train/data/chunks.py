@@ -1,4 +1,4 @@
-"""A file of any size in chunks of rows, cut alike whoever reads it: the columns of a model, and columns to keep."""
+"""A file of any size in chunks of rows, cut alike for every reader: the columns of a model, and columns to keep."""
 
 from __future__ import annotations
 

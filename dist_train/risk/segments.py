@@ -106,17 +106,22 @@ def weak_spots(
 def _as_numbers(
     table: pl.DataFrame, columns: list[str], names: dict[str, list[str]] | None = None
 ) -> tuple[npt.NDArray[np.float64], dict[str, list[str]]]:
-    """Columns for a tree: numbers, and the places of categories in alphabetical order; missing is -1 or the least."""
-    known = names or {name: sorted(set(table[name].cast(pl.String).drop_nulls())) for name in columns}
+    """Columns for a tree: numbers, and the places of categories in alphabetical order; missing is -1 or the least.
+
+    `names` are the categories of each column that is no number, as found in another table; they are returned as well.
+    """
+    if names is None:
+        texts = [name for name in columns if not is_number(table[name])]
+        names = {name: sorted(set(table[name].cast(pl.String).drop_nulls())) for name in texts}
     made = []
     for name in columns:
-        if is_number(table[name]):
+        if name not in names:
             values = numbers_of(table[name])
             made.append(np.where(np.isnan(values), -np.finfo(np.float32).max, np.clip(values, -1e38, 1e38)))
         else:
-            place = {text: float(i) for i, text in enumerate(known[name])}
+            place = {text: float(i) for i, text in enumerate(names[name])}
             made.append(np.array([place.get(text, -1.0) for text in table[name].cast(pl.String).to_list()]))
-    return np.stack(made, axis=1), known
+    return np.stack(made, axis=1), names
 
 
 def _paths(tree: Any, columns: list[str], names: dict[str, list[str]]) -> dict[int, str]:
@@ -126,7 +131,7 @@ def _paths(tree: Any, columns: list[str], names: dict[str, list[str]]) -> dict[i
     def walk(node: int, bounds: dict[int, tuple[float, float]]) -> None:
         if tree.children_left[node] < 0:
             found[node] = (
-                " and ".join(_words(columns[f], b, names[columns[f]]) for f, b in bounds.items()) or "all rows"
+                " and ".join(_words(columns[f], b, names.get(columns[f])) for f, b in bounds.items()) or "all rows"
             )
             return
         feature, at = int(tree.feature[node]), float(tree.threshold[node])
@@ -138,20 +143,12 @@ def _paths(tree: Any, columns: list[str], names: dict[str, list[str]]) -> dict[i
     return found
 
 
-def _words(name: str, bounds: tuple[float, float], categories: list[str]) -> str:
+def _words(name: str, bounds: tuple[float, float], categories: list[str] | None) -> str:
+    """The condition of a column, whose `categories` are None where it is one of numbers."""
     low, high = bounds
-    numbers = not any(_is_text(category) for category in categories)
-    if not numbers:
+    if categories is not None:
         inside = [text for place, text in enumerate(categories) if low < place <= high]
         return f"{name} in {{{', '.join(inside[:6])}{', ...' if len(inside) > 6 else ''}}}"
     if np.isinf(low):
         return f"{name} <= {high:g}"
     return f"{name} > {low:g}" if np.isinf(high) else f"{low:g} < {name} <= {high:g}"
-
-
-def _is_text(category: str) -> bool:
-    try:
-        float(category)
-    except ValueError:
-        return True
-    return False

@@ -160,12 +160,13 @@ def test_segments_fold_small_groups_and_cut_numbers() -> None:
     assert min(a["adverse_impact_ratio"], b["adverse_impact_ratio"]) == pytest.approx(min(passed) / max(passed))
 
 
-def test_a_weak_spot_is_found() -> None:
+@pytest.mark.parametrize("branches", [["a", "b", "c"], ["10", "20", "30"]])
+def test_a_weak_spot_is_found(branches: list[str]) -> None:
     rng = np.random.default_rng(0)
-    table = pl.DataFrame({"x": rng.normal(size=2000), "branch": rng.choice(["a", "b", "c"], 2000)})
-    losses = np.where((table["branch"] == "b").to_numpy() & (table["x"] > 0).to_numpy(), 2.0, 0.5)
+    table = pl.DataFrame({"x": rng.normal(size=2000), "branch": rng.choice(branches, 2000)})
+    losses = np.where((table["branch"] == branches[1]).to_numpy() & (table["x"] > 0).to_numpy(), 2.0, 0.5)
     losses = losses + 0.1 * rng.random(2000)
     spot = weak_spots(table[:1000], losses[:1000], table[1000:], losses[1000:])[0]
-    assert "branch in {b}" in spot["slice"]
+    assert f"branch in {{{branches[1]}}}" in spot["slice"]
     assert "x > " in spot["slice"]
     assert spot["loss"] > 1.9
