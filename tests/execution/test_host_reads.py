@@ -16,7 +16,7 @@ from dist_train.determinism.batch_norm import GatheredBatchNorm1d
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.execution import exact
-from dist_train.tasks import tabular
+from dist_train.tasks import classification
 from tests.dist.sessions import BUILTIN, build
 
 META = torch.device("meta")
@@ -54,7 +54,7 @@ def test_a_step_reads_no_number_of_the_device(more: list[str], monkeypatch: pyte
     # They look at numbers, once, when a model or a loss is prepared.
     monkeypatch.setattr(exact, "check_row_wise", lambda *_: None)
     monkeypatch.setattr(exact, "check_own_operations", lambda *_: None)
-    monkeypatch.setattr(tabular, "balanced_weights", lambda *_: torch.ones(3, dtype=torch.float64, device=META))
+    monkeypatch.setattr(classification, "balanced_weights", lambda *_: torch.ones(3, dtype=torch.float64, device=META))
     session = build(Collectives(World(device=META)), [*BUILTIN, *more])
     normalised = [m for m in session.model.modules() if isinstance(m, GatheredBatchNorm1d)]
     assert normalised, "BatchNorm is that of several ranks"
