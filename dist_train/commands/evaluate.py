@@ -29,7 +29,7 @@ def main(program: str, argv: Sequence[str]) -> None:
     parser.add_argument("--split", default="test", help="train, valid or test (default: test)")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (default: best)")
     parser.add_argument(
-        "--data", type=path, help="CSV or Parquet file with the target column, instead of the run's own"
+        "--data", type=path, help="CSV, JSON lines or Parquet file with the target column, instead of the run's own"
     )
     arguments = parser.parse_args(argv)
 

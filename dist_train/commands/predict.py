@@ -37,7 +37,7 @@ def main(program: str, argv: Sequence[str]) -> None:
     """Parse the arguments and run the command."""
     parser = command_parser(program, __doc__)
     parser.add_argument("run_dir", type=path, help="run folder, e.g. runs/credit_risk, or a trained model")
-    parser.add_argument("input", type=path, help="CSV or Parquet file")
+    parser.add_argument("input", type=path, help="CSV, JSON lines or Parquet file")
     parser.add_argument("output", type=path, help="CSV or Parquet file to write")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (default: best)")
     parser.add_argument("--uncalibrated", action="store_true", help="the model's own probabilities")

@@ -30,7 +30,7 @@ def main(program: str, argv: Sequence[str]) -> None:
         "arguments",
         nargs="+",
         metavar="INPUT... OUTPUT_DIR [config]",
-        help="CSV or Parquet files or patterns; the folder to make; configuration files (.yaml) and key=value",
+        help="files (CSV, JSON lines, Parquet) or patterns; the folder to make; configuration files (.yaml), key=value",
     )
     parser.add_argument("--verify", action="store_true", help="check every block of the store that is there")
     arguments = parser.parse_intermixed_args(argv)

@@ -108,7 +108,7 @@ def _run(c: JobConfig) -> Iterator[tuple[str, str]]:
 def _data(c: JobConfig) -> Iterator[tuple[str, str]]:
     d = c.data
     if not d.path.strip():
-        yield "data.path", "must name a CSV or Parquet file, or builtin:credit_card_risk"
+        yield "data.path", "must name a CSV, JSON lines or Parquet file, or builtin:credit_card_risk"
     if not d.target.strip():
         yield "data.target", "must name a column"
     if d.target in d.drop:

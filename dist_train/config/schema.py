@@ -47,7 +47,7 @@ class DataConfig:
     """The table, its target and its splits."""
 
     path: str = "builtin:credit_card_risk"
-    """CSV or Parquet file, a store made by `dist-train prepare`, or `builtin:NAME` for a data set that comes with the package."""
+    """CSV, JSON lines or Parquet file, a store made by `dist-train prepare`, or `builtin:NAME` for a data set that comes with the package."""
     target: str = "risk_tier"
     """Name of the target column: text or integers, two classes or more, no missing cells."""
     weight: str | None = None
@@ -57,7 +57,7 @@ class DataConfig:
     categorical: list[str] = field(default_factory=list)
     """Columns of numbers that are codes, not quantities. Text columns are categorical by themselves."""
     missing_values: list[str] = field(default_factory=lambda: ["", "NA", "N/A", "NaN", "nan", "null", "NULL"])
-    """Cells that mean: no value, in CSV and Parquet files and in tables of programs. A word that is a number or a date means it in every spelling and type: `-999` is also -999.0. A list replaces this one."""
+    """Cells that mean: no value, in files and in tables of programs. A word that is a number or a date means it in every spelling and type: `-999` is also -999.0. A list replaces this one."""
     formats: dict[str, str] = field(default_factory=dict)
     """Column -> the form of its cells, where they leave it open: `1,234.56`, `1.234,56` (either may be followed by its unit: `1.234,56 EUR`, `1,234.56 %`), `date` (year first, or the month in words), `day/month/year`, `month/day/year`, `hours:minutes:seconds`. docs/columns.md says what is recognised."""
     max_categories: int = 256

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import polars as pl
 
-from dist_train.data.csv_files import is_csv_name
-from dist_train.data.readers import num_rows_of, read_header, read_rows
+from dist_train.data.readers import cells_are_text, num_rows_of, read_header, read_rows
 from dist_train.data.table import TRAINED_ON, require_names
 
 _ROWS_OF_A_CHUNK = 1 << 16
@@ -30,7 +29,7 @@ class ChunkedFile:
     """A file in chunks of `rows_of_chunk` rows, a multiple of `multiple_of`; the last one has fewer.
 
     The model reads `columns`; `keep` are columns that go into the output. Words of `missing_values` are missing cells
-    of the former alone: a kept cell stays as it is, an empty one of a CSV file is null.
+    of the former alone: a kept cell stays as it is, an empty one of a text file is null.
     """
 
     file: Path
@@ -58,8 +57,8 @@ class ChunkedFile:
 
     @property
     def _reads_words(self) -> bool:
-        """Whether the words for missing cells are read as they are: Arrow knows them for all columns of a CSV file."""
-        return bool(self.keep) and is_csv_name(self.file)
+        """Whether the words for missing cells are read as they are: Arrow knows them for all columns of a text file."""
+        return bool(self.keep) and cells_are_text(self.file)
 
     def chunks(self, first_row: int = 0) -> Iterator[Chunk]:
         """The chunks from row `first_row` on, which begins one; at least one, without rows where the file has none.

@@ -22,7 +22,7 @@ import pyarrow.csv
 from dist_train.errors import UserError
 from dist_train.system.console import log
 
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _SUFFIXES = (".csv", ".tsv")
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 # Bytes that the separator is found in, and records of them.
@@ -46,7 +46,7 @@ class Dialect:
 def is_csv_name(file: Path) -> bool:
     """Whether a file is CSV by its name, which may end in .gz, .zst or .bz2 as well."""
     name = file.name.lower()
-    for suffix in _COMPRESSIONS:
+    for suffix in COMPRESSIONS:
         name = name.removesuffix(suffix)
     return name.endswith(_SUFFIXES)
 
@@ -63,7 +63,7 @@ def opened_csv(file: Path, convert: pyarrow.csv.ConvertOptions | None = None) ->
     read = pyarrow.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES, skip_rows=dialect.skipped)
     parse = pyarrow.csv.ParseOptions(delimiter=dialect.separator, newlines_in_values=True)
     with (
-        _bytes_of(file, dialect.compression) as stream,
+        opened_bytes(file, dialect.compression) as stream,
         pyarrow.csv.open_csv(
             _Utf8(stream, file, dialect.encoding), read_options=read, parse_options=parse, convert_options=convert
         ) as reader,
@@ -74,8 +74,8 @@ def opened_csv(file: Path, convert: pyarrow.csv.ConvertOptions | None = None) ->
 @lru_cache(maxsize=1024)
 def _dialect_of(file: Path, _size: int, _modified_ns: int) -> Dialect:
     """Found in the beginning of the file, and said where it is not the plain one."""
-    compression = _COMPRESSIONS.get(file.suffix.lower())
-    with _bytes_of(file, compression) as stream:
+    compression = COMPRESSIONS.get(file.suffix.lower())
+    with opened_bytes(file, compression) as stream:
         beginning = stream.read(_SAMPLE_BYTES)
     encoding = _MARKS.get(beginning[:2], "utf-8")
     if b"\0" in beginning and encoding == "utf-8":
@@ -136,7 +136,8 @@ def _cells(lines: list[str], separator: str) -> list[int]:
     return counts if len(counts) < 2 or len(counts) == _SAMPLE_RECORDS else counts[:-1] or counts
 
 
-def _bytes_of(file: Path, compression: str | None) -> Any:
+def opened_bytes(file: Path, compression: str | None) -> Any:
+    """The bytes of a file, or what its compression holds."""
     return pa.input_stream(str(file), compression=compression) if compression else file.open("rb")
 
 

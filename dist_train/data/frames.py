@@ -57,7 +57,7 @@ def _frame_of(table: Table, names: Sequence[str] | None, wanted: Collection[str]
         raise UserError(f"the rows cannot be read as a table: {_first_line(error)}") from None
     raise UserError(
         f"a {type(table).__name__} is not a table: give a DataFrame, a list of records, a dict of columns, or the path "
-        "of a CSV or Parquet file"
+        "of a CSV, JSON lines or Parquet file"
     )
 
 

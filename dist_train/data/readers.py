@@ -1,7 +1,7 @@
-"""CSV and Parquet files -> rows in parts.
+"""CSV, JSON lines and Parquet files -> rows in parts.
 
-Cells of CSV come as text (null where missing), Parquet columns in their own types. Whatever is wrong with a file is one
-line that names it.
+Cells of CSV and JSON lines come as text (null where missing), Parquet columns in their own types. Whatever is wrong
+with a file is one line that names it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import polars as pl
@@ -19,6 +20,7 @@ from polars.exceptions import PanicException, PolarsError
 
 from dist_train.data.arrow_types import frame_of_arrow
 from dist_train.data.csv_files import LATIN_NAME, is_csv_name, opened_csv
+from dist_train.data.json_lines import is_json_lines_name, json_lines_names, json_lines_rows
 from dist_train.errors import Stopped, UserError
 
 UNNAMED_INDEX = "Unnamed: 0"
@@ -29,6 +31,14 @@ _CELLS_AT_ONCE = 1 << 21
 _MIN_ROWS_AT_ONCE, _MAX_ROWS_AT_ONCE = 1 << 9, 1 << 16
 # Of each column of a Parquet file that is being read; without it Arrow holds whole row groups.
 _PARQUET_BUFFER_BYTES = 1 << 18
+
+
+class Kind(StrEnum):
+    """How a file is written, by its name."""
+
+    CSV = "csv"
+    JSON_LINES = "JSON lines"
+    PARQUET = "parquet"
 
 
 @dataclass(frozen=True)
@@ -45,14 +55,14 @@ class Part:
 def read_header(file: Path) -> list[str]:
     """Names of the columns."""
     with _mistakes(file):
-        names = _names_of(_written_names(file)) if _is_csv(file) else list(pyarrow.parquet.read_schema(file).names)
+        names = _header_of(file)
     _check_names(names, file)
     return names
 
 
 def read_index_names(file: Path) -> list[str]:
     """Names of the columns that are the index of the pandas frame which a file was written from, as it says itself."""
-    if _is_csv(file):
+    if _kind_of(file) is not Kind.PARQUET:
         return []
     with _mistakes(file):
         metadata = pyarrow.parquet.read_schema(file).pandas_metadata or {}
@@ -60,16 +70,16 @@ def read_index_names(file: Path) -> list[str]:
 
 
 def num_rows_of(file: Path) -> int | None:
-    """Rows of a Parquet file; None of a CSV file, which only reading it tells."""
-    if _is_csv(file):
+    """Rows of a Parquet file; None of a text file, which only reading it tells."""
+    if _kind_of(file) is not Kind.PARQUET:
         return None
     with _mistakes(file):
         return int(pyarrow.parquet.read_metadata(file).num_rows)
 
 
 def read_parts(file: Path, rows: int) -> list[Part]:
-    """A Parquet file cut between row groups, into parts of `rows` rows or more; a CSV file as a whole."""
-    if _is_csv(file):
+    """A Parquet file cut between row groups, into parts of `rows` rows or more; a text file as a whole."""
+    if _kind_of(file) is not Kind.PARQUET:
         return [Part()]
     with _mistakes(file):
         metadata = pyarrow.parquet.read_metadata(file)
@@ -92,10 +102,15 @@ def read_rows(
     """
     wanted = None if columns is None else frozenset(columns)
     with _mistakes(file):
-        if _is_csv(file):
-            yield from _csv_rows(file, missing_values, wanted)
-        else:
-            yield from _parquet_rows(file, part, wanted)
+        match _kind_of(file):
+            case Kind.CSV:
+                yield from _csv_rows(file, missing_values, wanted)
+            case Kind.JSON_LINES:
+                names = json_lines_names(file)
+                _check_names(names, file)
+                yield from json_lines_rows(file, names, missing_values, wanted)
+            case _:
+                yield from _parquet_rows(file, part, wanted)
 
 
 def _csv_rows(file: Path, missing_values: Sequence[str], columns: Collection[str] | None) -> Iterator[pl.DataFrame]:
@@ -150,17 +165,36 @@ def _parquet_rows(file: Path, part: Part, columns: Collection[str] | None) -> It
             yield frame_of_arrow(stream.schema_arrow.empty_table().select(names), str(file))
 
 
-def _is_csv(file: Path) -> bool:
+def cells_are_text(file: Path) -> bool:
+    """Whether a file has no types of its own; false for a name that no reader takes."""
+    return is_csv_name(file) or is_json_lines_name(file)
+
+
+def _kind_of(file: Path) -> Kind:
     if is_csv_name(file):
-        return True
-    if file.suffix.lower() not in (".parquet", ".pq"):
-        raise UserError(f"{file}: the name must end in .csv or .parquet (or .tsv, .csv.gz, .csv.zst, .csv.bz2)")
-    return False
+        return Kind.CSV
+    if is_json_lines_name(file):
+        return Kind.JSON_LINES
+    if file.suffix.lower() in (".parquet", ".pq"):
+        return Kind.PARQUET
+    raise UserError(
+        f"{file}: the name must end in .csv, .tsv, .jsonl or .ndjson, also compressed (.gz, .zst, .bz2), or in .parquet"
+    )
+
+
+def _header_of(file: Path) -> list[str]:
+    match _kind_of(file):
+        case Kind.CSV:
+            return _names_of(_written_names(file))
+        case Kind.JSON_LINES:
+            return json_lines_names(file)
+        case _:
+            return list(pyarrow.parquet.read_schema(file).names)
 
 
 @contextmanager
 def _mistakes(file: Path) -> Iterator[None]:
-    _is_csv(file)  # a wrong name says more than what is wrong with the content
+    kind = _kind_of(file)  # a wrong name says more than what is wrong with the content
     try:
         if file.stat().st_size == 0:
             raise UserError(f"{file}: the file is empty")
@@ -172,7 +206,6 @@ def _mistakes(file: Path) -> Iterator[None]:
             raise UserError(f"{file}: the table has no rows") from None
         if isinstance(error, UnicodeDecodeError):
             raise UserError(f"{file}: is neither UTF-8 nor {LATIN_NAME}: save it as UTF-8 ({error.reason})") from None
-        kind = "csv" if _is_csv(file) else "parquet"
         raise UserError(f"{file}: cannot be read as {kind}: {_reason(error)}") from None
 
 

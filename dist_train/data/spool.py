@@ -24,10 +24,9 @@ from torch import Tensor
 from dist_train.data.batches import Batches
 from dist_train.data.classes import MAX_CLASSES, first_rows, index_of_classes, target_text
 from dist_train.data.columns import ColumnFacts, Columns, FloatArray, Unit, UnitFacts, check_classes, row_offset
-from dist_train.data.csv_files import is_csv_name
 from dist_train.data.dates import typed_seconds
 from dist_train.data.missing import without_missing_words, words_with_value
-from dist_train.data.readers import read_rows
+from dist_train.data.readers import cells_are_text, read_rows
 from dist_train.data.readings import FormFacts, Reading, parse
 from dist_train.data.row_keys import group_keys, time_keys
 from dist_train.data.split import codes_of_column
@@ -150,7 +149,7 @@ class _Spooling:
         self._source = unit.source
         self._columns = columns
         # The letters of a word are null in CSV already, other spellings of its value are not.
-        self._missing_words = (words_with_value if is_csv_name(unit.file) else list)(columns.missing_values)
+        self._missing_words = (words_with_value if cells_are_text(unit.file) else list)(columns.missing_values)
         self._categorical = frozenset(columns.categorical)
         self._known_numbers = frozenset(columns.numbers)
         self._text = text

@@ -1,4 +1,7 @@
-"""CSV and Parquet files -> typed columns. Whatever is wrong with a file is one line that names file, column and row."""
+"""CSV, JSON lines and Parquet files -> typed columns.
+
+Whatever is wrong with a file is one line that names file, column and row.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def locate(path: str) -> Path:
         where = "" if file.is_absolute() else f" (looked for in {Path.cwd()})"
         raise UserError(f"{path}: no such file{where}")
     if file.is_dir():
-        raise UserError(f"{path}: is a directory, not a CSV or Parquet file")
+        raise UserError(f"{path}: is a directory, not a CSV, JSON lines or Parquet file")
     return file
 
 

@@ -56,7 +56,7 @@ from dist_train.training.protocols import Rows as EncodedRows
 from dist_train.training.protocols import Source
 
 Rows = Table | str | os.PathLike[str]
-"""A table in memory, or the path of a CSV or Parquet file."""
+"""A table in memory, or the path of a CSV, JSON lines or Parquet file."""
 
 
 class Predictor:
@@ -67,8 +67,8 @@ class Predictor:
     calibrated where the trained model has a calibration and `calibrated` says so; None: where `calibration.apply` does.
     A checkpoint has none.
 
-    Tables are DataFrames (polars, pandas), lists of records, dicts of columns, or paths of CSV and Parquet files. They
-    need the feature columns, in any order; other columns are ignored.
+    Tables are DataFrames (polars, pandas), lists of records, dicts of columns, or paths of CSV, JSON lines and Parquet
+    files. They need the feature columns, in any order; other columns are ignored.
 
     Raises:
         UserError: `folder` is neither of both, or what is asked for is not there, does not verify, or is of a format
@@ -172,7 +172,7 @@ class Predictor:
         return metrics | unfamiliar.as_json()
 
     def chunked(self, file: Path, keep: Sequence[str] = ()) -> ChunkedFile:
-        """A CSV or Parquet file as the model reads it, with columns to carry over."""
+        """A CSV, JSON lines or Parquet file as the model reads it, with columns to carry over."""
         data, passes = self.config.data, self.config.evaluation.batch_size
         return ChunkedFile(file, self.input_columns, keep, data.missing_values, passes)
 

@@ -1,4 +1,4 @@
-"""The same table as CSV, Parquet, compressed, in another order of columns, and in every type that holds its values."""
+"""The same table as CSV, JSON lines, Parquet, compressed, in another order of columns, in every type that holds it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_types_do_not_matter(name: str, expected: str, tmp_path: Path) -> None:
     assert bits(written(tmp_path, plain() | TYPES[name]), columns="when" in TYPES[name]) == expected
 
 
-@pytest.mark.parametrize("kind", ["csv", "csv.gz", "row groups"])
+@pytest.mark.parametrize("kind", ["csv", "csv.gz", "jsonl", "row groups"])
 def test_files_do_not_matter(kind: str, expected: str, tmp_path: Path) -> None:
     table = pa.table(plain())
     if kind == "row groups":
@@ -111,7 +111,8 @@ def test_files_do_not_matter(kind: str, expected: str, tmp_path: Path) -> None:
         pq.write_table(table, file, row_group_size=17, compression="zstd", version="1.0")
     else:
         file = tmp_path / f"t.{kind}"
-        content = pl.DataFrame(table).write_csv().encode()
+        frame = pl.DataFrame(table)
+        content = (frame.write_ndjson() if kind == "jsonl" else frame.write_csv()).encode()
         file.write_bytes(gzip.compress(content) if kind == "csv.gz" else content)
     assert bits(file) == expected
 
