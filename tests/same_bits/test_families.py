@@ -37,6 +37,21 @@ def test_everything_on_and_empty_slices_are_the_same_bits_after_a_kill_too(tmp_p
     assert outcome(folder_of(several)) == alone
 
 
+@pytest.mark.slow
+def test_row_weights_on_1_2_4_and_8_ranks_are_the_same_bits(tmp_path: Path, family: list[str]) -> None:
+    frame = pl.read_csv(write_table(tmp_path / "plain.csv"))
+    table = tmp_path / "clients.csv"
+    frame.with_columns(exposure=pl.int_range(frame.height) % 7 / 4 + 0.25).write_csv(table)
+    more = ("data.weight=exposure", "train.virtual_ranks=8", "train.max_steps=12", *family)
+    alone = finish(tiny_job(table, tmp_path / "alone", *more), 1)
+    for world in (2, 4, 8):
+        several = tiny_job(table, tmp_path / str(world), *more)
+        assert run_job(several, world, Trap(step=9)).killed
+        assert finish(several, world) == alone, world
+    verified = command("verify", folder_of(several))
+    assert verified.code == 0, verified.err
+
+
 @pytest.mark.parametrize("precision", ["float64", "bf16"])
 def test_fast_runs_train_on_several_ranks(tmp_path: Path, family: list[str], precision: str) -> None:
     table = write_table(tmp_path / "clients.csv")
