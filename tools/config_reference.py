@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from dist_train.config.families import BUILT_IN
+from dist_train.config.families import BUILT_IN, OF_TEXT
 from dist_train.config.schema import JobConfig
 
 BEGIN = "<!-- configuration keys: made by `make docs`, do not edit -->"
@@ -41,7 +41,7 @@ def sections() -> Iterator[tuple[str, Any]]:
     for section in fields(config):
         yield section.name, getattr(config, section.name)
         if section.name == "model":
-            yield from ((f"model.{name}", block()) for name, block in BUILT_IN.items() if block)
+            yield from ((f"model.{name}", block()) for name, block in (BUILT_IN | OF_TEXT).items() if block)
 
 
 def with_table(page: str) -> str:

@@ -20,6 +20,7 @@ FORMATS = {
     "trained model": 2,
     "ensemble": 1,
     "tabular task": 2,
+    "text task": 1,
     "feature spec": 3,
     "classifier": 1,
     "calibration": 1,
@@ -72,6 +73,12 @@ ADDED: dict[str, Any] = {
     "report.false_positive_cost": 1.0,
     "report.false_negative_cost": 1.0,
     "report.bootstrap_repeats": 200,
+    "text.column": "text",
+    "text.hub_dataset": None,
+    "text.max_tokens": 128,
+    "text.pad_to_multiple": 8,
+    "text.sort_batches": 16,
+    "text.baselines": False,
 }
 """Key that came after format 1 -> what a run that lacks it was trained with: the key's first default, or a function of
 the configuration that gives it."""
@@ -89,7 +96,7 @@ REDEFINED_METRICS = {"brier": (2, 2, "of two classes it is now scikit-learn's br
 _COMPATIBLE = (
     "run.name", "run.dir", "run.resume", "run.force", "run.time_limit_minutes", "data.path", "train.epochs",
     "train.max_steps", "train.early_stopping_patience", "train.select_by", "evaluation.", "checkpoint.",
-    "runtime.", "log.", "wandb.", "calibration.", "report.",
+    "runtime.", "log.", "wandb.", "calibration.", "report.", "text.hub_dataset", "text.baselines",
 )  # fmt: skip
 
 

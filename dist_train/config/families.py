@@ -105,8 +105,43 @@ class ResNetConfig(FeatureKeys):
             yield from probability(key, getattr(self, key))
 
 
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """A pretrained Transformer with a classification head, for the task `text` (docs/text.md)."""
+
+    pretrained: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """The model that training starts from: a folder that transformers has saved, `package:NAME` for one that an installed Python package holds, or a name on the Hugging Face hub. Its weights must be safetensors; pickled ones are refused."""
+    tokenizer: str | None = None
+    """The tokenizer, written as `pretrained` is; null: that of `pretrained`."""
+    tuning: Literal["lora", "full", "head"] = "lora"
+    """What is trained. `lora`: low-rank adapters (Hu et al. 2021) and the head; `full`: all parameters; `head`: the head alone."""
+    lora_rank: int = 16
+    """Rank of the adapters."""
+    lora_alpha: int = 32
+    """An adapter's product is scaled by `lora_alpha` / `lora_rank`."""
+    lora_dropout: float = 0.0
+    """Dropout probability of an adapter's input."""
+    lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the Linear modules that get an adapter, as peft's `target_modules`; `all-linear`: all but the head."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Further modules, beside the head, that are trained whole under `lora`."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Key and text of each value that cannot be."""
+        if not self.pretrained.strip():
+            yield "pretrained", "must name a folder, a package or a model of the Hugging Face hub"
+        for key in ("lora_rank", "lora_alpha"):
+            yield from at_least(key, getattr(self, key), 1)
+        yield from probability("lora_dropout", self.lora_dropout)
+        if not self.lora_targets:
+            yield "lora_targets", "must name a module, or all-linear"
+
+
 BUILT_IN: dict[str, type[Any] | None] = {DEFAULT: None, "tabm": TabMConfig, "resnet": ResNetConfig}
 """Block of each family of this package, None where the keys of `model` are its own. Its module has the same name."""
+
+OF_TEXT: dict[str, type[Any] | None] = {"transformer": TransformerConfig}
+"""Block of each family of this package that is a model of texts, for the task `text`."""
 
 _registered: dict[str, type[Any] | None] = {}
 
@@ -129,7 +164,7 @@ def register_block(name: str, block: type[Any]) -> None:
 
 def register_name(name: str, block: type[Any] | None = None) -> None:
     """Make a family known that has no block of its own, or has it registered already."""
-    if name not in BUILT_IN:
+    if name not in BUILT_IN | OF_TEXT:
         _registered[name] = block or _registered.get(name)
 
 
@@ -212,7 +247,7 @@ def _restored(blocks: Mapping[str, Any], values: Mapping[str, Any]) -> ModelConf
 
 
 def _blocks() -> dict[str, type[Any] | None]:
-    return BUILT_IN | _registered
+    return BUILT_IN | OF_TEXT | _registered
 
 
 def _place(block: type[Any]) -> tuple[str, str]:

@@ -71,6 +71,7 @@ def _broken(c: JobConfig) -> Iterator[tuple[str, str]]:
     yield from _run(c)
     yield from _data(c)
     yield from _model(c.model)
+    yield from _text(c)
     yield from _optim(c)
     yield from _train(c.train)
     yield from at_least("ensemble.seeds", c.ensemble.seeds, 1)
@@ -136,6 +137,29 @@ def _data(c: JobConfig) -> Iterator[tuple[str, str]]:
     yield from at_least("data.shuffle_block_rows", d.shuffle_block_rows, 1)
     if d.validation_fraction < 1 and d.test_fraction < 1 and d.validation_fraction + d.test_fraction >= 1:
         yield "data.validation_fraction", "together with data.test_fraction it leaves no rows to train on"
+
+
+def _text(c: JobConfig) -> Iterator[tuple[str, str]]:
+    if (c.model.name in families.OF_TEXT) != (c.task.name == "text"):
+        if c.task.name == "text":
+            yield "model.name", f"{c.model.name} is a model of tables: task.name=text needs model.name=transformer"
+        else:
+            yield "model.name", f"{c.model.name} is a model of texts: it needs task.name=text"
+    if c.task.name != "text":
+        return
+    t, d = c.text, c.data
+    if not t.column.strip():
+        yield "text.column", "must name a column"
+    if t.column == d.target:
+        yield "text.column", f"is the target {d.target!r}"
+    yield from at_least("text.max_tokens", t.max_tokens, 4)
+    yield from at_least("text.pad_to_multiple", t.pad_to_multiple, 1)
+    yield from at_least("text.sort_batches", t.sort_batches, 1)
+    for key in ("weight", "time_column", "group_column", "folds", "shuffle_block_rows"):
+        if getattr(d, key) is not None:
+            yield f"data.{key}", "the task text does not have it: leave it null"
+    if c.ensemble.seeds != 1:
+        yield "ensemble.seeds", f"the task text trains one model, not {c.ensemble.seeds}"
 
 
 def _weight(d: DataConfig, name: str) -> Iterator[tuple[str, str]]:

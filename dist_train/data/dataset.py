@@ -23,11 +23,12 @@ from dist_train.data.spec import FeatureSpec
 from dist_train.data.split import SPLITS
 from dist_train.data.spool import Spool, read_in_memory, with_numbers
 from dist_train.data.store import Settings, Store, is_store
-from dist_train.data.table import TRAINED_ON, ColumnKinds, locate, no_number, require_names, sha256_of
+from dist_train.data.table import TRAINED_ON, ColumnKinds, locate, no_number, require_names
 from dist_train.data.weights import require_some_weight
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.system.console import log
+from dist_train.system.files import sha256_of
 from dist_train.system.progress_bar import progress_bar
 
 

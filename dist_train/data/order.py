@@ -90,6 +90,43 @@ class BalancedOrder:
         return torch.cat(drawn)[permutation(self._num_rows, "order", self._seed, epoch)]
 
 
+class SortedOrder:
+    """Batches of rows of similar length, so that little is padded.
+
+    The rows come in the order of FullOrder; `window_rows` of them at a time are sorted by length, cut into batches of
+    `batch_rows`, and the batches come in a random order; a rest that is no whole batch comes last. `lengths` are those
+    of all rows, (rows,) int64. Holds 8 bytes a row of an epoch.
+    """
+
+    def __init__(self, lengths: Tensor, seed: int, *, batch_rows: int, window_rows: int) -> None:
+        self._lengths = lengths
+        self._seed = seed
+        self._batch_rows = batch_rows
+        self._window_rows = window_rows
+        self._kept: tuple[int, Tensor] | None = None
+
+    def rows(self, epoch: int, begin: int, end: int) -> Tensor:
+        """Row numbers of the places `begin` to `end` of an epoch's order."""
+        if self._kept is None or self._kept[0] != epoch:
+            self._kept = epoch, self._sorted(epoch)
+        return self._kept[1][begin:end]
+
+    def _sorted(self, epoch: int) -> Tensor:
+        order = permutation(len(self._lengths), "order", self._seed, epoch)
+        batches = []
+        for number, window in enumerate(order.split(self._window_rows)):
+            by_length = window[self._lengths[window].argsort(stable=True)]
+            whole = len(window) // self._batch_rows
+            # What is no whole batch is taken from all lengths: it would be the longest rows of the last window.
+            rest = len(window) - whole * self._batch_rows
+            left_out = torch.zeros(len(window), dtype=torch.bool)
+            left_out[permutation(len(window), "rest of a window", self._seed, epoch, number)[:rest]] = True
+            cut = by_length[~left_out].view(whole, self._batch_rows)
+            shuffled = permutation(whole, "batches of a window", self._seed, epoch, number)
+            batches += [cut[shuffled].flatten(), by_length[left_out]]
+        return torch.cat(batches)
+
+
 class BlockOrder:
     """Runs of `block_rows` neighbouring rows stay near each other in the order, so that a disk reads them in one go.
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from dist_train.data.order import BalancedOrder, BlockOrder, FullOrder, Order
+from dist_train.data.order import BalancedOrder, BlockOrder, FullOrder, Order, SortedOrder
 from dist_train.determinism.position import Position, split_evenly
 from dist_train.errors import UserError
 
@@ -38,7 +38,8 @@ class PositionSampler(DistributedSampler[int]):
     """A DistributedSampler whose state is a position, so that it needs no `set_epoch` and resumes anywhere at once.
 
     The order of an epoch is a function of (seed, epoch): FullOrder, BlockOrder where `shuffle_block_rows` is set, or
-    BalancedOrder where `classes` is given, the class index of each row. `epochs_ahead`: as FullOrder's `ahead`.
+    BalancedOrder where `classes` is given, the class index of each row, or SortedOrder over `sort_batches` global
+    batches where `lengths` is given, the length of each row. `epochs_ahead`: as FullOrder's `ahead`.
     Each global batch is the next `global_batch_size` rows of that order, cut into `accumulation_steps` passes, each of
     them cut into `num_slices` contiguous slices, of which each rank owns a contiguous run. Nothing is padded and
     nothing dropped: slices differ by one row at most and may be empty.
@@ -59,6 +60,8 @@ class PositionSampler(DistributedSampler[int]):
         num_slices: int | None = None,
         shuffle_block_rows: int | None = None,
         classes: Tensor | None = None,
+        lengths: Tensor | None = None,
+        sort_batches: int = 1,
         epochs_ahead: int = 0,
         position: Position = Position(),  # noqa: B008  (immutable)
     ) -> None:
@@ -77,6 +80,9 @@ class PositionSampler(DistributedSampler[int]):
             self._order = BalancedOrder(classes, seed)
         elif shuffle_block_rows:
             self._order = BlockOrder(num_rows, shuffle_block_rows, seed)
+        elif lengths is not None:
+            window_rows = sort_batches * global_batch_size
+            self._order = SortedOrder(lengths, seed, batch_rows=global_batch_size, window_rows=window_rows)
         else:
             self._order = FullOrder(num_rows, seed, epochs_ahead)
 

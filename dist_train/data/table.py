@@ -5,7 +5,6 @@ Whatever is wrong with a file is one line that names file, column and row.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -62,12 +61,6 @@ def locate(path: str) -> Path:
     if file.is_dir():
         raise UserError(f"{path}: is a directory, not a CSV, JSON lines or Parquet file")
     return file
-
-
-def sha256_of(file: Path) -> str:
-    """Fingerprint of a file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_table(file: Path, missing_values: Sequence[str], columns: Sequence[str] | None = None) -> pl.DataFrame:

@@ -92,6 +92,17 @@ class ModelContext:
         """Uniform int16 numbers for the batch at hand, (num_rows, width), on the device of `like`."""
         return self.random.bits16(self.counter_for(purpose, width), num_rows, width, like.device)
 
+    def bits16_of_tokens(self, purpose: str, like: Tensor, max_tokens: int) -> Tensor:
+        """Uniform int16 numbers in the shape of `like`, (rows, tokens, width): a function of row, token and number.
+
+        `max_tokens`: tokens of a row at most.
+        """
+        num_rows, num_tokens, width = like.shape
+        batch = self.batch
+        first = (batch.first_row + batch.offset) * max_tokens
+        counter = self.random.counter(purpose, width, batch.epoch, first)
+        return self.random.bits16_of_tokens(counter, num_rows, num_tokens, width, max_tokens, like.device)
+
     @property
     def used_streams(self) -> list[Stream]:
         """Every stream that bits were drawn from so far."""

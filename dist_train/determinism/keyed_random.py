@@ -94,6 +94,18 @@ class RowRandom:
         counters = self._sequence(num_rows * words, device) + counter
         return mix(counters).view(torch.int16).view(num_rows, 4 * words)[:, :width]
 
+    def bits16_of_tokens(
+        self, counter: int, num_rows: int, num_tokens: int, width: int, max_tokens: int, device: torch.device
+    ) -> Tensor:
+        """As `bits16` for rows of `max_tokens` rows of `width` each, of which the first `num_tokens` are wanted.
+
+        (num_rows, num_tokens, width).
+        """
+        words = _words(width)
+        of_rows = _counters(num_rows) * (max_tokens * words) + counter
+        counters = of_rows.to(device).unsqueeze(1) + self._sequence(num_tokens * words, device)
+        return mix(counters).view(torch.int16).view(num_rows, num_tokens, 4 * words)[:, :, :width]
+
     @property
     def sequences(self) -> list[Tensor]:
         """Memory that `bits16` reads. Whoever records its kernels has to keep a reference: a longer one replaces it."""

@@ -21,11 +21,12 @@ from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import Parts, encode_parts, pack_json
 from dist_train.run.checkpoint.trained_model import DESCRIPTION, trained_model_parts
 from dist_train.run.scoring import note_calibration, score_splits
-from dist_train.run.session import Session, scored_weights
+from dist_train.run.session import Session, scored_weights, unsaved_weights
 from dist_train.run.tracking.console_tracker import describe_scores
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
 from dist_train.system.machine import describe_machine, peak_memory_bytes
+from dist_train.tasks.base import HasBaselines, ShipsFiles
 
 
 def checkpoint_parts(
@@ -62,6 +63,7 @@ def export_best(
         # The weights alone: no rank but 0 reads the moments.
         session.scored.load_state_dict(collectives.on_rank_zero(lambda: scored_weights(checkpoints.read(best))))
     scores, calibration = score_splits(session.scored, session.task, config, collectives)
+    baselines = session.task.baselines() if isinstance(session.task, HasBaselines) else {}
     peak = max(collectives.all_gather_object(lambda: peak_memory_bytes(world.device)))
 
     def write() -> dict[str, Any]:
@@ -74,11 +76,16 @@ def export_best(
             step=best or session.progress.step,
             data_sha256=session.task.fingerprint,
             calibration=calibration,
+            unsaved=unsaved_weights(session.scored),
         )
+        if isinstance(session.task, ShipsFiles):
+            model |= session.task.shipped_files(weights)
         digest = model[DESCRIPTION]["weights_sha256"]
         summary = (
             _summary(config, session, world, digest) | {"peak_memory_bytes": peak, "calibration": calibration} | scores
         )
+        if baselines:
+            summary["baselines"] = baselines
         commit(folder.model, encode_parts(model), folder.confirm)
         write_atomically(folder.summary, pack_json(summary))
         return summary
@@ -94,9 +101,27 @@ def export_best(
             )
             _warn_of_base_rate(split, metrics)
     note_calibration(summary)
+    for line in _beside(scores["test"], baselines):
+        log.info("%s", line)
     _note_early_best(session)
     log.info("summary in %s", folder.summary)
     return summary
+
+
+def _beside(test: Mapping[str, Any] | None, baselines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table of the test metrics of this model and of others."""
+    if not (test and baselines):
+        return []
+    rows = {"this model": test, **baselines}
+    names = ("accuracy", "macro_f1", "loss")
+    width = max(map(len, rows))
+    return [
+        f"{'test rows':{width}}  {'  '.join(f'{name:>8}' for name in names)}",
+        *(
+            f"{model:{width}}  {'  '.join(f'{metrics[name]:8.4f}' for name in names)}"
+            for model, metrics in rows.items()
+        ),
+    ]
 
 
 def _note_early_best(session: Session) -> None:

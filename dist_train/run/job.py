@@ -29,7 +29,7 @@ from dist_train.run.export import checkpoint_parts, export_best
 from dist_train.run.reporting import report_once
 from dist_train.run.resume import as_it_began, begin_writing, changes_since, finished_line, matching_task, open_run
 from dist_train.run.session import Session, build_loop
-from dist_train.run.split_record import write_split
+from dist_train.run.split_record import write_kept_files, write_split
 from dist_train.run.tracking.trackers import NullTrackers, Trackers
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
@@ -171,6 +171,7 @@ class Job:
             lambda: begin_writing(folder, config, checkpoints, step, trains_on=trains_on, changes=changes)
         )
         collectives.on_rank_zero(lambda: write_split(folder, config, session.task))
+        collectives.on_rank_zero(lambda: write_kept_files(folder, session.task))
         _announce(session.plan(world, chosen))
         state = found.parts["state.json"] if found else None
         trackers = collectives.run_on_all(

@@ -29,7 +29,7 @@ from dist_train.training.meter import Meter
 from dist_train.training.plan import Plan
 from dist_train.training.precision import autocast_dtype_of
 from dist_train.training.progress import Progress
-from dist_train.training.protocols import Save, Source, Stateful, Track
+from dist_train.training.protocols import Partial, Ragged, Save, Source, Stateful, Track
 from dist_train.training.schedule import learning_rate
 from dist_train.training.selection import Selection
 from dist_train.training.step import EagerStep, Step
@@ -218,6 +218,8 @@ def _sampler(config: JobConfig, rows: Source, collectives: Collectives) -> Posit
         num_slices=train.virtual_ranks,
         shuffle_block_rows=config.data.shuffle_block_rows,
         classes=rows.targets.cpu() if train.class_sampling else None,
+        lengths=rows.lengths if isinstance(rows, Ragged) else None,
+        sort_batches=config.text.sort_batches,
         epochs_ahead=EPOCHS_AHEAD if collectives.device.type == "cuda" and len(rows) <= ROWS_OF_SHORT_EPOCHS else 0,
     )
 
@@ -273,3 +275,8 @@ def scored_weights(parts: Parts) -> dict[str, Tensor]:
         return dict(parts["model.pth"])
     prefix = "module."
     return {n.removeprefix(prefix): t for n, t in parts["average.pth"].items() if n.startswith(prefix)}
+
+
+def unsaved_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of a model that its state_dict leaves out, since they are those of a pretrained one that is named."""
+    return dict(model.unsaved_state_dict()) if isinstance(model, Partial) else {}

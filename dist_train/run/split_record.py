@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from io import BytesIO
 
 import numpy as np
@@ -19,7 +20,7 @@ from dist_train.errors import os_errors_as_faults
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import pack_json
 from dist_train.system.files import write_atomically
-from dist_train.tasks.base import Task
+from dist_train.tasks.base import KeepsFiles, Task
 from dist_train.training.protocols import Source
 
 _RULE = (
@@ -52,6 +53,13 @@ def write_split(folder: RunFolder, config: JobConfig, task: Task) -> None:
         write_atomically(folder.path / "split.json", pack_json(record))
 
     os_errors_as_faults(write, "split.json")
+
+
+def write_kept_files(folder: RunFolder, task: Task) -> None:
+    """Rank 0 writes what the task keeps of the data beside the split. Raises TrainingFault."""
+    if isinstance(task, KeepsFiles):
+        for name, content in task.kept_files().items():
+            os_errors_as_faults(partial(write_atomically, folder.path / name, content), name)
 
 
 def split_codes(splits: Mapping[str, Source]) -> npt.NDArray[np.uint8]:

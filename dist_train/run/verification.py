@@ -28,7 +28,7 @@ from dist_train.run.checkpoint.trained_model import (
     read_trained_model,
 )
 from dist_train.run.scoring import score_splits
-from dist_train.run.session import Session, build_loop
+from dist_train.run.session import Session, build_loop, unsaved_weights
 from dist_train.system.machine import describe_machine
 from dist_train.tasks.registry import description_in, load_task
 from dist_train.training.progress import migrated_progress
@@ -266,7 +266,10 @@ class _Replay:
             report.differ(best, f"the trained model does not verify: {self.evidence.model_damage}")
             return
         report.model_compared = True
+        unsaved = unsaved_weights(self.session.scored)
         report.weights_sha256 = self.evidence.model_sha256
+        if unsaved:  # what is kept of the model is compared below, tensor by tensor
+            report.weights_sha256 = weights_sha256({**self.best_weights, **unsaved})
         replayed: Parts = {"model.pth": self.best_weights}
         name = first_different_tensor(self.evidence.model, replayed)
         if name:

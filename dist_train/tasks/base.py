@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import polars as pl
 from torch import Tensor, nn
@@ -90,3 +90,27 @@ class Task(Protocol):
         Raises:
             UserError: a column is missing, or a cell cannot be read.
         """
+
+
+@runtime_checkable
+class KeepsFiles(Protocol):
+    """A task that has the run folder keep what it made of the data, so that it is made once."""
+
+    def kept_files(self) -> Mapping[str, bytes]:
+        """Content by name of the file in the run folder."""
+
+
+@runtime_checkable
+class ShipsFiles(Protocol):
+    """A task whose trained model is also shipped in the formats of other libraries."""
+
+    def shipped_files(self, weights: Mapping[str, Tensor]) -> Mapping[str, bytes]:
+        """Content by name of the file below `model/`, of trained weights."""
+
+
+@runtime_checkable
+class HasBaselines(Protocol):
+    """A task that scores other models on the same rows."""
+
+    def baselines(self) -> dict[str, dict[str, Any]]:
+        """Metrics of the test rows by name of the other model, the same on every rank; called by all of them."""

@@ -24,7 +24,26 @@ class TaskType(Protocol):
 
 _TypeOfTask = TypeVar("_TypeOfTask", bound=TaskType)
 
-_TASKS: Registry[TaskType] = Registry("task", "task.name", "dist_train.tasks", {"tabular": TabularTask})
+
+class _Text:
+    """The task `text`, which is imported when it is asked for: it imports transformers."""
+
+    @staticmethod
+    def load(config: JobConfig, collectives: Collectives, fitted: Description | None = None) -> Task:
+        """As TaskType."""
+        from dist_train.tasks.text import TextTask
+
+        return TextTask.load(config, collectives, fitted)
+
+    @staticmethod
+    def restore(config: JobConfig, collectives: Collectives, fitted: Description, fingerprint: str) -> Task:
+        """As TaskType."""
+        from dist_train.tasks.text import TextTask
+
+        return TextTask.restore(config, collectives, fitted, fingerprint)
+
+
+_TASKS: Registry[TaskType] = Registry("task", "task.name", "dist_train.tasks", {"tabular": TabularTask, "text": _Text})
 
 
 def register_task(name: str) -> Callable[[_TypeOfTask], _TypeOfTask]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -132,6 +132,14 @@ class Source(Rows, Protocol):
     def gather(self, share: Any) -> Any: ...
 
 
+@runtime_checkable
+class Ragged(Protocol):
+    """A source whose rows have lengths, (rows,) int64 on the CPU: rows of similar length are trained together."""
+
+    @property
+    def lengths(self) -> Tensor: ...
+
+
 class Scorer(Protocol):
     """What evaluation needs of a task: probabilities of logits, and metrics of probabilities."""
 
@@ -146,6 +154,14 @@ class Stateful(Protocol):
 
     def state_dict(self) -> Mapping[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> Any: ...
+
+
+@runtime_checkable
+class Partial(Protocol):
+    """A model whose state_dict leaves out what is not trained."""
+
+    def unsaved_state_dict(self) -> Mapping[str, Tensor]:
+        """What it leaves out."""
 
 
 Record = dict[str, Any]

@@ -278,7 +278,8 @@ def test_mistakes_in_a_block_are_told_like_others() -> None:
 
 @pytest.mark.usefixtures("linear")
 def test_an_unknown_model_names_the_known_ones() -> None:
-    expected = "model.name: there is no model 'gpt'; there is " + ", ".join([*families.BUILT_IN, "linear"])
+    known = ", ".join([*families.BUILT_IN, *families.OF_TEXT, "linear"])
+    expected = f"model.name: there is no model 'gpt'; there is {known}"
     assert mistakes("model.name=gpt") == expected
 
 

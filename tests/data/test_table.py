@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.table import as_text, locate, numbers, read_table, sha256_of
+from dist_train.data.table import as_text, locate, numbers, read_table
 from dist_train.errors import UserError
+from dist_train.system.files import sha256_of
 from tests.data.kinds import feature_kinds
 
 MISSING = DataConfig().missing_values

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dist_train.system.files import TMP_PREFIX, sync_folder, with_path, write_synced
@@ -28,7 +28,8 @@ class CorruptCheckpoint(Exception):
 def commit(folder: Path, parts: Mapping[str, bytes], confirm: Callable[[], None] = lambda: None) -> None:
     """Write `parts` (file name -> content): `folder` then holds all of them, or does not change.
 
-    Each content is asked for once and let go before the next one.
+    A name may have a `/` in it: the file is in a folder below. Each content is asked for once and let go before the
+    next one.
 
     `confirm` raises where this process may not write there any more. It is called just before the rename, and after a
     failure: its error may name the cause.
@@ -41,6 +42,8 @@ def commit(folder: Path, parts: Mapping[str, bytes], confirm: Callable[[], None]
         try:
             aside.mkdir()
             manifest = {name: _write_part(aside / name, parts[name]) for name in parts}
+            for inner in {(aside / name).parent for name in parts} - {aside}:
+                sync_folder(inner)
             content = {"parts": manifest, "sha256": _digest(manifest)}
             write_synced(aside / MANIFEST, json.dumps(content, indent=1).encode())
             sync_folder(aside)
@@ -59,6 +62,7 @@ def commit(folder: Path, parts: Mapping[str, bytes], confirm: Callable[[], None]
 
 
 def _write_part(file: Path, data: bytes) -> dict[str, Any]:
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_synced(file, data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -82,7 +86,8 @@ def list_parts(folder: Path) -> dict[str, tuple[int, str]]:
     if not expected:
         raise CorruptCheckpoint(f"{folder / MANIFEST} names no parts")
     for name in expected:
-        if Path(name).name != name:
+        place = PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts or str(place) != name:
             raise CorruptCheckpoint(f"{folder / MANIFEST} names {name!r}, which is not a file of this folder")
     return expected
 

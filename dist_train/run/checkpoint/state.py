@@ -16,7 +16,10 @@ from dist_train.config.compatibility import require_format
 from dist_train.run.checkpoint.commit import CorruptCheckpoint, list_parts, read_part
 
 Parts = dict[str, Any]
-"""File name -> content: `*.pth` a flat mapping of tensors, `*.json` any JSON value."""
+"""File name -> content: `*.pth` a flat mapping of tensors, `*.json` any JSON value, or bytes, whatever the name.
+
+What was written as bytes is for other programs: it is not among the parts that are read.
+"""
 
 
 _FORMAT_PARTS = {
@@ -37,6 +40,8 @@ class EncodedParts(Mapping[str, bytes]):
 
     def __getitem__(self, name: str) -> bytes:
         value = self._parts[name]
+        if isinstance(value, bytes):
+            return value
         return pack_tensors(value) if name.endswith(".pth") else pack_json(value)
 
     def __iter__(self) -> Iterator[str]:
@@ -68,7 +73,7 @@ def read_parts(folder: Path) -> Parts:
         if name in listed:  # checked first: another version may encode the other parts differently
             content = read(name)
             require_format(kind, content.get("format", 1) if isinstance(content, dict) else None, str(folder))
-    return {name: read(name) for name in listed}
+    return {name: read(name) for name in listed if name.endswith((".pth", ".json")) and "/" not in name}
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:

@@ -34,8 +34,13 @@ def trained_model_parts(
     step: int,
     data_sha256: str,
     calibration: Mapping[str, Any] | None = None,
+    unsaved: Mapping[str, Tensor] | None = None,
 ) -> Parts:
-    """Parts of `model/`. `task` is the task's description; `weights` are those of `step`."""
+    """Parts of `model/`. `task` is the task's description; `weights` are those of `step`.
+
+    `unsaved` are the classifier's weights that are not kept, since they are those of a pretrained model; they are part
+    of `weights_sha256`.
+    """
     parts: Parts = {
         "model.pth": dict(weights),
         "task.json": dict(task),
@@ -45,7 +50,7 @@ def trained_model_parts(
             **describe_model(config, class_names),
             "step": step,
             "data_sha256": data_sha256,
-            "weights_sha256": weights_sha256(weights),
+            "weights_sha256": weights_sha256({**weights, **(unsaved or {})}),
         },
     }
     return parts if calibration is None else parts | {CALIBRATION: dict(calibration)}
@@ -59,6 +64,7 @@ def describe_model(config: JobConfig, class_names: Sequence[str]) -> dict[str, A
         "run": {"seed": config.run.seed},
         "task": tree["task"],
         "data": tree["data"],
+        **({"text": tree["text"]} if config.task.name == "text" else {}),
         "model": tree["model"],
         "train": {"precision": config.train.precision},
         "evaluation": {"batch_size": config.evaluation.batch_size, "metrics": config.evaluation.metrics},

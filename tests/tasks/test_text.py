@@ -1,0 +1,227 @@
+"""The task of texts: what a run leaves, what other libraries load of it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+
+from dist_train import load
+from dist_train.models.text_base import import_transformers
+from dist_train.run.checkpoint.checkpoints import Checkpoints
+from tests.cli.in_process import CommandResult, command
+from tests.commands import environment
+from tests.models.tiny_bert import write_texts, write_tiny_bert
+from tests.resume.jobs import tiny_job, write_table
+from tests.tasks.text_jobs import text_job
+
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    write_texts(folder / "sent_train.csv", 96)
+    write_texts(folder / "sent_valid.csv", 60, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(bert: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    trained = command("train", *text_job(bert, texts, folder, "train.max_steps=6"))
+    assert trained.code == 0, trained.err
+    return folder
+
+
+def refused(result: CommandResult, *words: str) -> None:
+    assert result.code == 2, result.err
+    last = result.err.strip().splitlines()[-1]
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in last
+
+
+def test_a_checkpoint_holds_what_is_trained_and_the_base_by_name_and_hash(run: Path, bert: Path) -> None:
+    parts = Checkpoints(run / "checkpoints", keep=1).read(6)
+    assert parts["model.pth"]
+    assert all("lora_" in name or "modules_to_save" in name for name in parts["model.pth"])
+    assert parts["task.json"]["base"] == str(bert)
+    assert len(parts["task.json"]["base_sha256"]) == 64
+
+
+def test_the_only_held_out_file_is_test_and_validation_rows_come_from_the_training_file(run: Path) -> None:
+    rows = json.loads((run / "split.json").read_text())["rows"]
+    assert rows["test"] == 60
+    assert rows["train"] + rows["valid"] == 96
+    assert rows["valid"] == pytest.approx(96 * 0.15, abs=2)
+
+
+def test_tokens_are_kept_and_taken_again(run: Path, bert: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (run / "tokens.npz").is_file()
+    monkeypatch.setattr("dist_train.tasks.text._tokenized", lambda *_: pytest.fail("tokenized again"))
+    assert command("train", *text_job(bert, texts, run, "train.max_steps=6")).code == 0
+
+
+def test_the_shipped_folders_give_the_same_logits_in_plain_transformers_and_peft(
+    run: Path, bert: Path, texts: Path
+) -> None:
+    rows = pl.read_csv(texts / "sent_valid.csv")["text"].to_list()
+    ours = load(run, device="cpu").predict_proba(pl.DataFrame({"text": rows}))
+    transformers = import_transformers()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = transformers.AutoModelForSequenceClassification.from_pretrained(run / "model" / "merged").eval()
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
+        adapted = peft.PeftModel.from_pretrained(base, run / "model").eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model" / "merged")
+        encoded = tokenizer(rows, padding=True, truncation=True, max_length=22, return_tensors="pt")
+        with torch.no_grad():
+            theirs = [model(**encoded).logits.double().softmax(1) for model in (merged, adapted)]
+    assert merged.config.id2label == {0: "bad", 1: "dull", 2: "good"}
+    for probabilities in theirs:
+        assert (probabilities - torch.from_numpy(ours)).abs().max() < 1e-6
+
+
+def test_a_run_is_verified_evaluated_and_predicts(run: Path, texts: Path, tmp_path: Path) -> None:
+    verified = command("verify", run)
+    assert verified.code == 0, verified.err
+    summary = json.loads((run / "summary.json").read_text())
+    assert json.loads(verified.out)["weights_sha256"] == summary["weights_sha256"]
+    shutil.copytree(run / "model", tmp_path / "model")
+    evaluated = command("evaluate", tmp_path / "model", "--data", texts / "sent_valid.csv")
+    assert json.loads(evaluated.out)["test"]["loss"] == pytest.approx(summary["test"]["loss"], abs=1e-6)
+    assert command("predict", run, texts / "sent_valid.csv", tmp_path / "out.csv").code == 0
+    assert pl.read_csv(tmp_path / "out.csv").height == 60
+
+
+@pytest.mark.parametrize("tuning", ["full", "head"])
+def test_other_parts_are_trained(tuning: str, bert: Path, texts: Path, tmp_path: Path) -> None:
+    job = text_job(bert, texts, tmp_path / "run", "train.max_steps=2", f"model.transformer.tuning={tuning}")
+    assert command("train", *job).code == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    alike = summary["trainable_parameters"] == summary["parameters"]
+    assert alike if tuning == "full" else summary["trainable_parameters"] == 3 * 17
+    assert (tmp_path / "run" / "model" / "merged" / "model.safetensors").is_file()
+    assert not (tmp_path / "run" / "model" / "adapter_model.safetensors").exists()
+
+
+class Code:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_pickle_in_place_of_weights_is_refused_and_its_code_does_not_run(
+    name: str, bert: Path, texts: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bert, tmp_path / "bert")
+    (tmp_path / "bert" / "model.safetensors").unlink()
+    (tmp_path / "bert" / name).write_bytes(pickle.dumps(Code(tmp_path / "ran")))
+    result = command("train", *text_job(tmp_path / "bert", texts, tmp_path / "run"))
+    refused(result, "bert", "pickled" if name.endswith(".bin") else "cannot be read")
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "run").exists()
+
+
+FILES = {
+    "no column 'text' (text.column)": "words,label\nloss,bad\nprofit,good\n",
+    "no column 'label' (data.target)": "text,grade\nloss,bad\nprofit,good\n",
+    "data row 2: the text is empty": "text,label\nloss,bad\n  ,good\n",
+    "only one class": "text,label\nloss,bad\nlate,bad\n",
+}
+
+
+@pytest.mark.parametrize("words", FILES)
+def test_a_file_that_does_not_fit_is_one_line(words: str, bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text(FILES[words])
+    refused(command("train", *text_job(bert, tmp_path / "texts.csv", tmp_path / "run")), "texts.csv", words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(bert: Path, texts: Path, tmp_path: Path) -> None:
+    shutil.copytree(bert, tmp_path / "other")
+    described = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    vocabulary = described["model"]["vocab"]
+    vocabulary |= {f"word{i}": len(vocabulary) + i for i in range(50)}
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(described))
+    job = text_job(bert, texts, tmp_path / "run", f"model.transformer.tokenizer={tmp_path / 'other'}")
+    refused(command("train", *job), "model.transformer.tokenizer")
+
+
+def test_an_adapter_is_not_put_on_another_base(bert: Path, texts: Path, tmp_path: Path) -> None:
+    shutil.copytree(bert, tmp_path / "bert")
+    assert command("train", *text_job(tmp_path / "bert", texts, tmp_path / "run", "train.max_steps=2")).code == 0
+    shutil.rmtree(tmp_path / "bert")
+    write_tiny_bert(tmp_path / "bert", seed=1)
+    refused(command("predict", tmp_path / "run", texts / "sent_valid.csv", tmp_path / "out.csv"), "another model")
+    assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize("what", ["model", "data set"])
+def test_the_hub_without_a_network_is_one_line(
+    what: str, bert: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_: object, **__: object) -> str:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
+    more = ["model.transformer.pretrained=someone/model"]
+    if what == "data set":
+        more = [f"data.path={tmp_path / 'nowhere'}", "text.hub_dataset=someone/texts"]
+    job = [*text_job(bert, texts, tmp_path / "run"), *more]
+    refused(command("train", *job), "Hugging Face hub", "network")
+
+
+SETTINGS = {
+    "needs model.name=transformer": ["model.name=tabm"],
+    "it needs task.name=text": ["task.name=tabular"],
+    "data.folds": ["data.folds=3"],
+    "text.max_tokens=40": ["text.max_tokens=40"],
+    "the package is not installed": ["model.transformer.pretrained=package:no_such_package"],
+    "lora_targets": ["model.transformer.lora_targets=[nothing]"],
+    "modules_to_save": ["model.transformer.modules_to_save=[nothing]"],
+    "no such folder": ["model.transformer.pretrained=./nowhere"],
+}
+
+
+@pytest.mark.parametrize("words", SETTINGS)
+def test_a_setting_that_does_not_fit_is_one_line(words: str, bert: Path, texts: Path, tmp_path: Path) -> None:
+    refused(command("train", *text_job(bert, texts, tmp_path / "run"), *SETTINGS[words]), words)
+
+
+def test_nothing_of_transformers_is_imported_for_a_table(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "clients.csv")
+    job = tiny_job(table, tmp_path / "run", "train.max_steps=1")
+    program = (
+        "import sys, os\n"
+        "from dist_train.config.load import load_config\n"
+        "from dist_train.distributed.world import World\n"
+        "from dist_train.run.job import train\n"
+        f"train(load_config({job!r}), World(), dict(os.environ), handle_signals=False)\n"
+        "print([name for name in ('transformers', 'peft', 'tokenizers', 'huggingface_hub') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment()
+    )
+    assert done.stdout.strip().splitlines()[-1] == "[]"

@@ -1,0 +1,26 @@
+"""Small jobs of texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SMALL_TEXT_JOB = (
+    "task.name=text",
+    "model.name=transformer",
+    "model.transformer.lora_rank=2",
+    "model.transformer.lora_dropout=0.1",
+    "data.target=label",
+    "text.max_tokens=22",
+    "text.sort_batches=3",
+    "train.global_batch_size=16",
+    "optim.lr=0.01",
+    "schedule.warmup_steps=2",
+    "runtime.device=cpu",
+    "wandb.mode=disabled",
+)
+
+
+def text_job(bert: Path, texts: Path, run: Path, *more: str) -> list[str]:
+    """Arguments of a small job of texts, in the order that `tests.resume.jobs.folder_of` relies on."""
+    place = [f"data.path={texts}", f"run.dir={run.parent}", f"run.name={run.name}"]
+    return [*place, f"model.transformer.pretrained={bert}", *SMALL_TEXT_JOB, *more]
