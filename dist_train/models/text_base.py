@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 from dist_train.data.hub import INSTALL, hub_folder, is_hub_name
 from dist_train.errors import UserError
 from dist_train.system.files import sha256_of
+from dist_train.system.machine import use_one_thread_for_tokens
 
 PACKAGE = "package:"
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -108,7 +108,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 def import_transformers() -> Any:
     """transformers, silent and with the tokenizers in one thread; UserError where it is not installed."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    use_one_thread_for_tokens()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -79,6 +79,11 @@ def pin_arithmetic(device: torch.device) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def use_one_thread_for_tokens() -> None:
+    """Have the tokenizers library work in one thread, unless the environment says otherwise: ranks share a machine."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def _gpu_libraries() -> dict[str, str]:
     """Versions of what computes and communicates on a GPU; "unknown" where one does not say."""
     nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else ()

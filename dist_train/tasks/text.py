@@ -30,6 +30,7 @@ from dist_train.models.text_base import Pretrained, load_tokenizer, locate_pretr
 from dist_train.system.console import log
 from dist_train.tasks.base import Description
 from dist_train.tasks.classification import Classification
+from dist_train.tasks.text_baselines import FROZEN, TFIDF, embed, frozen_probabilities, tfidf_probabilities
 from dist_train.training.metrics import check_metrics
 from dist_train.training.protocols import Source
 
@@ -178,6 +179,22 @@ class TextTask(Classification):
         model = self.model().cpu()
         model.load_state_dict(weights)
         return shipped_files(model, self._tokenizer)  # type: ignore[arg-type]
+
+    def baselines(self) -> dict[str, dict[str, Any]]:
+        """Test metrics of logistic regression on TF-IDF and on the encoder before training, if they are asked for."""
+        data, collectives, config = self._data, self._collectives, self._config
+        if not config.text.baselines or data is None or not len(self.splits["test"]):
+            return {}
+        embedded = embed(self._base, data.tokens, self._padding, collectives)
+
+        def scored() -> dict[str, dict[str, Any]]:
+            assert embedded is not None  # on rank 0
+            texts = read_texts(config.data, config.text, split_seed(config), self._class_names)
+            targets = self.splits["test"].targets.cpu()
+            found = {TFIDF: tfidf_probabilities(texts), FROZEN: frozen_probabilities(embedded, texts)}
+            return {name: self.metrics(probabilities, targets) for name, probabilities in found.items()}
+
+        return collectives.on_rank_zero(scored)
 
     def _split(self, data: Data, name: str) -> TokenRows:
         rows = (data.splits == SPLITS.index(name)).nonzero().squeeze(1)

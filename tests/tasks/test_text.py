@@ -46,7 +46,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(bert: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "one"
-    trained = command("train", *text_job(bert, texts, folder, "train.max_steps=6"))
+    trained = command("train", *text_job(bert, texts, folder, "train.max_steps=6", "text.baselines=true"))
     assert trained.code == 0, trained.err
     return folder
 
@@ -72,6 +72,13 @@ def test_the_only_held_out_file_is_test_and_validation_rows_come_from_the_traini
     assert rows["test"] == 60
     assert rows["train"] + rows["valid"] == 96
     assert rows["valid"] == pytest.approx(96 * 0.15, abs=2)
+
+
+def test_the_baselines_are_beside_the_model(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(summary["baselines"]) == ["TF-IDF + logistic regression", "frozen encoder + logistic regression"]
+    assert summary["baselines"]["TF-IDF + logistic regression"]["accuracy"] > 0.6
+    assert all(metrics["rows"] == 60 for metrics in summary["baselines"].values())
 
 
 def test_tokens_are_kept_and_taken_again(run: Path, bert: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
