@@ -32,6 +32,7 @@ class Scheduling(LoadScopeScheduling):
 
 # What a reason to skip has in it, and how to have the test run.
 HOW_TO_RUN = (
+    ("transformers", "pip install -e '.[text]'"),
     ("GPU", "run `make test` on a machine with a CUDA device"),
     ("is not installed", "run `make bench` once, which installs it"),
     ("wandb", "install wandb"),

@@ -20,15 +20,28 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World, process_group
 from tests.patience import PATIENCE_SECONDS
 
+_PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "dist_train.run.job",
+    "dist_train.run.predictor",
+    # These are loaded by the first step and the first evaluation: seconds of each rank of each job.
+    "torch._dynamo",
+    "sklearn.metrics",
+    "tests.compiled",
+]
+
+
+def preload(module: str) -> None:
+    """Have ranks find a module loaded; called where a test module is imported, so that no rank has started yet."""
+    if module not in _PRELOADED:
+        _PRELOADED.append(module)
+
 
 @cache
 def _server() -> Any:
     context = mp.get_context("forkserver")
-    # The last three are loaded by the first step and the first evaluation: seconds of each rank of each job.
-    late = ["torch._dynamo", "sklearn.metrics", "tests.compiled"]
-    context.set_forkserver_preload(
-        ["torch", "torch.distributed", "dist_train.run.job", "dist_train.run.predictor", *late]
-    )
+    context.set_forkserver_preload(_PRELOADED)
     return context
 
 

@@ -163,7 +163,11 @@ _Tables = tuple[pl.DataFrame, pl.DataFrame | None]
 
 
 def _tables(config: JobConfig, inputs: list[str], report: ReportConfig) -> _Tables | None:
-    """The features and the segments of all rows of the data; None where the data are a store."""
+    """The features and the segments of all rows of the data; None where the data are a store, or texts."""
+    if config.task.name == "text":
+        if report.segments:
+            raise UserError("report.segments: the task text has none: a report on it is of all rows")
+        return None
     if is_store(config.data.path):
         if report.segments:
             raise UserError(f"report.segments: {config.data.path} is a store, which holds features only")
@@ -220,6 +224,9 @@ def _split(config: JobConfig) -> str:
     data = config.data
     if data.split_column:
         return f"by the column {data.split_column}"
+    if Path(data.path).is_dir() and not is_store(data.path):
+        drawn = f"where it has none of validation rows, {data.validation_fraction:g} at random"
+        return f"by the files of {data.path}; {drawn}"
     by = f"by time ({data.time_column})" if data.time_column else "at random, by class"
     by += f", groups of {data.group_column} kept together" if data.group_column else ""
     by += f", {data.folds} folds" if data.folds else ""

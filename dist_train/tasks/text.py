@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -36,6 +37,9 @@ from dist_train.training.protocols import Source
 
 TOKENS = "tokens.npz"
 """The tokenized texts, in the run folder."""
+
+_TOKENIZING = Lock()
+"""A tokenizer keeps its truncation as state, which two threads that score must not set at once."""
 
 
 class Data(NamedTuple):
@@ -272,7 +276,7 @@ def _kept_tokens(folder: Path, key: str, count: int) -> Tokens | None:
 
 
 def _tokenized(tokenizer: Any, texts: list[str], max_tokens: int) -> Tokens:
-    with warnings.catch_warnings():
+    with _TOKENIZING, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         encoded = tokenizer(
             texts, truncation=True, max_length=max_tokens, return_attention_mask=False, return_token_type_ids=False

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.models.tiny_bert import write_texts, write_tiny_bert
+from tests.ranks import preload
 from tests.resume.jobs import Trap, finish, folder_of, outcome, run_job
-from tests.tasks.text_jobs import text_job
+from tests.tasks.text_jobs import needs_text_libraries, text_job
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
+pytestmark = needs_text_libraries
+preload("tests.models.text_libraries")
 
 
 def test_adapters_are_the_same_bits_on_any_number_of_ranks_and_after_a_kill(tmp_path: Path) -> None:

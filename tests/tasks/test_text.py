@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +19,10 @@ from dist_train import load
 from dist_train.models.text_base import import_transformers
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from tests.cli.in_process import CommandResult, command
-from tests.commands import environment
 from tests.models.tiny_bert import write_texts, write_tiny_bert
-from tests.resume.jobs import tiny_job, write_table
-from tests.tasks.text_jobs import text_job
+from tests.tasks.text_jobs import needs_text_libraries, text_job
 
-pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytestmark = needs_text_libraries
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +87,8 @@ def test_the_shipped_folders_give_the_same_logits_in_plain_transformers_and_peft
 ) -> None:
     rows = pl.read_csv(texts / "sent_valid.csv")["text"].to_list()
     ours = load(run, device="cpu").predict_proba(pl.DataFrame({"text": rows}))
+    import peft
+
     transformers = import_transformers()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -117,6 +114,19 @@ def test_a_run_is_verified_evaluated_and_predicts(run: Path, texts: Path, tmp_pa
     assert json.loads(evaluated.out)["test"]["loss"] == pytest.approx(summary["test"]["loss"], abs=1e-6)
     assert command("predict", run, texts / "sent_valid.csv", tmp_path / "out.csv").code == 0
     assert pl.read_csv(tmp_path / "out.csv").height == 60
+
+
+def test_a_report_has_no_segments(run: Path) -> None:
+    refused(command("report", run, "report.segments=[text]"), "report.segments", "the task text has none")
+
+
+@pytest.mark.slow
+def test_a_report_is_made_of_all_rows_and_verified(run: Path) -> None:
+    reported = command("report", run)
+    assert reported.code == 0, reported.err
+    card = json.loads((run / "report.json").read_text())["card"]
+    assert card["split"].startswith("by the files of")
+    assert command("report", run, "--verify").code == 0
 
 
 @pytest.mark.parametrize("tuning", ["full", "head"])
@@ -215,20 +225,3 @@ SETTINGS = {
 @pytest.mark.parametrize("words", SETTINGS)
 def test_a_setting_that_does_not_fit_is_one_line(words: str, bert: Path, texts: Path, tmp_path: Path) -> None:
     refused(command("train", *text_job(bert, texts, tmp_path / "run"), *SETTINGS[words]), words)
-
-
-def test_nothing_of_transformers_is_imported_for_a_table(tmp_path: Path) -> None:
-    table = write_table(tmp_path / "clients.csv")
-    job = tiny_job(table, tmp_path / "run", "train.max_steps=1")
-    program = (
-        "import sys, os\n"
-        "from dist_train.config.load import load_config\n"
-        "from dist_train.distributed.world import World\n"
-        "from dist_train.run.job import train\n"
-        f"train(load_config({job!r}), World(), dict(os.environ), handle_signals=False)\n"
-        "print([name for name in ('transformers', 'peft', 'tokenizers', 'huggingface_hub') if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment()
-    )
-    assert done.stdout.strip().splitlines()[-1] == "[]"

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
+
+needs_text_libraries = pytest.mark.skipif(
+    find_spec("transformers") is None or find_spec("peft") is None, reason="transformers or peft is absent"
+)
 
 SMALL_TEXT_JOB = (
     "task.name=text",
