@@ -29,6 +29,7 @@ from dist_train.errors import TrainingFault, UserError
 from dist_train.run import job
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.trained_model import read_trained_model
+from dist_train.run.explanation import Explanation
 from dist_train.run.predictor import Predictor
 
 TABLE = "table.parquet"
@@ -145,6 +146,24 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """The label of the most probable class of each row, (rows,), in the dtype of `y`. Raises as `predict_proba`."""
         best = self.predict_proba(X).argmax(1)
         return cast(npt.NDArray[Any], self.classes_[best])
+
+    def explain(self, X: Any, label: Any = None) -> Explanation:  # noqa: N803
+        """The effects of the columns on the log-odds of a class, for each row: `dist_train.load(...).explain`.
+
+        `label` is one of `classes_`; None: the class of `report.positive_class`, or else the rarest training label.
+
+        Raises:
+            NotFittedError: `fit` has not been called.
+            ValueError: as `predict_proba`, or there is no such label.
+        """
+        check_is_fitted(self)
+        name = None
+        if label is not None:
+            found = np.flatnonzero(self.classes_ == label)
+            if not len(found):
+                raise UserError(f"label: there is no class {label!r}; there is {', '.join(map(str, self.classes_))}")
+            name = self._predictor.class_names[self._order[int(found[0])]]
+        return self._predictor.explain(self._frame(X, reset=False), name)
 
     def save(self, folder: File) -> None:
         """Write the fitted classifier into a folder: tensors and JSON, no code.

@@ -3,6 +3,7 @@
     dist-train predict runs/credit_risk clients.csv scores.csv
     dist-train predict runs/credit_risk clients.parquet scores.parquet --checkpoint last
     dist-train predict runs/credit_risk clients.csv scores.csv --keep client_id
+    dist-train predict runs/credit_risk clients.csv scores.csv --reasons 4
     torchrun --standalone --nproc_per_node=2 -m dist_train predict runs/credit_risk clients.csv scores.csv
 
 The input needs the feature columns that the run was trained on, in any order. Other columns, the target among them,
@@ -10,6 +11,9 @@ are ignored. A missing cell and an unknown category have codes of their own. The
 in the same order: the columns that --keep names as they stand in the input, probability_<class> for each class, and
 predicted_class. An output that is a link stays one: the file behind it is written. The input and the run's own data are
 never overwritten. Probabilities are calibrated where the trained model has a calibration (docs/risk.md).
+
+--reasons N names for each row the N columns that raise the log-odds of the positive class most, and by how much
+(docs/scoring.md). stdout gets one line of JSON that says which class that is, and whether its log-odds are calibrated.
 
 Files of any size are scored in bounded memory. Every number of ranks writes the same bytes. The output appears when it
 is whole; until then its rows lie beside it, in .partial- files. The same command continues them after the process was
@@ -44,8 +48,14 @@ def main(program: str, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--keep", action="append", default=[], metavar="COLUMN", help="a column of the input to carry over; repeatable"
     )
+    parser.add_argument("--reasons", type=int, default=0, metavar="N", help="so many reasons for each row")
+    parser.add_argument(
+        "--reasons-for", metavar="CLASS", help="class that they are for (default: the positive class of the run)"
+    )
     arguments = parser.parse_args(argv)
     output: Path = arguments.output
+    if arguments.reasons < 0 or (arguments.reasons_for and not arguments.reasons):
+        raise UserError("--reasons: must be a number of columns, 1 or more")
     if output.suffix.lower() not in _KINDS:
         raise UserError(f"{output}: the name must end in .csv or .parquet")
 
@@ -56,9 +66,11 @@ def main(program: str, argv: Sequence[str]) -> None:
 
     calibrated = False if arguments.uncalibrated else None
     with open_predictor(arguments.run_dir, arguments.checkpoint, os.environ, calibrated=calibrated) as predictor:
-        found = score_file(predictor, locate(str(arguments.input)), output, arguments.keep)
+        reasons, wanted = arguments.reasons, arguments.reasons_for
+        found = score_file(predictor, locate(str(arguments.input)), output, arguments.keep, reasons, wanted)
+        explained = predictor.explainer(wanted).described() if reasons else {}
     if found is not None:
         rows, unfamiliar = found
         log.info("%d rows scored into %s", rows, output)
-        if shares := unfamiliar.as_json():
+        if shares := unfamiliar.as_json() | explained:
             print(json.dumps({"rows": rows, **shares}, ensure_ascii=False), flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_train.config import families
 from dist_train.config.bounds import at_least
-from dist_train.config.schema import COLUMN_FORMS, DataConfig, JobConfig, ModelConfig, TrainConfig
+from dist_train.config.schema import COLUMN_FORMS, DataConfig, JobConfig, ModelConfig, ReportConfig, TrainConfig
 from dist_train.config.yaml_text import parse_argument, plain_values
 from dist_train.errors import UserError
 
@@ -46,6 +46,20 @@ def given_class_weights(train: TrainConfig, class_names: Sequence[str]) -> list[
     if set(given) != set(class_names):
         raise UserError(f"train.class_weights: must have the classes {', '.join(class_names)}, has {', '.join(given)}")
     return [given[name] for name in class_names]
+
+
+def named_positive_class(report: ReportConfig, class_names: Sequence[str]) -> str | None:
+    """The class of `report.positive_class`; None where it names none.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    if report.positive_class is None:
+        return None
+    name = _class_meant(report.positive_class, class_names)
+    if name not in class_names:
+        raise UserError(f"report.positive_class: there is no class {name!r}; there is {', '.join(class_names)}")
+    return name
 
 
 def split_seed(config: JobConfig) -> int:

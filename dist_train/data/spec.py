@@ -95,6 +95,14 @@ class FeatureSpec:
         return {feature: reading.column for reading in self.readings for feature in reading.features}
 
     @property
+    def columns_of_inputs(self) -> tuple[list[str], list[str], list[str]]:
+        """The column of the table that each number, each flag and each code is of."""
+        made = self.columns_of_features
+        numbers = [made.get(column.name, column.name) for column in self.numeric]
+        flagged = [made.get(column.name, column.name) for column in self.numeric if column.has_missing_flag]
+        return numbers, flagged, [column.name for column in self.categorical]
+
+    @property
     def num_numeric(self) -> int:
         """Numeric columns."""
         return len(self.numeric)

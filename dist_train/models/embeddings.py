@@ -38,6 +38,7 @@ class OneHot(nn.Module):
         super().__init__()
         sizes = torch.tensor(spec.category_sizes, dtype=torch.int64)
         self.width = int(sizes.sum())
+        self.output_columns = [column.name for column in spec.categorical for _ in range(column.size)]
         seen = [flag for column in spec.categorical for flag in column.seen_in_training]
         self.register_buffer("first", sizes.cumsum(0) - sizes, persistent=False)
         self.register_buffer("seen", torch.tensor(seen, dtype=torch.get_default_dtype()), persistent=False)
@@ -57,6 +58,7 @@ class TabularInputs(nn.Module):
 
     Shapes: numeric (rows, num_numeric) floating point, flags (rows, num_flags) uint8, codes (rows, num_categorical)
     integer -> (rows, width) in the dtype of `numeric`. A table of numbers without missing cells passes as it is.
+    `output_columns` are the columns of the table that the outputs are of, (width,): reasons are found by them.
     """
 
     row_wise = True
@@ -67,6 +69,8 @@ class TabularInputs(nn.Module):
         self.num_numeric = spec.num_numeric
         self.num_dense = spec.num_numeric + spec.num_flags
         self.width = self.num_dense + (self.one_hot.width if self.one_hot else 0)
+        numbers, missing, _ = spec.columns_of_inputs
+        self.output_columns = [*numbers, *missing, *(self.one_hot.output_columns if self.one_hot else ())]
 
     def forward(self, numeric: Tensor, flags: Tensor, codes: Tensor) -> Tensor:
         """Dense rows."""
@@ -163,6 +167,7 @@ class Frequencies(nn.Module):
         sizes = torch.tensor([column.size for column in columns])
         tables = [torch.tensor(column.counts or [0] * column.size, dtype=torch.float64) for column in columns]
         logs = [((counts + 1) / (counts.mean() + 1)).log2() / 4 for counts in tables]
+        self.output_columns = [column.name for column in columns]
         self.register_buffer("table", torch.cat(logs).to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("first", sizes.cumsum(0) - sizes, persistent=False)
 
@@ -173,6 +178,7 @@ class Frequencies(nn.Module):
 
 def _embedding(column: CategoricalColumn, width: int) -> nn.Embedding:
     embedding = nn.Embedding(column.size, width)
+    embedding.output_columns = [column.name] * width  # type: ignore[assignment]
     with torch.no_grad():
         embedding.weight[:FIRST_CATEGORY] = 0
         embedding.weight[[code for code, seen in enumerate(column.seen_in_training) if not seen]] = 0

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from dist_train.config.rules import named_positive_class
 from dist_train.config.schema import ReportConfig
-from dist_train.errors import UserError
 from dist_train.risk.beside import log_losses, predictions_beside, summary_of
 from dist_train.risk.binary import binary_metrics, brier_decomposition, curve, lift_table, reliability_bins
 from dist_train.risk.decisions import band_edges, best_threshold, cost_at, score_bands
@@ -41,18 +41,17 @@ class ScoredRows:
     segments: pl.DataFrame | None = None
 
 
-def positive_class(wanted: str | None, class_names: list[str], train_targets: Integers) -> int:
-    """Index of the positive class: the one that is `wanted`; without a wish, that of the fewest training rows.
+def positive_class(report: ReportConfig, class_names: list[str], train_targets: Integers) -> int:
+    """Index of the positive class: `report.positive_class`; without one, that of the fewest training rows.
 
     Raises:
         UserError: there is no such class.
     """
-    if wanted is None:
-        counts = np.bincount(train_targets, minlength=len(class_names))
-        return int(np.argmin(np.where(counts > 0, counts, counts.max() + 1)))
-    if wanted not in class_names:
-        raise UserError(f"report.positive_class: there is no class {wanted!r}; there is {', '.join(class_names)}")
-    return class_names.index(wanted)
+    named = named_positive_class(report, class_names)
+    if named is not None:
+        return class_names.index(named)
+    counts = np.bincount(train_targets, minlength=len(class_names))
+    return int(np.argmin(np.where(counts > 0, counts, counts.max() + 1)))
 
 
 def analysis_of(
@@ -61,7 +60,7 @@ def analysis_of(
     """The numbers of report.json; `splits` has `train`, `valid` and `test`, of which the last two may have no rows."""
     held_out = "test" if len(splits["test"].targets) else "valid" if len(splits["valid"].targets) else "train"
     chosen = "valid" if len(splits["valid"].targets) else held_out
-    positive = positive_class(report.positive_class, class_names, splits["train"].targets)
+    positive = positive_class(report, class_names, splits["train"].targets)
     present = {name: rows for name, rows in splits.items() if len(rows.targets)}
     costs = {"false_positive": report.false_positive_cost, "false_negative": report.false_negative_cost}
     scores, flags, weights = _of_class(splits[chosen], positive)

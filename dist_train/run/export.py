@@ -15,6 +15,7 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.slurm import Attempt
 from dist_train.distributed.world import World
 from dist_train.errors import os_errors_as_faults
+from dist_train.risk.analysis import positive_class
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.commit import commit
 from dist_train.run.checkpoint.run_folder import RunFolder
@@ -66,15 +67,19 @@ def export_best(
     baselines = session.task.baselines() if isinstance(session.task, HasBaselines) else {}
     peak = max(collectives.all_gather_object(lambda: peak_memory_bytes(world.device)))
 
+    class_names = session.task.class_names
+    positive = positive_class(config.report, class_names, session.task.splits["train"].targets.cpu().numpy())
+
     def write() -> dict[str, Any]:
         weights = dict(session.scored.state_dict())
         model = trained_model_parts(
             config,
             session.task.description(),
-            session.task.class_names,
+            class_names,
             weights,
             step=best or session.progress.step,
             data_sha256=session.task.fingerprint,
+            positive_class=class_names[positive],
             calibration=calibration,
             unsaved=unsaved_weights(session.scored),
         )

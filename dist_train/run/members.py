@@ -77,6 +77,7 @@ def ensemble_parts(
             "dist_train": __version__,
             **describe_model(config, class_names),
             "data_sha256": members[0][DESCRIPTION]["data_sha256"],
+            "positive_class": members[0][DESCRIPTION].get("positive_class"),
             "weights_sha256": weights_sha256(weights),
             "members": [
                 {"name": name, DESCRIPTION: parts[DESCRIPTION], "task.json": parts["task.json"]}

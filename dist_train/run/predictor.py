@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,9 +17,8 @@ import torch
 from torch import Tensor
 
 from dist_train.accel.host_memory import use_host_memory
-from dist_train.config.load import config_from_tree
-from dist_train.config.members import is_ensemble, members_of
-from dist_train.config.schema import JobConfig, RuntimeConfig
+from dist_train.config.rules import named_positive_class
+from dist_train.config.schema import JobConfig
 from dist_train.data.chunks import Chunk, ChunkedFile
 from dist_train.data.frames import Table, frame_of
 from dist_train.data.split import SPLITS
@@ -31,25 +28,21 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.supervision import watched
 from dist_train.distributed.world import World, device_here, process_group, world_from_environment
 from dist_train.errors import UserError
-from dist_train.run.checkpoint.checkpoints import Checkpoints
-from dist_train.run.checkpoint.commit import CorruptCheckpoint
-from dist_train.run.checkpoint.run_folder import RunFolder, opened_run
-from dist_train.run.checkpoint.state import Parts, weights_sha256
+from dist_train.risk.calibration import calibration_from_json
+from dist_train.run.checkpoint.state import Parts
 from dist_train.run.checkpoint.trained_model import (
     CALIBRATION,
-    DESCRIPTION,
     config_of_model,
-    is_trained_model,
-    read_trained_model,
 )
+from dist_train.run.explanation import Explainer, Explanation, width_of_reasons
 from dist_train.run.labels import Labels, labels_of
-from dist_train.run.members import Member, mean_probabilities, members_in, with_weights
+from dist_train.run.members import Member, mean_probabilities, with_weights
 from dist_train.run.rounds import Scored, scored_in_rounds
 from dist_train.run.scoring import Calibrated, calibrated, calibrated_scores
-from dist_train.run.session import scored_weights
+from dist_train.run.stored_model import fingerprint_of, parts_to_load, read_stored, runtime_of
 from dist_train.system.console import log
 from dist_train.tasks.base import Task
-from dist_train.tasks.registry import description_in, restore_task
+from dist_train.tasks.registry import restore_task
 from dist_train.training.evaluation import scores
 from dist_train.training.metrics import is_metric
 from dist_train.training.protocols import Rows as EncodedRows
@@ -78,14 +71,14 @@ class Predictor:
     def __init__(
         self, folder: Path, collectives: Collectives, checkpoint: str = "best", *, calibrated: bool | None = None
     ) -> None:
-        self._load(collectives.on_rank_zero(lambda: _read(folder, checkpoint)), collectives, calibrated)
+        self._load(collectives.on_rank_zero(lambda: read_stored(folder, checkpoint)), collectives, calibrated)
 
     @classmethod
     def of_parts(cls, parts: Parts, collectives: Collectives, config: JobConfig | None = None) -> Predictor:
         """The classifier in the parts of a trained model; its configuration is read from them where it is not given."""
         config = config or config_of_model(parts, "the trained model")
         predictor = cls.__new__(cls)
-        predictor._load(_of_parts(parts, config) | {"has_data": False}, collectives)
+        predictor._load(parts_to_load(parts, config) | {"has_data": False}, collectives)
         return predictor
 
     def _load(self, found: Parts, collectives: Collectives, calibrated: bool | None = None) -> None:
@@ -100,8 +93,10 @@ class Predictor:
         )
         """Whether the probabilities of rows to score are calibrated."""
         self.members = [self._member(parts) for parts in found["members"]]
-        self.fingerprint = _fingerprint(found, self.calibration if self.calibrated else None)
+        self.fingerprint = fingerprint_of(found, self.calibration if self.calibrated else None)
         """SHA-256 of what the probabilities of a row depend on."""
+        self._positive_class: str | None = found["positive_class"]
+        self._explainers: dict[str, Explainer] = {}
         steps = [parts["origin"]["step"] for parts in found["members"]]
         self.weights = f"weights of step {steps[0]}" if len(steps) == 1 else f"mean of {len(steps)} members"
         """Whose probabilities these are, in words."""
@@ -128,7 +123,7 @@ class Predictor:
             unfamiliar = sum((part.unfamiliar for part in rounds), Unfamiliar())
         else:
             frame = frame_of(rows, wanted=self.input_columns)
-            predicted, unfamiliar = self._probabilities(frame, "the table", self.collectives)
+            predicted, unfamiliar, _ = self._explained(frame, "the table", self.collectives)
         self.tell(unfamiliar)
         assert predicted is not None  # in a world of one
         return predicted.numpy()
@@ -136,6 +131,42 @@ class Predictor:
     def predict(self, rows: Rows) -> Labels:
         """The label of the most probable class of each row, (rows,). Raises as `predict_proba`."""
         return np.asarray(self.classes_[self.predict_proba(rows).argmax(1)])
+
+    def explain(self, rows: Table, positive_class: str | None = None) -> Explanation:
+        """The effects of the columns on the log-odds of a class, of each row of a table in memory.
+
+        `positive_class` is the class; None: that of `report.positive_class`, or else the class with the fewest
+        training rows.
+
+            predictor.explain(frame).reasons(4)     # a DataFrame: the columns that raise the log-odds of each row most
+
+        Raises:
+            UserError: as `predict_proba`; or there is no such class, or the model's columns have no known effects.
+        """
+        frame = frame_of(rows, wanted=self.input_columns)
+        explainer = self.explainer(positive_class)
+        _, unfamiliar, explanation = self._explained(frame, "the table", self.collectives, explainer)
+        self.tell(unfamiliar)
+        assert explanation is not None  # in a world of one
+        return explanation
+
+    def explainer(self, positive_class: str | None = None) -> Explainer:
+        """What explains the log-odds of a class. Raises as `explain`."""
+        named = named_positive_class(self.config.report, self.class_names)
+        name = positive_class or named or self._positive_class
+        if name is None:
+            raise UserError(
+                "reasons: a checkpoint, and a trained model of an earlier release, does not say which class they are "
+                "for: name it (--reasons-for CLASS)"
+            )
+        if name not in self.class_names:
+            raise UserError(f"reasons: there is no class {name!r}; there is {', '.join(self.class_names)}")
+        if name not in self._explainers:
+            calibration = self.calibration if self.calibrated else None
+            applied = None if calibration is None else calibration_from_json(calibration, CALIBRATION)
+            place = self.class_names.index(name)
+            self._explainers[name] = Explainer(self.members, self.input_columns, self.class_names, place, applied)
+        return self._explainers[name]
 
     def evaluate(self, split: str = "test", data: Rows | None = None) -> dict[str, Any]:
         """Metrics on a split of the run's own data, or on another table that has the target column.
@@ -199,40 +230,66 @@ class Predictor:
             return probabilities
         return calibrated(self.calibration, probabilities)
 
-    def scored(self, rows: ChunkedFile, first_row: int = 0) -> Iterator[Scored | None]:
+    def scored(
+        self, rows: ChunkedFile, first_row: int = 0, explainer: Explainer | None = None, reasons: int = 0
+    ) -> Iterator[Scored | None]:
         """Scores of a file from row `first_row` on, some rows at a time, in bounded memory; None on ranks other than 0.
 
-        Called by all ranks. Probabilities do not depend on the number of ranks. Raises as `predict_proba`.
+        With an `explainer`, so many `reasons` for each row as well. Called by all ranks. Scores do not depend on the
+        number of ranks. Raises as `predict_proba`.
         """
         alone = Collectives(World(device=self.collectives.device))
 
         def score(chunk: Chunk) -> tuple[Tensor, Unfamiliar]:
-            predicted, unfamiliar = self._probabilities(chunk.features, str(rows.file), alone, chunk.first_row)
+            predicted, unfamiliar, explanation = self._explained(
+                chunk.features, str(rows.file), alone, explainer, chunk.first_row
+            )
             assert predicted is not None  # in a world of one
+            if explanation is not None:
+                predicted = torch.cat([predicted, explanation.numbers(reasons)], 1)
             return predicted, unfamiliar
 
         self.collectives.run_on_all(rows.check)
         with self.collectives.heartbeat.phase("evaluation"):
-            yield from scored_in_rounds(rows.chunks(first_row), score, len(self.class_names), self.collectives)
+            width = width_of_reasons(reasons) if explainer else 0
+            chunks = rows.chunks(first_row)
+            yield from scored_in_rounds(chunks, score, len(self.class_names), self.collectives, width)
 
     @property
     def input_columns(self) -> list[str]:
         """Columns of a table that a row is scored by."""
         return list(dict.fromkeys(name for member in self.members for name in member.task.input_columns))
 
-    def _probabilities(
-        self, frame: pl.DataFrame, source: str, collectives: Collectives, first_row: int = 0
-    ) -> tuple[Tensor | None, Unfamiliar]:
+    def _explained(
+        self,
+        frame: pl.DataFrame,
+        source: str,
+        collectives: Collectives,
+        explainer: Explainer | None = None,
+        first_row: int = 0,
+    ) -> tuple[Tensor | None, Unfamiliar, Explanation | None]:
+        """Shipped probabilities, what is unfamiliar, and what an explainer says of the rows."""
         unfamiliar: list[Unfamiliar] = []
+        encoded: dict[Task, EncodedRows] = {}
 
         def rows_of(task: Task) -> EncodedRows:
+            if task in encoded:
+                return encoded[task]
             rows = collectives.run_on_all(lambda: task.unlabelled(frame, source, first_row))
+            if explainer is not None:
+                encoded[task] = rows
             if not unfamiliar:  # the members of an ensemble know nearly the same categories
                 unfamiliar.append(task.unfamiliar(rows, frame))
             return rows
 
-        predicted = self._mean(rows_of, collectives)
-        return None if predicted is None else self.shipped(predicted), unfamiliar[0]
+        own = self._mean(rows_of, collectives)
+        if own is None:
+            return None, unfamiliar[0], None
+        shipped = self.shipped(own)
+        if explainer is None:
+            return shipped, unfamiliar[0], None
+        explanation = explainer.explain(rows_of, shipped if explainer.explains_calibrated else own)
+        return shipped, unfamiliar[0], explanation
 
     def tell(self, unfamiliar: Unfamiliar) -> None:
         """Warn of each unfamiliar column once."""
@@ -267,16 +324,6 @@ def _file_of(data: Rows | None) -> Iterator[Path | None]:
             raise UserError(str(error).replace(str(file), "the table")) from None
 
 
-def _fingerprint(found: Parts, calibration: Calibrated | None) -> str:
-    digest = hashlib.sha256(json.dumps(calibration, sort_keys=True, default=str).encode())
-    for parts in found["members"]:
-        data, model = parts["config"].data, parts["config"].model
-        read = {"missing_values": data.missing_values, "batch_size": found["config"].evaluation.batch_size}
-        known = {**parts, "config": asdict(model), "weights": weights_sha256(parts["weights"]), **read}
-        digest.update(json.dumps(known, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
 def _with_known_metrics(config: JobConfig) -> JobConfig:
     """A configuration without the metrics that a program registered which is another one than this."""
     known = [name for name in config.evaluation.metrics if is_metric(name)]
@@ -298,89 +345,3 @@ def open_predictor(
         collectives = use_host_memory(Collectives(world))
         with watched(collectives, store, timeout_seconds=timeout, report_file=None):
             yield Predictor(folder, collectives, checkpoint, calibrated=calibrated)
-
-
-def runtime_of(folder: Path) -> RuntimeConfig:
-    """The section `runtime` of a run folder's configuration; of a trained model, the defaults. Raises UserError."""
-    return RuntimeConfig() if _is_model_alone(folder) else opened_run(folder)[1].runtime
-
-
-def _is_model_alone(folder: Path) -> bool:
-    return is_trained_model(folder) and not RunFolder(folder).config.exists()
-
-
-def _read(folder: Path, checkpoint: str) -> Parts:
-    """`config`; `members`: of each `config`, `task`, `weights`, `origin` (step, data_sha256); `has_data`: of a run."""
-    if _is_model_alone(folder):
-        if checkpoint != "best":
-            raise UserError(f"--checkpoint {checkpoint}: {folder} is a trained model, without checkpoints beside it")
-        return _of_model(folder) | {"has_data": False}
-    run, config = opened_run(folder)
-    if is_ensemble(config):
-        _refuse_unfinished(run, config, checkpoint)
-    parts = _of_model(run.model) if checkpoint == "best" and run.model.is_dir() else _of_checkpoint(run, checkpoint)
-    for content in (parts, *parts["members"]):
-        data = replace(content["config"].data, path=config.data.path)  # it may lie elsewhere by now
-        content["config"] = replace(content["config"], data=data)
-    return parts | {"has_data": True}
-
-
-def _refuse_unfinished(run: RunFolder, config: JobConfig, checkpoint: str) -> None:
-    first = run.path / members_of(config)[0].name
-    if checkpoint != "best":
-        raise UserError(
-            f"--checkpoint {checkpoint}: {run.path} is an ensemble, without checkpoints: name a member, as {first}"
-        )
-    if not run.model.is_dir():
-        raise UserError(f"{run.path}: the ensemble is not finished: train it to its end, or name a member, as {first}")
-
-
-def _of_model(folder: Path) -> Parts:
-    try:
-        parts = read_trained_model(folder)
-        return _of_parts(parts, config_of_model(parts, str(folder)))
-    except (CorruptCheckpoint, KeyError) as damage:
-        raise UserError(f"the trained model is damaged: {damage}") from None
-
-
-def _of_parts(parts: Parts, config: JobConfig) -> Parts:
-    members = members_in(parts)
-    configs = [config] if len(members) == 1 else [config_of_model(member, "a member") for member in members]
-    return {
-        "config": config,
-        "calibration": parts.get(CALIBRATION),
-        "members": [
-            {
-                "config": own,
-                "task": description_in(member),
-                "weights": member["model.pth"],
-                "origin": {name: member[DESCRIPTION][name] for name in ("step", "data_sha256")},
-            }
-            for member, own in zip(members, configs, strict=True)
-        ],
-    }
-
-
-def _of_checkpoint(run: RunFolder, checkpoint: str) -> Parts:
-    checkpoints = Checkpoints(run.checkpoints, keep=1)
-    step = _step(checkpoints, checkpoint)
-    parts = checkpoints.read(step)
-    state = parts["state.json"]
-    config = config_from_tree(state["config"], str(checkpoints.path(step)))
-    origin = {"step": step, "data_sha256": state["data_sha256"]}
-    weights = scored_weights(parts)
-    member = {"config": config, "task": description_in(parts), "weights": weights, "origin": origin}
-    return {"config": config, "calibration": None, "members": [member]}
-
-
-def _step(checkpoints: Checkpoints, wanted: str) -> int:
-    if wanted.isdecimal():
-        return int(wanted)
-    if wanted not in ("best", "last"):
-        raise UserError(f"--checkpoint {wanted}: must be best, last or a step")
-    found, skipped = checkpoints.newest()
-    if found is None:
-        reason = skipped[0] if skipped else "none has been written"
-        raise UserError(f"{checkpoints.folder}: there is no checkpoint to use: {reason}")
-    best = found.parts["state.json"]["progress"]["best_step"]
-    return best if wanted == "best" and best is not None else found.step

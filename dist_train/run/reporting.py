@@ -15,9 +15,8 @@ import polars as pl
 from dist_train import __version__
 from dist_train.config.compatibility import FORMATS, require_format
 from dist_train.config.schema import JobConfig, ReportConfig
-from dist_train.data.readers import read_header
 from dist_train.data.store import is_store
-from dist_train.data.table import locate, read_table, require_names
+from dist_train.data.table import locate, read_table
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError, os_errors_as_faults
 from dist_train.risk.analysis import SPLITS, ScoredRows, analysis_of
@@ -29,6 +28,7 @@ from dist_train.run.checkpoint.state import pack_json
 from dist_train.run.predictor import Predictor
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
+from dist_train.tasks.tabular import require_segments
 
 POINTS_OF_A_CURVE = 200
 Content = dict[str, Any]
@@ -170,10 +170,10 @@ def _tables(config: JobConfig, inputs: list[str], report: ReportConfig) -> _Tabl
         return None
     if is_store(config.data.path):
         if report.segments:
-            raise UserError(f"report.segments: {config.data.path} is a store, which holds features only")
+            require_segments(config.data, report)
         return None
     columns, file = list(dict.fromkeys([*inputs, *report.segments])), locate(config.data.path)
-    require_names(read_header(file), report.segments, config.data.path, "report.segments")
+    require_segments(config.data, report)
     table = typed(read_table(file, config.data.missing_values, columns), config.data.categorical)
     return table.select(inputs), table.select(report.segments) if report.segments else None
 

@@ -15,16 +15,17 @@ from dist_train.data.unfamiliar import Unfamiliar
 from dist_train.distributed.collectives import Collectives
 
 Score = Callable[[Chunk], tuple[Tensor, Unfamiliar]]
-"""A chunk -> its probabilities, (rows, classes) float64 on the CPU, and its unfamiliar cells."""
+"""A chunk -> probabilities and numbers of its reasons, (rows, width) float64 on the CPU; its unfamiliar cells."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Rows in the order of their file. `kept`: the columns that are carried over."""
+    """Rows in the order of their file. `kept`: the columns that are carried over; `reasons`: see run/explanation.py."""
 
     kept: pl.DataFrame
     probabilities: Tensor
     unfamiliar: Unfamiliar
+    reasons: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -33,9 +34,11 @@ class Scored:
 
 
 def scored_in_rounds(
-    chunks: Iterator[Chunk], score: Score, num_classes: int, collectives: Collectives
+    chunks: Iterator[Chunk], score: Score, num_classes: int, collectives: Collectives, num_others: int = 0
 ) -> Iterator[Scored | None]:
     """The scores of each round on rank 0; None on the other ranks. Called by all ranks, of which each has all chunks.
+
+    `score` gives `num_classes` probabilities of a row, and `num_others` numbers of its reasons beside them.
 
     A round is a chunk for each thread of each rank, in rank order. While one is scored, the next is read. Each thread
     computes by itself, so that a chunk has the same bits whichever computes it. What is wrong in a file is raised in
@@ -49,10 +52,10 @@ def scored_in_rounds(
         while pending is None or pending.goes_on:
             following = _Round.read(chunks, score, pool, threads, collectives)
             if pending is not None:
-                yield pending.collected(num_classes, collectives)
+                yield pending.collected(num_classes, num_others, collectives)
             pending = following
         if pending.chunks or pending.failure:
-            yield pending.collected(num_classes, collectives)
+            yield pending.collected(num_classes, num_others, collectives)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(former)
@@ -93,15 +96,15 @@ class _Round:
                 found.scores.append(pool.submit(score, chunk))
         return found
 
-    def collected(self, num_classes: int, collectives: Collectives) -> Scored | None:
+    def collected(self, num_classes: int, num_others: int, collectives: Collectives) -> Scored | None:
         """The scores of all ranks once they are there, on rank 0."""
-        own = [torch.empty((0, num_classes), dtype=torch.float64)]
+        own = [torch.empty((0, num_classes + num_others), dtype=torch.float64)]
 
         def finish() -> Unfamiliar:
             unfamiliar = Unfamiliar()
             for future in self.scores:
-                probabilities, cells = future.result()
-                own.append(probabilities)
+                numbers, cells = future.result()
+                own.append(numbers)
                 unfamiliar += cells
             return unfamiliar
 
@@ -111,11 +114,12 @@ class _Round:
 
         of_ranks = collectives.all_gather_object(finish)
         collectives.all_gather_object(tell)
-        probabilities = collectives.gather_rows(torch.cat(own))
-        if probabilities is None:
+        numbers = collectives.gather_rows(torch.cat(own))
+        if numbers is None:
             return None
         return Scored(
             pl.concat(self.kept),
-            probabilities,
+            numbers[:, :num_classes],
             sum(of_ranks, Unfamiliar()),
+            numbers[:, num_classes:] if num_others else None,
         )

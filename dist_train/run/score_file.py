@@ -12,6 +12,7 @@ from dist_train import __version__
 from dist_train.data.chunks import ChunkedFile
 from dist_train.data.unfamiliar import Unfamiliar
 from dist_train.errors import TrainingFault, UserError
+from dist_train.run.explanation import names_of_reasons, reasons_table
 from dist_train.run.partial_scores import PartialScores, require_writable
 from dist_train.run.predictor import Predictor
 from dist_train.run.rounds import Scored
@@ -20,9 +21,16 @@ from dist_train.system.progress_bar import progress_bar
 
 
 def score_file(
-    predictor: Predictor, source: Path, output: Path, keep: Sequence[str] = ()
+    predictor: Predictor,
+    source: Path,
+    output: Path,
+    keep: Sequence[str] = (),
+    reasons: int = 0,
+    positive_class: str | None = None,
 ) -> tuple[int, Unfamiliar] | None:
     """Write the columns `keep`, `probability_<class>` for each class and `predicted_class` for each row of a file.
+
+    With `reasons`, those of `run.explanation.reasons_table` too, so many of class `positive_class`.
 
     The number of rows, and what the model has not seen the like of in them, on rank 0; None on other ranks. Called by
     all ranks. The output has the same bytes for every number of ranks, and where it was continued.
@@ -32,24 +40,26 @@ def score_file(
     """
     collectives = predictor.collectives
     rows = predictor.chunked(source, keep)
+    explainer = predictor.explainer(positive_class) if reasons else None
 
     def begin() -> tuple[int, int | None]:
         require_writable(output, {"the input": source, "the data of the run": Path(predictor.config.data.path)})
-        _require_other_names(predictor, keep)
+        _require_other_names(predictor, keep, reasons)
         total = rows.check()
-        partial = PartialScores(output, _identity(predictor, rows), rows.rows_of_chunk)
+        partial = PartialScores(output, _identity(predictor, rows) | explained, rows.rows_of_chunk)
         if partial.rows:
             log.info("%s: the first %d rows were scored before: it is continued", output, partial.rows)
         opened.append(partial)
         return partial.rows, total
 
     opened: list[PartialScores] = []
+    explained = {"reasons": reasons, "reasons_for": explainer.positive_class if explainer else None}
     done, total = collectives.on_rank_zero(begin)
     try:
         with progress_bar("scored", total, "rows", shown=collectives.is_main) as show:
             show(done)
-            for scored in predictor.scored(rows, done):
-                collectives.on_rank_zero(lambda scored=scored: _append(opened[0], predictor.class_names, scored))  # type: ignore[misc]
+            for scored in predictor.scored(rows, done, explainer, reasons):
+                collectives.on_rank_zero(lambda scored=scored: _append(opened[0], predictor, scored))  # type: ignore[misc]
                 show(scored.rows if scored else 0)
         collectives.on_rank_zero(lambda: opened[0].finish())
     except (UserError, TrainingFault):
@@ -76,17 +86,21 @@ def _identity(predictor: Predictor, rows: ChunkedFile) -> dict[str, object]:
     }
 
 
-def _append(partial: PartialScores, class_names: Sequence[str], scored: Scored | None) -> None:
+def _append(partial: PartialScores, predictor: Predictor, scored: Scored | None) -> None:
     assert scored is not None  # on rank 0
-    predicted = scored.probabilities
+    predicted, class_names = scored.probabilities, predictor.class_names
     columns = {f"probability_{name}": predicted[:, i].numpy() for i, name in enumerate(class_names)}
     winners = [class_names[i] for i in predicted.argmax(1).tolist()]
     scores = pl.DataFrame(columns).with_columns(pl.Series("predicted_class", winners, dtype=pl.String))
-    partial.append(pl.concat([scored.kept, scores], how="horizontal"), scored.unfamiliar)
+    found = [scored.kept, scores]
+    if scored.reasons is not None:
+        found.append(reasons_table(scored.reasons, predictor.input_columns))
+    partial.append(pl.concat(found, how="horizontal"), scored.unfamiliar)
 
 
-def _require_other_names(predictor: Predictor, keep: Sequence[str]) -> None:
+def _require_other_names(predictor: Predictor, keep: Sequence[str], reasons: int) -> None:
     own = {"predicted_class", *(f"probability_{name}" for name in predictor.class_names)}
+    own |= set(names_of_reasons(reasons)) if reasons else set()
     for index, name in enumerate(keep):
         if name in own:
             raise UserError(f"--keep {name}: the output has a column of that name of its own")

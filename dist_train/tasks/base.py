@@ -17,6 +17,9 @@ from dist_train.training.protocols import Source
 Description = dict[str, Any]
 """JSON: everything that is needed, beside the weights, to build a task's model and to read its inputs again."""
 
+Columns = Sequence[Sequence[str] | None]
+"""Of each input of a model the columns that its values are of; None of one of codes."""
+
 
 class Task(Protocol):
     """What is trained.
@@ -114,3 +117,15 @@ class HasBaselines(Protocol):
 
     def baselines(self) -> dict[str, dict[str, Any]]:
         """Metrics of the test rows by name of the other model, the same on every rank; called by all of them."""
+
+
+@runtime_checkable
+class Explainable(Protocol):
+    """What a task has beside the contract where the scores of its rows can be explained by their columns."""
+
+    @property
+    def columns_of_inputs(self) -> Columns:
+        """The columns of `input_columns` that the values of each of a model's inputs are of."""
+
+    def typical_inputs(self) -> tuple[Tensor, ...]:
+        """A model's inputs of one row that the others are compared with, each (1, ...), on the device."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_train.config.rules import given_class_weights
+from dist_train.config.rules import given_class_weights, named_positive_class
 from dist_train.config.schema import JobConfig
 from dist_train.distributed.collectives import Collectives
 from dist_train.training.loss import Objective, balanced_draws, balanced_weights, class_probabilities, objective_of
@@ -23,7 +23,8 @@ from dist_train.training.selection import OBJECTIVE, Selection
 class Classification:
     """The part of a task that follows from its classes, its training rows and the section `train`.
 
-    A mistake in `train.class_weights` is a UserError here, before anything is written.
+    A mistake in `train.class_weights` is a UserError here, before anything is written; so is a wrong
+    `report.positive_class` of a task that has rows.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class Classification:
         self._training_rows: Source | None = splits.get("train")
         if config.train.class_weights is not None:
             given_class_weights(config.train, class_names)
+        if splits:
+            named_positive_class(config.report, class_names)
 
     @property
     def config(self) -> JobConfig:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dist_train.config.auto import TableSize, with_auto_values
 from dist_train.config.compatibility import FORMATS, require_format
 from dist_train.config.rules import split_seed
-from dist_train.config.schema import JobConfig
+from dist_train.config.schema import DataConfig, JobConfig, ReportConfig
 from dist_train.data.dataset import (
     Dataset,
     encoded_rows,
@@ -24,18 +24,19 @@ from dist_train.data.dataset import (
 )
 from dist_train.data.encoder import Encoder, with_missing_cells
 from dist_train.data.prepare import split_table
+from dist_train.data.readers import read_header
 from dist_train.data.readings import with_features
 from dist_train.data.sources import MappedRows, ResidentRows, resident
-from dist_train.data.spec import FeatureSpec, spec_of_encoder
+from dist_train.data.spec import FIRST_CATEGORY, MISSING, FeatureSpec, spec_of_encoder
 from dist_train.data.store import is_store
-from dist_train.data.table import TRAINED_ON, locate, require_columns
+from dist_train.data.table import TRAINED_ON, locate, require_columns, require_names
 from dist_train.data.unfamiliar import Unfamiliar, unfamiliar_cells
 from dist_train.data.weights import require_some_weight
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.models.registry import build_model
 from dist_train.system.console import log
-from dist_train.tasks.base import Description
+from dist_train.tasks.base import Columns, Description
 from dist_train.tasks.classification import Classification
 from dist_train.training.metrics import (
     check_metrics,
@@ -67,6 +68,8 @@ class TabularTask(Classification):
             Stopped: the ranks have agreed to stop.
         """
         check_metrics(config.evaluation.metrics)  # before the data are read
+        if config.report.segments:
+            collectives.run_on_all(lambda: require_segments(config.data, config.report))
         unweighted = unweighted_metrics(config.evaluation.metrics) if config.data.weight else []
         if unweighted and collectives.is_main:
             log.warning(
@@ -133,6 +136,22 @@ class TabularTask(Classification):
         """Feature columns."""
         return self.spec.names
 
+    @property
+    def columns_of_inputs(self) -> Columns:
+        """Codes do not move along the path of an explanation."""
+        numbers, flagged, _ = self.spec.columns_of_inputs
+        return numbers, flagged, None
+
+    def typical_inputs(self) -> tuple[Tensor, ...]:
+        """Medians, nothing missing, and of each categorical column the most frequent code of the training rows."""
+        numeric, flags, codes = self._encoder.empty(1)
+        numeric.zero_()  # what the encoder makes of the median
+        flags.zero_()
+        for index, column in enumerate(self.spec.categorical):
+            known = column.counts or [0] * FIRST_CATEGORY + [1]  # categories stand in the order of their counts
+            codes[0, index] = known.index(max(known)) if column.size > FIRST_CATEGORY else MISSING
+        return tuple(x.to(self._collectives.device) for x in (numeric, flags, codes))
+
     def unfamiliar(self, rows: Source, table: pl.DataFrame | None = None) -> Unfamiliar:
         """Unknown categories, and missing cells in columns that had none in training."""
         return unfamiliar_cells(rows.slice, len(rows), self.spec, table)
@@ -167,6 +186,13 @@ class TabularTask(Classification):
                     f"{self._config.data.path}: column {self._config.data.weight!r}: the weight of every training row "
                     f"of class {name!r} is 0 (data.weight)"
                 )
+
+
+def require_segments(data: DataConfig, report: ReportConfig) -> None:
+    """UserError where a column of `report.segments` is not there."""
+    if is_store(data.path):
+        raise UserError(f"report.segments: {data.path} is a store, which holds features only")
+    require_names(read_header(locate(data.path)), report.segments, data.path, "report.segments")
 
 
 def tabular_description_of_format_1(encoder: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Description:

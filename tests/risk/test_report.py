@@ -198,7 +198,7 @@ def test_splits_without_rows_classes_without_rows_and_no_table() -> None:
         assert found["reported_on"] == ("test" if test else "valid" if valid else "train")
         json.dumps(found, allow_nan=False)
     with pytest.raises(UserError, match="there is no class 'c'; there is a, b"):
-        positive_class("c", ["a", "b"], np.array([0]))
+        positive_class(ReportConfig(positive_class="c"), ["a", "b"], np.array([0]))
 
 
 def test_models_beside_it_see_what_can_be_learned() -> None:
@@ -226,3 +226,11 @@ def test_differences_are_named_by_place() -> None:
     before, after = {"a": [1.0, {"b": 2}], "c": None}, {"a": [1.0, {"b": 3}], "d": 1}
     assert list(differences(before, after)) == ["a.1.b: recorded 2, recomputed 3", "d: recorded null, recomputed 1"]
     assert list(differences([1, 2], [1])) == [": recorded [1, 2], recomputed [1]"]
+
+
+@pytest.mark.parametrize("key", ["report.positive_class=ugly", "report.segments=[planet]"])
+def test_a_wrong_name_is_refused_before_training(tmp_path: Path, key: str) -> None:
+    found = command("train", *tiny_job(write_loans(tmp_path), tmp_path / "run", "data.drop=[branch]"), key)
+    assert found.code == 2
+    assert MISTAKES[key] in found.err
+    assert not (tmp_path / "run").exists()

@@ -33,13 +33,14 @@ def trained_model_parts(
     *,
     step: int,
     data_sha256: str,
+    positive_class: str,
     calibration: Mapping[str, Any] | None = None,
     unsaved: Mapping[str, Tensor] | None = None,
 ) -> Parts:
     """Parts of `model/`. `task` is the task's description; `weights` are those of `step`.
 
     `unsaved` are the classifier's weights that are not kept, since they are those of a pretrained model; they are part
-    of `weights_sha256`.
+    of `weights_sha256`. `positive_class` is the class that reasons and the report are about.
     """
     parts: Parts = {
         "model.pth": dict(weights),
@@ -50,6 +51,7 @@ def trained_model_parts(
             **describe_model(config, class_names),
             "step": step,
             "data_sha256": data_sha256,
+            "positive_class": positive_class,
             "weights_sha256": weights_sha256({**weights, **(unsaved or {})}),
         },
     }
