@@ -70,6 +70,7 @@ ADDED: dict[str, Any] = {
     "report.enabled": False,
     "report.positive_class": None,
     "report.segments": [],
+    "report.dependence": [],
     "report.false_positive_cost": 1.0,
     "report.false_negative_cost": 1.0,
     "report.bootstrap_repeats": 200,

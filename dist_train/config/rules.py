@@ -62,6 +62,13 @@ def named_positive_class(report: ReportConfig, class_names: Sequence[str]) -> st
     return name
 
 
+def require_columns_of_model(report: ReportConfig, columns: Sequence[str]) -> None:
+    """UserError where `report.dependence` names a column that a model does not have."""
+    for name in report.dependence:
+        if name not in columns:
+            raise UserError(f"report.dependence: {name!r} is no column of the model; there is {', '.join(columns)}")
+
+
 def split_seed(config: JobConfig) -> int:
     """The seed of the split."""
     return config.run.seed if config.data.split_seed is None else config.data.split_seed

@@ -224,6 +224,8 @@ class ReportConfig:
     """Class that scores are the probability of, as `default` or `bad`; null: the class with the fewest training rows."""
     segments: list[str] = field(default_factory=list)
     """Columns whose groups are compared (age band, region); they need not be features."""
+    dependence: list[str] = field(default_factory=list)
+    """Columns whose partial dependence is drawn; none: the six most important ones."""
     false_positive_cost: float = 1.0
     """Cost of taking a row for the positive class that is not of it, in the unit of `false_negative_cost`."""
     false_negative_cost: float = 1.0

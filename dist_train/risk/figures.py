@@ -53,6 +53,12 @@ def figures_of(content: Mapping[str, Any]) -> Figures:
         with _axes(name) as (figure, axes):
             if draw(axes, content):
                 drawn[name] = (words, _svg(figure), _png(figure))
+    for number, line in enumerate(content.get("dependence") or [], 1):
+        name = f"dependence_{number}"
+        with _axes(name) as (figure, axes):
+            _draw_dependence(axes, line, content["positive_class"])
+            words = f"Partial dependence on {line['feature']}: the mean score if all rows had a value."
+            drawn[name] = (words, _svg(figure), _png(figure))
     return drawn
 
 
@@ -179,6 +185,32 @@ def _draw_stability(axes: Any, content: Mapping[str, Any]) -> bool:
     return bool(lines)
 
 
+def _draw_importance(axes: Any, content: Mapping[str, Any]) -> bool:
+    lines = ((content.get("importance") or {}).get("columns") or [])[:15][::-1]
+    errors = [line["loss_std"] or 0.0 for line in lines]
+    axes.barh(range(len(lines)), [line["loss"] for line in lines], xerr=errors, color=_FIRST, ecolor=_INK)
+    axes.set_yticks(range(len(lines)), [line["feature"] for line in lines])
+    axes.set(xlabel="rise of the log loss where the column is permuted")
+    return bool(lines)
+
+
+def _draw_dependence(axes: Any, line: Mapping[str, Any], positive: str) -> None:
+    known = [place for place, value in enumerate(line["values"]) if value is not None]
+    numbers = not any(isinstance(line["values"][place], str) for place in known)
+    places = [line["values"][place] if numbers else place for place in known]
+    style = {"marker": "o", "markersize": 4} if not numbers else {}
+    for row in line["rows"]:
+        axes.plot(places, [row[place] for place in known], color=_THIRD, alpha=0.25, linewidth=0.7)
+    axes.plot(places, [line["mean"][place] for place in known], color=_FIRST, **style)
+    if None in line["values"]:
+        missing = line["mean"][line["values"].index(None)]
+        axes.axhline(missing, color=_SECOND, linestyle=":", label="missing")
+        axes.legend()
+    if not numbers:
+        axes.set_xticks(places, [str(line["values"][place])[:14] for place in known], rotation=30, ha="right")
+    axes.set(xlabel=line["feature"], ylabel=f"probability of {positive}")
+
+
 def _draw_training(axes: Any, content: Mapping[str, Any]) -> bool:
     lines = content["training_curves"]
     for split, colour in (("train", _THIRD), ("valid", _FIRST)):
@@ -197,6 +229,7 @@ _FIGURES: dict[str, tuple[str, Callable[[Any, Mapping[str, Any]], bool]]] = {
     "scores": ("Distribution of the scores of the positive class and of the others.", _draw_histogram),
     "bands": ("Observed rate in each band of scores, with its 95 % interval, and the mean probability.", _draw_bands),
     "capture": ("Share of the positive class among the rows with the highest scores.", _draw_lift),
+    "importance": ("Importance of the columns, by permutation, with one standard deviation.", _draw_importance),
     "beside": ("Log loss of other models less that of this one, with 95 % intervals.", _draw_beside),
     "stability": ("Population stability index of the features that moved most.", _draw_stability),
     "training": ("Training and validation loss by optimizer step.", _draw_training),

@@ -44,6 +44,7 @@ def page_of(content: Mapping[str, Any], figures: Figures) -> str:
         ("performance", "Performance", _performance(content, figures)),
         ("probabilities", "Are the probabilities true?", _probabilities(content, figures)),
         ("decision", "From score to decision", _decision(content, figures)),
+        ("influence", "What the columns do", _influence(content, figures)),
         ("beside", "Beside other models", _beside(content, figures)),
         ("segments", "Segments and weak spots", _segments(content)),
         ("stability", "Stability", _stability(content, figures)),
@@ -243,6 +244,20 @@ def _segments(content: Mapping[str, Any]) -> str:
         )
         parts.append("<h3>Weak spots</h3>" + _table(("slice", "rows", "log loss", "by the mean"), lines, caption))
     return "".join(parts)
+
+
+def _influence(content: Mapping[str, Any], figures: Figures) -> str:
+    found = content.get("importance")
+    if not found:
+        return "<p>The columns of this task, or rows to try them on, are not known.</p>"
+    lines = [(line["feature"], line["loss"], line["loss_std"], line["auroc"]) for line in found["columns"][:30]]
+    caption = f"Cells of a column permuted among {found['count']:,} {found['rows']} rows, {found['repeats']} times"
+    drawn = [f"dependence_{number}" for number in range(1, 1 + len(content["dependence"]))]
+    return (
+        _table(("column", "log loss rises by", "standard deviation", "AUROC falls by"), lines, caption)
+        + "<p>Of columns that tell the same none may look important. A curve of dependence sets one column to a value "
+        "in all rows, also where such rows do not exist.</p>" + _figures(figures, "importance", *drawn)
+    )
 
 
 def _stability(content: Mapping[str, Any], figures: Figures) -> str:

@@ -117,7 +117,8 @@ class Explainer:
             task = member.task
             if not isinstance(task, Explainable):
                 raise UserError("reasons: rows of this task have no columns whose effects are known")
-            typical, of_inputs = task.typical_inputs(), task.columns_of_inputs
+            inputs = zip(task.columns_of_inputs, task.continuous_inputs, strict=True)
+            typical, of_inputs = task.typical_inputs(), [names if moves else None for names, moves in inputs]
             self._models.append(ExplainedModel(member.model, task.probabilities, typical, of_inputs, places))
 
     def described(self) -> dict[str, dict[str, Any]]:

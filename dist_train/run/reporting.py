@@ -19,12 +19,13 @@ from dist_train.data.store import is_store
 from dist_train.data.table import locate, read_table
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError, os_errors_as_faults
-from dist_train.risk.analysis import SPLITS, ScoredRows, analysis_of
+from dist_train.risk.analysis import SPLITS, ScoredRows, analysis_of, positive_class
 from dist_train.risk.columns import typed
 from dist_train.risk.figures import figures_of
 from dist_train.risk.page import page_of
 from dist_train.run.checkpoint.run_folder import RunFolder, opened_run
 from dist_train.run.checkpoint.state import pack_json
+from dist_train.run.influence import influence_of
 from dist_train.run.predictor import Predictor
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
@@ -44,6 +45,8 @@ def report_content(folder: RunFolder, config: JobConfig, predictor: Predictor, r
     collectives = predictor.collectives
     summary = collectives.on_rank_zero(lambda: _summary(folder))
     scored = {split: _scored(predictor, split) for split in SPLITS}
+    positive = collectives.on_rank_zero(lambda: _positive(scored["train"], predictor, report))
+    influence = influence_of(predictor, report, config.run.seed, positive)
 
     def analyse() -> Content:
         tables = _tables(config, list(predictor.input_columns), report)
@@ -54,7 +57,7 @@ def report_content(folder: RunFolder, config: JobConfig, predictor: Predictor, r
             "settings": asdict(report),
             "card": _card(config, summary, predictor, rows),
             "training_curves": _curves(folder.metrics),
-            **_plain(analysis),
+            **_plain(analysis | influence),
         }
 
     with collectives.heartbeat.phase("report"):
@@ -184,6 +187,11 @@ def _with_table(found: tuple[ScoredRows, np.ndarray[Any, Any]], tables: _Tables 
         return rows
     features, segments = (None if table is None else table[numbers] for table in tables)
     return ScoredRows(rows.own, rows.shipped, rows.targets, rows.weights, features, segments)
+
+
+def _positive(train: tuple[ScoredRows, np.ndarray[Any, Any]] | None, predictor: Predictor, report: ReportConfig) -> int:
+    assert train is not None  # on rank 0
+    return positive_class(report, predictor.class_names, train[0].targets)
 
 
 def _card(

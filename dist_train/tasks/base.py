@@ -17,9 +17,6 @@ from dist_train.training.protocols import Source
 Description = dict[str, Any]
 """JSON: everything that is needed, beside the weights, to build a task's model and to read its inputs again."""
 
-Columns = Sequence[Sequence[str] | None]
-"""Of each input of a model the columns that its values are of; None of one of codes."""
-
 
 class Task(Protocol):
     """What is trained.
@@ -124,8 +121,18 @@ class Explainable(Protocol):
     """What a task has beside the contract where the scores of its rows can be explained by their columns."""
 
     @property
-    def columns_of_inputs(self) -> Columns:
+    def columns_of_inputs(self) -> Sequence[Sequence[str]]:
         """The columns of `input_columns` that the values of each of a model's inputs are of."""
+
+    @property
+    def continuous_inputs(self) -> Sequence[bool]:
+        """Whether an input can have every value between two others, unlike one of codes."""
 
     def typical_inputs(self) -> tuple[Tensor, ...]:
         """A model's inputs of one row that the others are compared with, each (1, ...), on the device."""
+
+    def typical_values(self, column: str) -> list[Any]:
+        """Cells of a column, over its range in training; None among them if cells were missing there. Perhaps none."""
+
+    def encoded_cell(self, column: str, value: Any) -> tuple[Tensor, ...]:
+        """A model's inputs of one row with this cell in a column, each (1, ...), on the device."""

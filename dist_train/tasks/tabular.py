@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor, nn
 
 from dist_train.config.auto import TableSize, with_auto_values
 from dist_train.config.compatibility import FORMATS, require_format
-from dist_train.config.rules import split_seed
+from dist_train.config.rules import require_columns_of_model, split_seed
 from dist_train.config.schema import DataConfig, JobConfig, ReportConfig
 from dist_train.data.dataset import (
     Dataset,
@@ -26,6 +27,7 @@ from dist_train.data.encoder import Encoder, with_missing_cells
 from dist_train.data.prepare import split_table
 from dist_train.data.readers import read_header
 from dist_train.data.readings import with_features
+from dist_train.data.scaling import scaled
 from dist_train.data.sources import MappedRows, ResidentRows, resident
 from dist_train.data.spec import FIRST_CATEGORY, MISSING, FeatureSpec, spec_of_encoder
 from dist_train.data.store import is_store
@@ -36,7 +38,7 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.models.registry import build_model
 from dist_train.system.console import log
-from dist_train.tasks.base import Columns, Description
+from dist_train.tasks.base import Description
 from dist_train.tasks.classification import Classification
 from dist_train.training.metrics import (
     check_metrics,
@@ -82,6 +84,7 @@ class TabularTask(Classification):
             dtype=dtype_of(config.train.precision),
             spec=_spec_of(fitted) if fitted else None,
         )
+        require_columns_of_model(config.report, dataset.spec.names)
         return cls(with_auto_values(config, _size_of(dataset)), dataset, collectives)
 
     @classmethod
@@ -137,10 +140,14 @@ class TabularTask(Classification):
         return self.spec.names
 
     @property
-    def columns_of_inputs(self) -> Columns:
-        """Codes do not move along the path of an explanation."""
-        numbers, flagged, _ = self.spec.columns_of_inputs
-        return numbers, flagged, None
+    def columns_of_inputs(self) -> Sequence[Sequence[str]]:
+        """Of numbers, flags and codes."""
+        return self.spec.columns_of_inputs
+
+    @property
+    def continuous_inputs(self) -> Sequence[bool]:
+        """Numbers and flags, not codes."""
+        return True, True, False
 
     def typical_inputs(self) -> tuple[Tensor, ...]:
         """Medians, nothing missing, and of each categorical column the most frequent code of the training rows."""
@@ -151,6 +158,36 @@ class TabularTask(Classification):
             known = column.counts or [0] * FIRST_CATEGORY + [1]  # categories stand in the order of their counts
             codes[0, index] = known.index(max(known)) if column.size > FIRST_CATEGORY else MISSING
         return tuple(x.to(self._collectives.device) for x in (numeric, flags, codes))
+
+    def typical_values(self, column: str) -> list[Any]:
+        """Quantiles of a number at 5, 15, ... 95 %, the ten most frequent categories; none of a date or an amount."""
+        for number in self.spec.numeric:
+            if number.name == column and number.quantiles and column not in self.spec.columns_of_features:
+                known = np.array(number.quantiles)
+                chosen = np.interp(np.linspace(0.05, 0.95, 10), np.linspace(0, 1, len(known)), known)
+                return [*np.unique(chosen).tolist(), *([None] if number.has_missing_flag else [])]
+        for words in self.spec.categorical:
+            if words.name == column:
+                return [*words.categories[:10], *([None] if words.seen_in_training[MISSING] else [])]
+        return []
+
+    def encoded_cell(self, column: str, value: Any) -> tuple[Tensor, ...]:
+        """One row whose other cells are those of the typical row."""
+        numeric, flags, codes = (x.clone() for x in self.typical_inputs())
+        flag = 0
+        for index, number in enumerate(self.spec.numeric):
+            if number.name == column:
+                cell = torch.tensor([0.0 if value is None else value], dtype=torch.float64)
+                numeric[0, index] = 0.0 if value is None else float(scaled(cell, number))
+                if number.has_missing_flag:
+                    flags[0, flag] = value is None
+            flag += number.has_missing_flag
+        for index, words in enumerate(self.spec.categorical):
+            if words.name == column:
+                known = value in words.categories
+                place = FIRST_CATEGORY + words.categories.index(value) if known else words.code_of_others(str(value))
+                codes[0, index] = MISSING if value is None else place
+        return numeric, flags, codes
 
     def unfamiliar(self, rows: Source, table: pl.DataFrame | None = None) -> Unfamiliar:
         """Unknown categories, and missing cells in columns that had none in training."""

@@ -161,6 +161,7 @@ def test_made_again_it_is_the_same_file_and_keys_change_it(run: Path, tmp_path: 
 MISTAKES = {
     "report.positive_class=ugly": "report.positive_class: there is no class 'ugly'; there is <b>bad, good",
     "report.segments=[planet]": "no column 'planet' (report.segments)",
+    "report.dependence=[branch]": "report.dependence: 'branch' is no column of the model",
     "train.epochs=3": "only keys of the section report can be given here",
     "report.bootstrap_repeats=1": "report.bootstrap_repeats: must be at least 10",
     "report.false_positive_cost=0": "report.false_positive_cost: must be finite and above 0",
@@ -228,7 +229,30 @@ def test_differences_are_named_by_place() -> None:
     assert list(differences([1, 2], [1])) == [": recorded [1, 2], recomputed [1]"]
 
 
-@pytest.mark.parametrize("key", ["report.positive_class=ugly", "report.segments=[planet]"])
+def test_importance_and_dependence_say_what_the_rule_is(run: Path) -> None:
+    """The grade follows income and debt; the region says nothing."""
+    content = content_of(run)
+    found = content["importance"]
+    assert found["rows"] == "valid"
+    assert found["count"] == content["rows"]["valid"]["rows"]
+    by_name = {line["feature"]: line for line in found["columns"]}
+    assert found["columns"][0]["feature"] == "income"
+    assert by_name["income"]["loss"] > 0.02
+    assert by_name["income"]["auroc"] > 0.02
+    assert abs(by_name["region"]["loss"]) < by_name["income"]["loss"] / 3
+    curves = {line["feature"]: line for line in content["dependence"]}
+    assert set(curves) == {"income", "debt", "region"}
+    income = curves["income"]
+    assert income["mean"][0] > income["mean"][-1] + 0.1  # of <b>bad
+    assert len(income["rows"][0]) == len(income["values"])
+    assert curves["debt"]["values"][-1] is None  # missing cells have a place of their own
+    assert set(curves["region"]["values"]) == {"north", "south"}
+    assert {"importance", "dependence_1"} <= {file.stem for file in (run / "figures").glob("*.png")}
+
+
+@pytest.mark.parametrize(
+    "key", ["report.positive_class=ugly", "report.segments=[planet]", "report.dependence=[branch]"]
+)
 def test_a_wrong_name_is_refused_before_training(tmp_path: Path, key: str) -> None:
     found = command("train", *tiny_job(write_loans(tmp_path), tmp_path / "run", "data.drop=[branch]"), key)
     assert found.code == 2
