@@ -17,6 +17,7 @@ from dist_train import __version__
 VERBS = {
     "train": "train a classifier on a table; the same command continues an interrupted run",
     "predict": "score the rows of a table",
+    "export": "write a trained run as ONNX, for programs without torch",
     "evaluate": "metrics of a trained run on one of its splits, or on another table",
     "report": "report on a trained run: report.html, report.json and figures",
     "verify": "replay a run and compare every bit",

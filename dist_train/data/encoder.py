@@ -95,7 +95,7 @@ class Encoder:
                 flags[:, flag] = missing
                 flag += 1
         for index, words in enumerate(spec.categorical):
-            codes[:, index] = torch.from_numpy(_codes(frame[words.name], words, source))
+            codes[:, index] = torch.from_numpy(category_codes(frame[words.name], words, source))
         return inputs
 
     def empty(self, num_rows: int) -> Inputs:
@@ -122,7 +122,8 @@ def smallest_int(count: int) -> torch.dtype:
     return torch.int16 if count <= 1 << 15 else torch.int32
 
 
-def _codes(column: pl.Series, vocabulary: CategoricalColumn, source: str) -> IntArray:
+def category_codes(column: pl.Series, vocabulary: CategoricalColumn, source: str) -> IntArray:
+    """Cells of a column -> codes of the vocabulary, (rows,)."""
     text = arrow_text(as_text(column, source))
     codes = {word: FIRST_CATEGORY + index for index, word in enumerate(vocabulary.categories)}
     # A text that is a category as it stands is that one; so a vocabulary of an earlier release keeps its meaning.

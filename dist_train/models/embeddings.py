@@ -45,7 +45,7 @@ class OneHot(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """One-hot rows."""
-        return self.write(codes, self.seen.new_zeros((len(codes), self.width)))
+        return self.write(codes, self.seen.new_zeros((codes.shape[0], self.width)))
 
     def write(self, codes: Tensor, zeros: Tensor) -> Tensor:
         """One-hot rows into `zeros`, (rows, width) of the module's dtype."""
@@ -76,7 +76,7 @@ class TabularInputs(nn.Module):
         """Dense rows."""
         if self.width == self.num_numeric:
             return numeric
-        dense = numeric.new_zeros((len(numeric), self.width))
+        dense = numeric.new_zeros((numeric.shape[0], self.width))
         dense[:, : self.num_numeric] = numeric
         dense[:, self.num_numeric : self.num_dense] = flags
         if self.one_hot is not None:

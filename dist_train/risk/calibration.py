@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 # A probability of 0 has no logarithm. scikit-learn's temperature adds as much to every probability.
-_SMALLEST = 1e-12
+SMALLEST = 1e-12
 # scikit-learn's bounds of the logarithm of the inverse temperature.
 _LOG_BETA = 10.0
 # A parametric calibration is used where a likelihood-ratio test refutes, at this level, that none is needed.
@@ -229,7 +229,7 @@ def _isotonic_of(
 
     base = float((weights * positive).sum() / weights.sum())
     if not 0 < base < 1:
-        return (0.0, 1.0), (_SMALLEST, 1.0)
+        return (0.0, 1.0), (SMALLEST, 1.0)
     fitted = IsotonicRegression(y_min=0, y_max=1).fit(scores, positive.astype(float), weights).predict(scores)
     _, step = np.unique(fitted, return_inverse=True)
     of_steps = np.bincount(step, weights)[step] * len(weights) / weights.sum()
@@ -255,7 +255,7 @@ _PARAMETRIC: dict[str, Callable[[int], tuple[_Fit, Calibration, int]]] = {
 
 
 def _logits(probabilities: Floats) -> Floats:
-    return np.asarray(np.log(probabilities + _SMALLEST))
+    return np.asarray(np.log(probabilities + SMALLEST))
 
 
 def _softmax(logits: Floats) -> Floats:

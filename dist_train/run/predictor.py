@@ -29,7 +29,7 @@ from dist_train.distributed.supervision import watched
 from dist_train.distributed.world import World, device_here, process_group, world_from_environment
 from dist_train.errors import UserError
 from dist_train.risk.calibration import calibration_from_json
-from dist_train.run.checkpoint.state import Parts
+from dist_train.run.checkpoint.state import Parts, weights_sha256
 from dist_train.run.checkpoint.trained_model import (
     CALIBRATION,
     config_of_model,
@@ -97,6 +97,11 @@ class Predictor:
         """SHA-256 of what the probabilities of a row depend on."""
         self._positive_class: str | None = found["positive_class"]
         self._explainers: dict[str, Explainer] = {}
+        self.hashes = [
+            {"weights_sha256": weights_sha256(parts["weights"]), "data_sha256": parts["origin"]["data_sha256"]}
+            for parts in found["members"]
+        ]
+        """Of each member: SHA-256 of its weights, and of the data that it was trained on."""
         steps = [parts["origin"]["step"] for parts in found["members"]]
         self.weights = f"weights of step {steps[0]}" if len(steps) == 1 else f"mean of {len(steps)} members"
         """Whose probabilities these are, in words."""

@@ -1,0 +1,1 @@
+"""A trained model in other programs: exported, and behind HTTP."""
