@@ -20,6 +20,8 @@ VERBS = {
     "export": "write a trained run as ONNX, for programs without torch",
     "evaluate": "metrics of a trained run on one of its splits, or on another table",
     "report": "report on a trained run: report.html, report.json and figures",
+    "compare": "compare finished runs: configurations, metrics, curves, differences with intervals",
+    "sweep": "train a run for each line of a file, and compare them",
     "verify": "replay a run and compare every bit",
     "prepare": "turn a table that is larger than memory into a store",
     "submit": "write, check and submit a Slurm job",

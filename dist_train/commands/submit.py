@@ -34,6 +34,7 @@ from pathlib import Path
 from dist_train.commands.parser import command_parser, path
 from dist_train.config.load import load_config
 from dist_train.config.run_path import path_of_run
+from dist_train.config.sweep import sweep_lines
 from dist_train.errors import UserError
 
 # Options that are sbatch's own, under its own names: (name, meaning).
@@ -130,7 +131,7 @@ def _job(arguments: argparse.Namespace) -> Job:
     name = load_config(config).run.name
     array: list[str] = []
     if arguments.sweep:
-        array = [f"--array=1-{_checked_sweep(arguments.sweep, config)}"]
+        array = [f"--array=1-{len(sweep_lines(arguments.sweep, config))}"]
         config = [str(arguments.sweep), *config]
     elif arguments.seeds:
         array = [f"--array={arguments.seeds}"]
@@ -148,27 +149,6 @@ def _job(arguments: argparse.Namespace) -> Job:
         ranks_per_node=arguments.ranks,
         arguments=config,
     )
-
-
-def _checked_sweep(file: Path, config: Sequence[str]) -> int:
-    """The number of lines of a sweep file; UserError when one of them is no configuration."""
-    if file.suffix != ".txt":
-        raise UserError(f"{file}: the name of a sweep file ends in .txt")
-    try:
-        lines = file.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    if not lines:
-        raise UserError(f"{file}: is empty; each line holds the key=value of one run")
-    for number, line in enumerate(lines, start=1):
-        try:
-            words = shlex.split(line)
-            load_config([*config, *words])
-        except (UserError, ValueError) as error:
-            raise UserError(f"{file}, line {number}: {error}") from None
-        if not words:
-            raise UserError(f"{file}, line {number}: is empty; it holds the key=value of one run")
-    return len(lines)
 
 
 def _for_sbatch(option: str) -> str:

@@ -48,18 +48,24 @@ def require_matplotlib() -> None:
 
 def figures_of(content: Mapping[str, Any]) -> Figures:
     """Every figure that the numbers of a report have something for."""
-    drawn: Figures = {}
+    found: Figures = {}
     for name, (words, draw) in _FIGURES.items():
-        with _axes(name) as (figure, axes):
-            if draw(axes, content):
-                drawn[name] = (words, _svg(figure), _png(figure))
+        picture = drawn(name, lambda axes, draw=draw: draw(axes, content))  # type: ignore[misc]
+        if picture is not None:
+            found[name] = (words, *picture)
     for number, line in enumerate(content.get("dependence") or [], 1):
         name = f"dependence_{number}"
-        with _axes(name) as (figure, axes):
-            _draw_dependence(axes, line, content["positive_class"])
+        picture = drawn(name, lambda axes, line=line: _draw_dependence(axes, line, content["positive_class"]))  # type: ignore[misc]
+        if picture is not None:
             words = f"Partial dependence on {line['feature']}: the mean score if all rows had a value."
-            drawn[name] = (words, _svg(figure), _png(figure))
-    return drawn
+            found[name] = (words, *picture)
+    return found
+
+
+def drawn(name: str, draw: Callable[[Any], bool]) -> tuple[str, bytes] | None:
+    """The SVG element and the PNG file of what is drawn on axes; None where `draw` finds nothing to draw."""
+    with _axes(name) as (figure, axes):
+        return (_svg(figure), _png(figure)) if draw(axes) else None
 
 
 @contextmanager
@@ -194,7 +200,7 @@ def _draw_importance(axes: Any, content: Mapping[str, Any]) -> bool:
     return bool(lines)
 
 
-def _draw_dependence(axes: Any, line: Mapping[str, Any], positive: str) -> None:
+def _draw_dependence(axes: Any, line: Mapping[str, Any], positive: str) -> bool:
     known = [place for place, value in enumerate(line["values"]) if value is not None]
     numbers = not any(isinstance(line["values"][place], str) for place in known)
     places = [line["values"][place] if numbers else place for place in known]
@@ -209,6 +215,7 @@ def _draw_dependence(axes: Any, line: Mapping[str, Any], positive: str) -> None:
     if not numbers:
         axes.set_xticks(places, [str(line["values"][place])[:14] for place in known], rotation=30, ha="right")
     axes.set(xlabel=line["feature"], ylabel=f"probability of {positive}")
+    return bool(known)
 
 
 def _draw_training(axes: Any, content: Mapping[str, Any]) -> bool:

@@ -54,13 +54,19 @@ def page_of(content: Mapping[str, Any], figures: Figures) -> str:
     body = "".join(
         f'<section aria-labelledby="{key}"><h2 id="{key}">{title}</h2>{text}</section>' for key, title, text in sections
     )
-    title = escape(f"Report: {card['run']}")
+    nav = f'<nav aria-label="Sections"><ul>{links}</ul></nav>'
+    return document(f"Report: {card['run']}", _subtitle(content), nav, _facts(content) + body)
+
+
+def document(title: str, subtitle: str, nav: str, body: str) -> str:
+    """A page that needs no network; `nav` and `body` are HTML."""
+    title = escape(title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_CSS}</style></head><body><header><h1>{title}</h1>"
-        f'<p class="soft">{escape(_subtitle(content))}</p><nav aria-label="Sections"><ul>{links}</ul></nav></header>'
-        f"<main>{_facts(content)}{body}</main></body></html>\n"
+        f'<p class="soft">{escape(subtitle)}</p>{nav}</header>'
+        f"<main>{body}</main></body></html>\n"
     )
 
 
@@ -84,30 +90,32 @@ def _facts(content: Mapping[str, Any]) -> str:
         ("Brier score", of_class["brier"], intervals["brier"]),
         ("Calibration error (ECE)", shipped["ece"], None),
     ]
-    lines = [f"<div><dt>{name}</dt><dd>{_number(value)}{_between(low)}</dd></div>" for name, value, low in facts]
+    lines = [f"<div><dt>{name}</dt><dd>{number_of(value)}{_between(low)}</dd></div>" for name, value, low in facts]
     return f'<dl class="facts">{"".join(lines)}</dl>'
 
 
 def _between(interval: Sequence[float] | None) -> str:
-    return f"<small>{_number(interval[0])} to {_number(interval[1])}</small>" if interval else ""
+    return f"<small>{number_of(interval[0])} to {number_of(interval[1])}</small>" if interval else ""
 
 
-def _number(value: Any) -> str:
+def number_of(value: Any, *, markup: bool = True) -> str:
+    """A number, or another value, as a cell of a table: HTML, or plain text."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return escape(str(value))
+        return escape(str(value)) if markup else str(value)
     if isinstance(value, int) or (abs(value) >= 1000 and value == int(value)):
         return f"{int(value):,}"
     return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> str:
+def table_of(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> str:
+    """A table; the first cell of a row is its head."""
     titles = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     lines = "".join(
         "<tr>"
-        + f'<th scope="row">{_number(first)}</th>'
-        + "".join(f"<td>{_number(cell)}</td>" for cell in rest)
+        + f'<th scope="row">{number_of(first)}</th>'
+        + "".join(f"<td>{number_of(cell)}</td>" for cell in rest)
         + "</tr>"
         for first, *rest in rows
     )
@@ -121,7 +129,8 @@ def _wide(content: str, label: str) -> str:
     return f"{region}<table>{content}</table></div>"
 
 
-def _figures(figures: Figures, *names: str) -> str:
+def figures_in(figures: Figures, *names: str) -> str:
+    """Those of the figures that there are, with what they show in words."""
     drawn = []
     for name in names:
         if name in figures:
@@ -137,9 +146,9 @@ def _performance(content: Mapping[str, Any], figures: Figures) -> str:
     by_split = [(split, *(line[name] for name in names)) for split, line in content["positive"].items()]
     by_class = [(name, *(line[key] for key in names)) for name, line in content["per_class"].items()]
     return (
-        _table(("split", *head), by_split, f"Class {content['positive_class']} against the others, by split")
-        + _table(("class", *head), by_class, f"Each class against the others, {content['reported_on']} rows")
-        + _figures(figures, "roc", "scores")
+        table_of(("split", *head), by_split, f"Class {content['positive_class']} against the others, by split")
+        + table_of(("class", *head), by_class, f"Each class against the others, {content['reported_on']} rows")
+        + figures_in(figures, "roc", "scores")
     )
 
 
@@ -156,8 +165,8 @@ def _probabilities(content: Mapping[str, Any], figures: Figures) -> str:
     )
     return (
         f"<p>{escape(_calibration(content['card']['calibration']))}</p>"
-        + _table(head, rows, words)
-        + _figures(figures, "reliability", "bands")
+        + table_of(head, rows, words)
+        + figures_in(figures, "reliability", "bands")
     )
 
 
@@ -196,16 +205,16 @@ def _decision(content: Mapping[str, Any], figures: Figures) -> str:
     order = "rises from band to band" if content["bands"]["monotone"] else "does not rise everywhere"
     inverted = content["bands"]["significant_inversions"]
     return (
-        _table(
+        table_of(
             ("threshold", "value", "mean cost", "selected", "precision", "recall", "false positive rate"),
             rows,
             f"A false positive costs {costs['false_positive']:g}, a false negative {costs['false_negative']:g} "
             "(report.false_positive_cost, report.false_negative_cost)",
         )
-        + _table(("share of rows", "rate", "lift", "capture"), lift, "Rows with the highest scores")
-        + _table(("band", "rows", "mean probability", "observed rate", "from", "to"), bands, "Bands of scores")
+        + table_of(("share of rows", "rate", "lift", "capture"), lift, "Rows with the highest scores")
+        + table_of(("band", "rows", "mean probability", "observed rate", "from", "to"), bands, "Bands of scores")
         + f"<p>The observed rate {order}; {inverted} inversions are beyond what the intervals allow.</p>"
-        + _figures(figures, "capture")
+        + figures_in(figures, "capture")
     )
 
 
@@ -220,7 +229,7 @@ def _beside(content: Mapping[str, Any], figures: Figures) -> str:
     head = ("model", "log loss", "AUROC", "average precision", "Brier", "difference of log loss", "from", "to")
     left = "".join(f"<p>{escape(name)} {escape(why)}.</p>" for name, why in content["beside"]["left_out"].items())
     caption = "Same splits and columns; a difference above 0 says that this model is better"
-    return _table(head, rows, caption) + left + _figures(figures, "beside")
+    return table_of(head, rows, caption) + left + figures_in(figures, "beside")
 
 
 def _segments(content: Mapping[str, Any]) -> str:
@@ -233,7 +242,9 @@ def _segments(content: Mapping[str, Any]) -> str:
         ]  # fmt: skip
         head = ("segment", "rows", "rate", "from", "to", "mean probability", "AUROC", "log loss", "selected", "recall",
                 "adverse impact ratio")  # fmt: skip
-        parts.append(f"<h3>{escape(column)}</h3>" + _table(head, rows, f"By {column}, at the threshold of least cost"))
+        parts.append(
+            f"<h3>{escape(column)}</h3>" + table_of(head, rows, f"By {column}, at the threshold of least cost")
+        )
     if not parts:
         parts.append("<p>No segments are named: <code>report.segments=[COLUMN]</code> names some.</p>")
     spots = content["weak_spots"]
@@ -242,7 +253,7 @@ def _segments(content: Mapping[str, Any]) -> str:
         caption = (
             f"Slices found by a tree on {content['chosen_on']} rows, with the loss of {content['reported_on']} rows"
         )
-        parts.append("<h3>Weak spots</h3>" + _table(("slice", "rows", "log loss", "by the mean"), lines, caption))
+        parts.append("<h3>Weak spots</h3>" + table_of(("slice", "rows", "log loss", "by the mean"), lines, caption))
     return "".join(parts)
 
 
@@ -254,15 +265,15 @@ def _influence(content: Mapping[str, Any], figures: Figures) -> str:
     caption = f"Cells of a column permuted among {found['count']:,} {found['rows']} rows, {found['repeats']} times"
     drawn = [f"dependence_{number}" for number in range(1, 1 + len(content["dependence"]))]
     return (
-        _table(("column", "log loss rises by", "standard deviation", "AUROC falls by"), lines, caption)
+        table_of(("column", "log loss rises by", "standard deviation", "AUROC falls by"), lines, caption)
         + "<p>Of columns that tell the same none may look important. A curve of dependence sets one column to a value "
-        "in all rows, also where such rows do not exist.</p>" + _figures(figures, "importance", *drawn)
+        "in all rows, also where such rows do not exist.</p>" + figures_in(figures, "importance", *drawn)
     )
 
 
 def _stability(content: Mapping[str, Any], figures: Figures) -> str:
     scores = content["stability"]["score"].items()
-    text = _table(("scores", "PSI"), [(f"{name} against train", value) for name, value in scores])
+    text = table_of(("scores", "PSI"), [(f"{name} against train", value) for name, value in scores])
     features = content["stability"]["features"]
     if features:
         splits = [name for name in content["rows"] if name != "train"]
@@ -271,15 +282,15 @@ def _stability(content: Mapping[str, Any], figures: Figures) -> str:
             for line in features
         ]
         head = ("feature", *(f"PSI {split}" for split in splits), "missing in train")
-        text += _table(head, rows, "Below 0.1 nothing has moved; above 0.25 a model needs attention (Siddiqi 2006)")
-    return text + _figures(figures, "stability")
+        text += table_of(head, rows, "Below 0.1 nothing has moved; above 0.25 a model needs attention (Siddiqi 2006)")
+    return text + figures_in(figures, "stability")
 
 
 def _card(content: Mapping[str, Any], figures: Figures) -> str:
     card = content["card"]
     lines = [(name.replace("_", " "), value) for name, value in card.items() if not isinstance(value, (dict, list))]
     lines += [(f"machine, {name}", value) for name, value in card["machine"].items()]
-    rows = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{_number(value)}</td></tr>' for name, value in lines)
+    rows = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{number_of(value)}</td></tr>' for name, value in lines)
     shares = [
         (f"{split}, {name}", of_class["rows"], of_class["share"])
         for split, part in content["rows"].items()
@@ -296,7 +307,7 @@ def _card(content: Mapping[str, Any], figures: Figures) -> str:
     return (
         _wide(f"<tbody>{rows}</tbody>", "Facts of the run")
         + f"<h3>Limits</h3><ul>{limits}</ul><h3>How to verify</h3><ul>{verify}</ul>"
-        + _table(("rows", "count", "share"), shares, "Rows and classes")
-        + (_table(head, features, "Columns in the training rows") if features else "")
-        + _figures(figures, "training")
+        + table_of(("rows", "count", "share"), shares, "Rows and classes")
+        + (table_of(head, features, "Columns in the training rows") if features else "")
+        + figures_in(figures, "training")
     )

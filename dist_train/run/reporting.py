@@ -43,7 +43,7 @@ def report_content(folder: RunFolder, config: JobConfig, predictor: Predictor, r
         UserError: the run is not finished, its data are not there, or `report` names a class or a column that is not.
     """
     collectives = predictor.collectives
-    summary = collectives.on_rank_zero(lambda: _summary(folder))
+    summary = collectives.on_rank_zero(lambda: summary_of(folder))
     scored = {split: _scored(predictor, split) for split in SPLITS}
     positive = collectives.on_rank_zero(lambda: _positive(scored["train"], predictor, report))
     influence = influence_of(predictor, report, config.run.seed, positive)
@@ -56,7 +56,7 @@ def report_content(folder: RunFolder, config: JobConfig, predictor: Predictor, r
             "format": FORMATS["report"],
             "settings": asdict(report),
             "card": _card(config, summary, predictor, rows),
-            "training_curves": _curves(folder.metrics),
+            "training_curves": curves_of(folder.metrics),
             **_plain(analysis | influence),
         }
 
@@ -140,11 +140,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _summary(folder: RunFolder) -> dict[str, Any]:
+def summary_of(folder: RunFolder) -> dict[str, Any]:
+    """Content of summary.json; UserError where the run is not finished."""
     try:
         summary: dict[str, Any] = json.loads(folder.summary.read_bytes())
     except (OSError, ValueError):
-        raise UserError(f"{folder.path}: there is no summary.json: a report is made of a finished run") from None
+        raise UserError(f"{folder.path}: there is no summary.json: the run is not finished") from None
     return summary
 
 
@@ -256,7 +257,7 @@ def _limits(config: JobConfig, rows: Mapping[str, ScoredRows]) -> list[str]:
     return limits
 
 
-def _curves(file: Path) -> dict[str, list[list[float]]]:
+def curves_of(file: Path) -> dict[str, list[list[float]]]:
     """Step and loss of the lines of metrics.jsonl, thinned."""
     found: dict[str, list[list[float]]] = {"train": [], "valid": []}
     try:

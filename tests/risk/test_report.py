@@ -181,7 +181,7 @@ def test_a_folder_that_is_no_finished_run(run: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "report.json").unlink()
     assert "dist-train report" in command("report", tmp_path / "run", "--verify").err
     (tmp_path / "run" / "summary.json").unlink()
-    assert "a report is made of a finished run" in command("report", tmp_path / "run").err
+    assert "the run is not finished" in command("report", tmp_path / "run").err
 
 
 def test_splits_without_rows_classes_without_rows_and_no_table() -> None:
