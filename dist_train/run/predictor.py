@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_train.accel.host_memory import use_host_memory
 from dist_train.config.rules import named_positive_class
@@ -228,6 +229,11 @@ class Predictor:
             return self._mean(
                 lambda task: labelled if task is first else task.labelled(split, file), self.collectives
             ), labelled
+
+    def compute_with(self, model: nn.Module, name: str) -> None:
+        """Have another model, which takes and gives what the only member's does, compute; `name` identifies it."""
+        self.members = [Member(self.members[0].task, model)]
+        self.fingerprint = hashlib.sha256(f"{self.fingerprint} {name}".encode()).hexdigest()
 
     def shipped(self, probabilities: Tensor) -> Tensor:
         """The model's own probabilities as it gives them out: calibrated, unless that is turned off."""

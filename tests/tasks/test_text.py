@@ -18,9 +18,9 @@ import torch
 from dist_train import load
 from dist_train.models.text_base import import_transformers
 from dist_train.run.checkpoint.checkpoints import Checkpoints
-from tests.cli.in_process import CommandResult, command
+from tests.cli.in_process import command
 from tests.models.tiny_bert import write_texts, write_tiny_bert
-from tests.tasks.text_jobs import needs_text_libraries, text_job
+from tests.tasks.text_jobs import needs_text_libraries, refused, text_job
 
 pytestmark = needs_text_libraries
 
@@ -44,14 +44,6 @@ def run(bert: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     trained = command("train", *text_job(bert, texts, folder, "train.max_steps=6", "text.baselines=true"))
     assert trained.code == 0, trained.err
     return folder
-
-
-def refused(result: CommandResult, *words: str) -> None:
-    assert result.code == 2, result.err
-    last = result.err.strip().splitlines()[-1]
-    assert "Traceback" not in result.err
-    for word in words:
-        assert word in last
 
 
 def test_a_checkpoint_holds_what_is_trained_and_the_base_by_name_and_hash(run: Path, bert: Path) -> None:

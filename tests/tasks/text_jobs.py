@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.in_process import CommandResult
+
 needs_text_libraries = pytest.mark.skipif(
     find_spec("transformers") is None or find_spec("peft") is None, reason="transformers or peft is absent"
 )
@@ -31,3 +33,12 @@ def text_job(bert: Path, texts: Path, run: Path, *more: str) -> list[str]:
     """Arguments of a small job of texts, in the order that `tests.resume.jobs.folder_of` relies on."""
     place = [f"data.path={texts}", f"run.dir={run.parent}", f"run.name={run.name}"]
     return [*place, f"model.transformer.pretrained={bert}", *SMALL_TEXT_JOB, *more]
+
+
+def refused(result: CommandResult, *words: str) -> None:
+    """The command ended with exit code 2 and one line, which has these words."""
+    assert result.code == 2, result.err
+    last = result.err.strip().splitlines()[-1]
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in last
