@@ -54,13 +54,13 @@ def test_256_texts_have_the_probabilities_of_transformers(tmp_path: Path) -> Non
         there = command("predict", tmp_path / "run", texts, tmp_path / "there.csv", "--url", said["url"])
         assert there.code == 0, there.err
         remote = RemoteClassifier(said["url"], said["model"], 3)
-        inputs = (
-            load(tmp_path / "run", device="cpu").members[0].task.unlabelled(pl.read_csv(texts), "texts").slice(0, 256)
-        )
+        inputs = load(tmp_path / "run", device="cpu").members[0].task.unlabelled(pl.read_csv(texts), "").slice(0, 256)
         of_server = remote(*inputs).double().softmax(1)
     finally:
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
+        if server.stdout is not None:
+            server.stdout.close()
     ours, theirs = (pl.read_csv(tmp_path / f"{name}.csv").drop("predicted_class") for name in ("here", "there"))
     assert ours.height == 256
     assert (
