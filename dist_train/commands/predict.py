@@ -22,9 +22,11 @@ killed, where input and model are unchanged.
 With --url a server computes (texts, `serve --engine vllm`): it must have the trained model of the run. Tokens,
 calibration and output are those of this process; probabilities agree to about 1e-6 with what it computes itself.
 
-stderr names the columns of which many cells are unknown categories, or missing although none was in training. Where
-there are such, stdout gets one line of JSON with the rows and, by column, the shares of such cells:
-{"rows": ..., "unknown_categories": {...}, "missing_unlike_training": {...}}.
+stderr names the columns of which many cells are unlike those of training (categories that the model does not know,
+numbers outside of the range, missing cells where none were), and categories in another spelling, as MALE for male.
+Where there are such, stdout gets one line of JSON with the rows and, by column, the shares of such cells:
+{"rows": ..., "unknown_categories": {...}, "spelled_otherwise": {...}, "outside_training_range": {...},
+"missing_unlike_training": {...}}. --refuse-unfamiliar refuses such a file instead: exit code 2, no output.
 """
 
 from __future__ import annotations
@@ -55,6 +57,9 @@ def main(program: str, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--keep", action="append", default=[], metavar="COLUMN", help="a column of the input to carry over; repeatable"
     )
+    parser.add_argument(
+        "--refuse-unfamiliar", action="store_true", help="write nothing where a column would be named on stderr"
+    )
     parser.add_argument("--reasons", type=int, default=0, metavar="N", help="so many reasons for each row")
     parser.add_argument(
         "--reasons-for", metavar="CLASS", help="class that they are for (default: the positive class of the run)"
@@ -79,7 +84,8 @@ def main(program: str, argv: Sequence[str]) -> None:
         if arguments.url:
             _compute_at(arguments.url, arguments.run_dir, predictor)
         reasons, wanted = arguments.reasons, arguments.reasons_for
-        found = score_file(predictor, locate(str(arguments.input)), output, arguments.keep, reasons, wanted)
+        source, refuse = locate(str(arguments.input)), arguments.refuse_unfamiliar
+        found = score_file(predictor, source, output, arguments.keep, reasons, wanted, refuse_unfamiliar=refuse)
         explained = predictor.explainer(wanted).described() if reasons else {}
     if found is not None:
         rows, unfamiliar = found

@@ -27,6 +27,8 @@ def score_file(
     keep: Sequence[str] = (),
     reasons: int = 0,
     positive_class: str | None = None,
+    *,
+    refuse_unfamiliar: bool = False,
 ) -> tuple[int, Unfamiliar] | None:
     """Write the columns `keep`, `probability_<class>` for each class and `predicted_class` for each row of a file.
 
@@ -36,7 +38,8 @@ def score_file(
     all ranks. The output has the same bytes for every number of ranks, and where it was continued.
 
     Raises:
-        UserError: the file cannot be read, a column is missing, a cell cannot be read, or the output cannot be written.
+        UserError: the file cannot be read, a column is missing, a cell cannot be read, the output cannot be written,
+            or the rows are unlike those of training where that is to be refused.
     """
     collectives = predictor.collectives
     rows = predictor.chunked(source, keep)
@@ -61,6 +64,8 @@ def score_file(
             for scored in predictor.scored(rows, done, explainer, reasons):
                 collectives.on_rank_zero(lambda scored=scored: _append(opened[0], predictor, scored))  # type: ignore[misc]
                 show(scored.rows if scored else 0)
+        if refuse_unfamiliar:
+            collectives.on_rank_zero(lambda: _require_familiar(opened[0].unfamiliar, source))
         collectives.on_rank_zero(lambda: opened[0].finish())
     except (UserError, TrainingFault):
         for partial in opened:
@@ -70,6 +75,12 @@ def score_file(
         return None
     predictor.tell(opened[0].unfamiliar)
     return opened[0].rows, opened[0].unfamiliar
+
+
+def _require_familiar(unfamiliar: Unfamiliar, source: Path) -> None:
+    lines = unfamiliar.lines()
+    if lines:
+        raise UserError(f"{source}: is unlike the training rows (--refuse-unfamiliar): {'; '.join(lines)}")
 
 
 def _identity(predictor: Predictor, rows: ChunkedFile) -> dict[str, object]:

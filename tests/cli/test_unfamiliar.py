@@ -36,6 +36,33 @@ def test_evaluate_names_columns_of_unknown_categories(trained: Trained, tmp_path
     assert json.loads(outcome.out)["test"]["unknown_categories"] == {"purpose": 0.75}
 
 
+def test_a_category_in_another_spelling_is_named_however_few_there_are(trained: Trained, tmp_path: Path) -> None:
+    frame = clients().drop_nulls("purpose").head(80)
+    first = frame["purpose"][0]
+    purposes = [f" {first.upper()}", *frame["purpose"].to_list()[1:]]
+    frame.with_columns(purpose=pl.Series(purposes)).write_parquet(tmp_path / "in.parquet")
+    outcome = command("predict", trained.folder, tmp_path / "in.parquet", tmp_path / "out.csv")
+    assert outcome.code == 0, outcome.err
+    assert f"column 'purpose': the model knows {first!r}, and not ' {first.upper()}'" in outcome.err
+    assert json.loads(outcome.out)["spelled_otherwise"] == {"purpose": {f" {first.upper()}": first}}
+
+
+def test_numbers_outside_of_the_range_are_named_and_may_be_refused(trained: Trained, tmp_path: Path) -> None:
+    frame = clients().head(80).with_columns(age=pl.when(pl.int_range(80) % 4 > 0).then(pl.lit(900)).otherwise("age"))
+    frame.write_csv(tmp_path / "in.csv")
+    outcome = command("predict", trained.folder, tmp_path / "in.csv", tmp_path / "out.csv")
+    assert outcome.code == 0, outcome.err
+    assert "column 'age': 75% of the numbers are outside of the range of the training rows" in outcome.err
+    assert json.loads(outcome.out)["outside_training_range"] == {"age": 0.75}
+    refused = command("predict", trained.folder, tmp_path / "in.csv", tmp_path / "no.csv", "--refuse-unfamiliar")
+    assert refused.code == 2
+    assert "is unlike the training rows (--refuse-unfamiliar): column 'age'" in refused.err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+    clients().write_csv(tmp_path / "known.csv")
+    accepted = command("predict", trained.folder, tmp_path / "known.csv", tmp_path / "yes.csv", "--refuse-unfamiliar")
+    assert accepted.code == 0, accepted.err
+
+
 def test_known_rows_are_not_remarked_upon(trained: Trained, tmp_path: Path) -> None:
     clients().write_parquet(tmp_path / "in.parquet")
     outcome = command("predict", trained.folder, tmp_path / "in.parquet", tmp_path / "out.parquet")
