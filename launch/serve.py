@@ -1,6 +1,7 @@
-"""Serve a trained classifier over HTTP; `--help` says more.
+"""Answer HTTP requests with the probabilities of a trained classifier; `--help` says more.
 
-a text classifier on loopback, by vLLM:
+the model of a table, and one of texts by vLLM:
+    python launch/serve.py runs/credit_risk
     python launch/serve.py runs/news_sentiment --engine vllm
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 from tests.cli.in_process import command
 
 NUM_ROWS = 400
+# The table without dates and durations, which take an exporter most of its time.
+PLAIN = ["data.drop=[since,birth,call]", "model.hidden_dim=8"]
 
 
 def everything(num_rows: int = NUM_ROWS) -> pl.DataFrame:
@@ -55,3 +58,19 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return run
 
     return train
+
+
+@pytest.fixture(scope="session")
+def plain_onnx(model_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model of the table without dates."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    return exported(model_of("plain", *PLAIN), tmp_path_factory.mktemp("onnx") / "model.onnx")
+
+
+def exported(run: Path, output: Path, *more: str) -> Path:
+    outcome = command("export", run, output, *more)
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["rows"] == 1000
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+    return output

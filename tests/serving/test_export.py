@@ -24,12 +24,11 @@ from dist_train.serving.export import TOLERANCE, sample_rows, typed_rows
 from dist_train.serving.normal_quantile import normal_quantile
 from tests.cli.in_process import command
 from tests.commands import REPOSITORY
+from tests.serving.conftest import PLAIN, exported
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-# The table without dates and durations, which take an exporter most of its time.
-PLAIN = ["data.drop=[since,birth,call]", "model.hidden_dim=8"]
 MODELS = {
     "default": ["model.hidden_dim=8"],
     "embedded": ["model.hidden_dim=8", "model.embedding_dim=3", "calibration.method=vector"],
@@ -43,19 +42,6 @@ MODELS = {
     ],
     "folds": ["model.hidden_dim=8", "data.folds=2"],
 }  # fmt: skip
-
-
-def exported(run: Path, output: Path, *more: str) -> Path:
-    outcome = command("export", run, output, *more)
-    assert outcome.code == 0, outcome.err
-    assert json.loads(outcome.out)["rows"] == 1000
-    assert [path.name for path in output.parent.iterdir()] == [output.name]
-    return output
-
-
-@pytest.fixture(scope="module")
-def plain_onnx(model_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(model_of("plain", *PLAIN), tmp_path_factory.mktemp("onnx") / "model.onnx")
 
 
 @pytest.mark.slow  # the exporter of torch takes some ten seconds for each
