@@ -65,6 +65,7 @@ ADDED: dict[str, Any] = {
     "train.class_sampling": None,
     "train.ema_warmup": _warmed_up_before,
     "data.formats": {},
+    "log.tensorboard": False,
     "calibration.method": "none",
     "calibration.apply": True,
     "report.enabled": False,

@@ -262,6 +262,8 @@ class LogConfig:
 
     every_steps: int = 50
     """Optimizer steps between lines for the training rows."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard to `tensorboard/` of the run folder, by rank 0; the extra is `tensorboard`."""
 
 
 @dataclass(frozen=True, kw_only=True)

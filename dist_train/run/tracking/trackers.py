@@ -1,4 +1,4 @@
-"""What rank 0 writes about a run while it trains: metrics.jsonl, wandb, the terminal."""
+"""What rank 0 writes about a run while it trains: metrics.jsonl, wandb, TensorBoard, the terminal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from dist_train.config.schema import JobConfig
 from dist_train.run.tracking.console_tracker import ConsoleTracker
 from dist_train.run.tracking.jsonl_tracker import JsonlTracker
+from dist_train.run.tracking.tensorboard_tracker import TensorBoardTracker
 from dist_train.run.tracking.wandb_tracker import WandbTracker, choose_mode
 from dist_train.system.console import terminal
 from dist_train.training.selection import Selection
@@ -51,6 +52,9 @@ class Trackers:
             patience_seconds=min(_SERVER_SECONDS, 0.4 * timeout) if mode == "online" else 0.8 * timeout,
         )
         self.jsonl.load_state_dict(_metrics_state(state) if state else {"bytes": 0})
+        self.tensorboard = TensorBoardTracker(
+            folder=metrics_file.parent, enabled=config.log.tensorboard, start_step=start_step
+        )
         self.console = ConsoleTracker(
             terminal(),
             total_steps=total_steps,
@@ -72,6 +76,7 @@ class Trackers:
         """Write a line of metrics everywhere; what fails there does not end training."""
         self.jsonl.log(record)
         self.wandb.log(record)
+        self.tensorboard.log(record)
         self.console.log(record)
 
     def end_training(self) -> None:
@@ -93,6 +98,7 @@ class Trackers:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with suppress(OSError):  # only after a failure there is anything left to end, and that has its own message
             self.end_training()
+        self.tensorboard.close()
         self.wandb.close(failed=kind is not None)
 
 
