@@ -27,6 +27,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from dist_train.commands.parser import command_parser, path
 from dist_train.errors import UserError
@@ -95,8 +96,17 @@ def _serve_onnx(arguments: argparse.Namespace) -> None:
             max_bytes=arguments.max_bytes,
             rate=arguments.rate,
             contract=arguments.contract,
+            workers=arguments.workers,
         )
-        serve(settings, arguments.host, arguments.port, arguments.workers)
+        serve(settings, arguments.host, arguments.port, f"{__name__}:{worker.__name__}", os.environ)
+
+
+def worker() -> Any:
+    """The application of a worker process."""
+    from dist_train.serving.app import make_app
+    from dist_train.serving.settings import Settings
+
+    return make_app(Settings.from_environment(os.environ))
 
 
 def _is_loopback(host: str) -> bool:

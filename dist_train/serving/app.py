@@ -32,15 +32,10 @@ class UnlikeTraining(Exception):
     """Cells outside of what training had, where the contract refuses them."""
 
 
-def from_environment() -> FastAPI:
-    """The application of a worker process."""
-    return make_app(Settings.from_environment())
-
-
 def make_app(settings: Settings) -> FastAPI:
     """The application; UserError where the model or the keys cannot be read."""
     model = OnnxModel(Path(settings.model))
-    metrics = Metrics()
+    metrics = Metrics(several=settings.workers > 1)
     app = FastAPI(title=f"dist_train: {settings.name}", version=__version__)
     scorer = _Scorer(model, settings, metrics)
     keys = api_keys(settings.api_key_file)

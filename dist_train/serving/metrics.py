@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -11,9 +9,10 @@ _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0
 
 
 class Metrics:
-    """Counters of requests and rows, and the seconds of requests."""
+    """Counters of requests and rows, and the seconds of requests; `several`: worker processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, several: bool) -> None:
+        self._several = several
         registry = self._registry = CollectorRegistry()
         labels = ["route", "status"]
         self._requests = Counter("dist_train_requests", "Requests by route and status", labels, registry=registry)
@@ -39,7 +38,7 @@ class Metrics:
     def text(self) -> bytes:
         """In Prometheus' text format; with several workers the sums over all."""
         registry = self._registry
-        if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        if self._several:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)
         return generate_latest(registry)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
+from collections.abc import MutableMapping
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -15,8 +15,10 @@ _SECONDS_TO_FINISH = 30
 _SECONDS_TO_REPLY = 30
 
 
-def serve(settings: Settings, host: str, port: int, workers: int) -> None:
+def serve(settings: Settings, host: str, port: int, worker: str, environ: MutableMapping[str, str]) -> None:
     """Answer requests until SIGTERM or SIGINT; those that have begun are finished.
+
+    `worker` names a function, MODULE:NAME, that makes the application of a process from `environ`.
 
     Raises:
         UserError: the packages of the extra `serve` are not installed, or what the settings name cannot be read.
@@ -24,23 +26,23 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
     try:
         import uvicorn
 
-        import dist_train.serving.app as app
+        from dist_train.serving.app import make_app
     except ImportError as error:
         raise UserError(f"the server needs {error.name}: pip install 'dist_train[serve]'") from None
-    app.make_app(settings)  # its mistakes are found here, not in a worker
-    settings.to_environment()
+    make_app(settings)  # its mistakes are found here, not in a worker
+    settings.to_environment(environ)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn sends itself the signal again when it has finished
-    sums = mkdtemp(prefix="dist_train_metrics_") if workers > 1 else None
+    sums = mkdtemp(prefix="dist_train_metrics_") if settings.workers > 1 else None
     if sums is not None:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = sums
+        environ["PROMETHEUS_MULTIPROC_DIR"] = sums
     try:
         uvicorn.run(
-            f"{app.__name__}:{app.from_environment.__name__}",
+            worker,
             factory=True,
             host=host,
             port=port,
-            workers=workers,
+            workers=settings.workers,
             access_log=False,
             log_level="warning",
             server_header=False,

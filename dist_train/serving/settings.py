@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,15 +24,16 @@ class Settings:
     max_bytes: int = 16 << 20
     rate: float = 0.0
     contract: str = "warn"
+    workers: int = 1
 
-    def to_environment(self) -> None:
+    def to_environment(self, environ: MutableMapping[str, str]) -> None:
         """For the workers, which are processes of their own."""
-        os.environ[_VARIABLE] = json.dumps(asdict(self))
+        environ[_VARIABLE] = json.dumps(asdict(self))
 
     @classmethod
-    def from_environment(cls) -> Settings:
+    def from_environment(cls, environ: Mapping[str, str]) -> Settings:
         """In a worker."""
-        return cls(**json.loads(os.environ[_VARIABLE]))
+        return cls(**json.loads(environ[_VARIABLE]))
 
 
 def api_keys(file: str | None) -> list[bytes]:

@@ -194,7 +194,7 @@ def running(plain_onnx: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "dist_train", "serve", plain_onnx, "--port", str(port), "--workers", "2"],
-        stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL, text=True, cwd=REPOSITORY,
     )  # fmt: skip
     try:
         yield server, f"http://127.0.0.1:{port}"
