@@ -14,6 +14,7 @@ run is that of the lowest validation loss. The exit code is 1 if a run is not fi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 
 from dist_train.commands.compare import show_comparison
@@ -42,7 +43,7 @@ def main(program: str, argv: Sequence[str]) -> None:
 
         require_matplotlib()
     runs = [SweepRun(config, given) for config, given in lines]
-    unfinished = train_all(runs, arguments.jobs)
+    unfinished = train_all(runs, arguments.jobs, os.environ)
     finished = [run.folder for run in runs if run.config.run.name not in unfinished]
     losses = {}
     for folder in finished:

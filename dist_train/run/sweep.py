@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,21 +33,21 @@ class SweepRun:
         return path_of_run(self.config)
 
 
-def train_all(runs: Sequence[SweepRun], at_once: int) -> dict[str, str]:
+def train_all(runs: Sequence[SweepRun], at_once: int, environ: Mapping[str, str]) -> dict[str, str]:
     """Train every run, `at_once` at a time; name of each that is not finished -> why.
 
     Several at a time share the cores, and write what they say to `<run folder>.log`. A signal (Ctrl-C, SIGTERM) is
     handed on to the runs, which save and stop; no other is begun then. A run that fails does not stop the others.
     """
-    work = _Work(at_once)
+    work = _Work(at_once, environ)
     with work.stopped_by_signals(), ThreadPoolExecutor(at_once) as pool:
         found = list(pool.map(work.train, runs))
     return {run.config.run.name: reason for run, reason in zip(runs, found, strict=True) if reason}
 
 
 class _Work:
-    def __init__(self, at_once: int) -> None:
-        self._at_once = at_once
+    def __init__(self, at_once: int, environ: Mapping[str, str]) -> None:
+        self._at_once, self._environ = at_once, environ
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         self._stopping = False
@@ -73,7 +73,7 @@ class _Work:
 
     def _started(self, run: SweepRun) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "dist_train", "train", *run.arguments]
-        environ = dict(os.environ)
+        environ = dict(self._environ)
         # In a session of its own: a terminal's Ctrl-C reaches this process alone, which hands it on.
         if self._at_once == 1:
             return subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=True)
