@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-import pyarrow.compute
 import torch
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from dist_train.data.spec import (
     NumericColumn,
 )
 from dist_train.data.spelling import alike, merged
-from dist_train.data.table import TRAINED_ON, ColumnKinds, arrow_text, as_text, numbers, require_columns
+from dist_train.data.table import TRAINED_ON, ColumnKinds, numbers, require_columns, words_of
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.system.console import log
@@ -124,19 +123,17 @@ def smallest_int(count: int) -> torch.dtype:
 
 def category_codes(column: pl.Series, vocabulary: CategoricalColumn, source: str) -> IntArray:
     """Cells of a column -> codes of the vocabulary, (rows,)."""
-    text = arrow_text(as_text(column, source))
-    codes = {word: FIRST_CATEGORY + index for index, word in enumerate(vocabulary.categories)}
+    words = words_of(column, source)
+    codes: dict[str | None, int] = {word: FIRST_CATEGORY + index for index, word in enumerate(vocabulary.categories)}
     # A text that is a category as it stands is that one; so a vocabulary of an earlier release keeps its meaning.
-    others = [word for word in pyarrow.compute.unique(text).to_pylist() if word is not None and word not in codes]
+    others = [word for word in dict.fromkeys(words) if word is not None and word not in codes]
     typed = column.dtype.is_numeric() or column.dtype == pl.Boolean
     found = alike(others, vocabulary.categories, typed=typed) if codes and others else {}
     codes |= {word: FIRST_CATEGORY + index for word, index in found.items()}
     if vocabulary.hash_buckets:
         codes |= {word: vocabulary.code_of_others(word) for word in others if word not in found}
-    places = pyarrow.compute.index_in(text, value_set=arrow_text(pl.Series(list(codes), dtype=pl.String)))
-    coded: IntArray = np.array([*codes.values(), UNKNOWN], np.int32)[places.fill_null(len(codes)).to_numpy()]
-    coded[text.is_null().to_numpy(zero_copy_only=False)] = MISSING
-    return coded
+    codes[None] = MISSING
+    return np.array([codes.get(word, UNKNOWN) for word in words], np.int32)
 
 
 def fit_spec(
@@ -250,8 +247,7 @@ def _count_categories(
     def count() -> Iterator[int]:
         for frame in pieces(names):
             for name in names:
-                found = pyarrow.compute.value_counts(arrow_text(as_text(frame[name], source)))
-                counts[name].update(dict(zip(*(part.to_pylist() for part in found.flatten()), strict=True)))
+                counts[name].update(words_of(frame[name], source))
                 _check_distinct(counts, name, source, limit)
             yield frame.height
 

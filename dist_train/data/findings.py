@@ -105,8 +105,9 @@ def warn_of_columns(lines: Sequence[str], data: DataConfig) -> None:
 
 def _identifiers(sample: pl.DataFrame, spec: FeatureSpec) -> Iterator[str]:
     advice = "it looks like an identifier: name it in data.drop, unless the model should learn it by heart"
+    present = frozenset(sample.columns)
     for column in spec.categorical:
-        texts = arrow_text(sample[column.name].drop_nulls()) if column.name in sample.columns else None
+        texts = arrow_text(sample[column.name].drop_nulls()) if column.name in present else None
         distinct = len(pyarrow.compute.unique(texts)) if texts else 0
         if texts and len(texts) >= _FEWEST_ROWS and distinct >= 0.9 * len(texts):
             yield f"column {column.name!r} has {distinct:,} distinct texts in {len(texts):,} rows: {advice}"

@@ -5,6 +5,7 @@ Whatever is wrong with a file is one line that names file, column and row.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute
 import torch
 from polars.exceptions import PolarsError
 from torch import Tensor
@@ -128,7 +128,12 @@ def no_number(name: str, source: str, row: int, cell: object) -> UserError:
 
 
 def as_text(column: pl.Series, source: str) -> pl.Series:
-    """A column as text, null where missing; UserError on a type that is none (lists, bytes).
+    """A column as text, as `words_of` gives it."""
+    return pl.Series(column.name, words_of(column, source), dtype=pl.String)
+
+
+def words_of(column: pl.Series, source: str) -> list[str | None]:
+    """The cells of a column as text, None where missing; UserError on a type that is none (lists, bytes).
 
     One value reads the same from every kind of file, cell by cell: 1, 1.0 and the texts `1` and `1.0` are `1`; true
     is `true`, also when a program wrote it as True or TRUE.
@@ -139,13 +144,18 @@ def as_text(column: pl.Series, source: str) -> pl.Series:
         raise UserError(
             f"{source}: column {column.name!r} has type {column.dtype}: turn it into text or numbers"
         ) from None
+    words: list[str | None] = text.to_list()
     if column.dtype == pl.Boolean or column.dtype.is_integer():
-        return text
-    cells = arrow_text(text)
-    places = pyarrow.compute.index_in(cells, value_set=_SPELLED)
-    if places.null_count < len(places):
-        cells = pyarrow.compute.coalesce(_MEANT.take(places), cells)
-    return pl.Series(column.name, pyarrow.compute.replace_substring_regex(cells, r"^(-?[0-9]+)\.0+$", r"\1"))
+        return words
+    # Python: thousands of columns of some hundred cells take as long as a library's calls take to start.
+    meant = {word: word if word is None else _meant(word) for word in set(words)}
+    return [meant[word] for word in words]
+
+
+def _meant(word: str) -> str:
+    word = _SPELLINGS.get(word, word)
+    whole = _WHOLE_NUMBER.fullmatch(word)
+    return whole[1] if whole else word
 
 
 def arrow_text(texts: pl.Series) -> pa.Array:
@@ -154,7 +164,7 @@ def arrow_text(texts: pl.Series) -> pa.Array:
 
 
 _SPELLINGS = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false", "-0.0": "0"}
-_SPELLED, _MEANT = (arrow_text(pl.Series(list(words))) for words in (_SPELLINGS.keys(), _SPELLINGS.values()))
+_WHOLE_NUMBER = re.compile(r"(-?[0-9]+)\.0+")
 
 
 def require_numbers_or_text(column: pl.Series, source: str) -> None:
