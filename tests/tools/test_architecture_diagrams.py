@@ -42,7 +42,8 @@ def test_every_package_has_a_layer_and_a_description() -> None:
     assert set(imports()) <= named
     table = PAGE.read_text().partition("| package |")[2].partition("## ")[0]
     assert [name for name in imports() if f"`{name}`" not in table] == []
-    assert "commands --> run" in packages()
+    assert "commands --> serving" in packages()
+    assert "serving --> run" in packages()
 
 
 def test_a_page_without_its_markers_is_refused() -> None:
