@@ -8,7 +8,7 @@ TORCH ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 COVERAGE_TESTS := $(addprefix tests/,accel api config contracts data determinism distributed execution models property \
-	run system training watchdog)
+	risk run serving system tasks training watchdog)
 
 .PHONY: train train-text vllm test test-torch211 coverage soak fuzz check docs pictures bench bench-quality gpu-kit clean
 
