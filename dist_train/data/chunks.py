@@ -57,7 +57,7 @@ class ChunkedFile:
 
     @property
     def _reads_words(self) -> bool:
-        """Whether the words for missing cells are read as they are: Arrow knows them for all columns of a text file."""
+        """Whether the words for missing cells are read as they are: a reader of text takes them in all its columns."""
         return bool(self.keep) and cells_are_text(self.file)
 
     def chunks(self, first_row: int = 0) -> Iterator[Chunk]:

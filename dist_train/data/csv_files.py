@@ -22,7 +22,7 @@ import pyarrow.csv
 from dist_train.errors import UserError
 from dist_train.system.console import log
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _SUFFIXES = (".csv", ".tsv")
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 # Bytes that the separator is found in, and records of them.
@@ -39,16 +39,20 @@ class Dialect:
 
     separator: str = ","
     encoding: str = "utf-8"
-    compression: str | None = None
     skipped: int = 0
 
 
 def is_csv_name(file: Path) -> bool:
     """Whether a file is CSV by its name, which may end in .gz, .zst or .bz2 as well."""
+    return ends_in(file, _SUFFIXES)
+
+
+def ends_in(file: Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether the name of a file, in lower case and without the suffix of a compression, ends in one of `suffixes`."""
     name = file.name.lower()
-    for suffix in COMPRESSIONS:
+    for suffix in _COMPRESSIONS:
         name = name.removesuffix(suffix)
-    return name.endswith(_SUFFIXES)
+    return name.endswith(suffixes)
 
 
 @contextmanager
@@ -63,7 +67,7 @@ def opened_csv(file: Path, convert: pyarrow.csv.ConvertOptions | None = None) ->
     read = pyarrow.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES, skip_rows=dialect.skipped)
     parse = pyarrow.csv.ParseOptions(delimiter=dialect.separator, newlines_in_values=True)
     with (
-        opened_bytes(file, dialect.compression) as stream,
+        opened_bytes(file) as stream,
         pyarrow.csv.open_csv(
             _Utf8(stream, file, dialect.encoding), read_options=read, parse_options=parse, convert_options=convert
         ) as reader,
@@ -74,8 +78,7 @@ def opened_csv(file: Path, convert: pyarrow.csv.ConvertOptions | None = None) ->
 @lru_cache(maxsize=1024)
 def _dialect_of(file: Path, _size: int, _modified_ns: int) -> Dialect:
     """Found in the beginning of the file, and said where it is not the plain one."""
-    compression = COMPRESSIONS.get(file.suffix.lower())
-    with opened_bytes(file, compression) as stream:
+    with opened_bytes(file) as stream:
         beginning = stream.read(_SAMPLE_BYTES)
     encoding = _MARKS.get(beginning[:2], "utf-8")
     if b"\0" in beginning and encoding == "utf-8":
@@ -94,7 +97,7 @@ def _dialect_of(file: Path, _size: int, _modified_ns: int) -> Dialect:
         log.info("%s: the first %d lines are no part of the table: they are skipped", file, skipped)
     if encoding != "utf-8":
         log.info("%s: is written in UTF-16", file)
-    return Dialect(separator, encoding, compression, skipped)
+    return Dialect(separator, encoding, skipped)
 
 
 def _above_the_header(lines: list[str]) -> tuple[str | None, int]:
@@ -136,8 +139,9 @@ def _cells(lines: list[str], separator: str) -> list[int]:
     return counts if len(counts) < 2 or len(counts) == _SAMPLE_RECORDS else counts[:-1] or counts
 
 
-def opened_bytes(file: Path, compression: str | None) -> Any:
-    """The bytes of a file, or what its compression holds."""
+def opened_bytes(file: Path) -> Any:
+    """The bytes of a file, or what its compression holds, as its name says."""
+    compression = _COMPRESSIONS.get(file.suffix.lower())
     return pa.input_stream(str(file), compression=compression) if compression else file.open("rb")
 
 

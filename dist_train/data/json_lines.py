@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from dist_train.data.csv_files import COMPRESSIONS, opened_bytes
+from dist_train.data.csv_files import ends_in, opened_bytes
 from dist_train.errors import UserError
 
 _SUFFIXES = (".jsonl", ".ndjson")
@@ -26,10 +26,7 @@ Numbered = tuple[int, dict[str, Any]]
 
 def is_json_lines_name(file: Path) -> bool:
     """Whether a file is JSON lines by its name, which may end in .gz, .zst or .bz2 as well."""
-    name = file.name.lower()
-    for suffix in COMPRESSIONS:
-        name = name.removesuffix(suffix)
-    return name.endswith(_SUFFIXES)
+    return ends_in(file, _SUFFIXES)
 
 
 def json_lines_names(file: Path) -> list[str]:
@@ -70,8 +67,7 @@ def json_lines_rows(
 def _objects(file: Path) -> Iterator[Numbered]:
     """The lines that are not empty."""
     decode = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str, object_pairs_hook=_object).decode
-    compression = COMPRESSIONS.get(file.suffix.lower())
-    with opened_bytes(file, compression) as stream:
+    with opened_bytes(file) as stream:
         for number, line in enumerate(_lines(stream), 1):
             if not line.strip():
                 continue

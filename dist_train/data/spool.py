@@ -148,7 +148,7 @@ class _Spooling:
         self._unit = unit
         self._source = unit.source
         self._columns = columns
-        # The letters of a word are null in CSV already, other spellings of its value are not.
+        # The letters of a word are null in a text file already, other spellings of its value are not.
         self._missing_words = (words_with_value if cells_are_text(unit.file) else list)(columns.missing_values)
         self._categorical = frozenset(columns.categorical)
         self._known_numbers = frozenset(columns.numbers)

@@ -17,6 +17,7 @@ from dist_train.errors import UserError
 from dist_train.risk.beside import log_losses
 from dist_train.risk.intervals import bootstrap_intervals
 from dist_train.run.checkpoint.run_folder import RunFolder, opened_run
+from dist_train.run.predictions import weights_of
 from dist_train.run.predictor import Predictor
 from dist_train.run.reporting import curves_of, summary_of
 from dist_train.system.console import log
@@ -117,10 +118,9 @@ def _of_run(folder: Path) -> tuple[Floats, Floats, Floats] | str:
     predicted, rows = scored
     assert predicted is not None  # in a world of one
     order = rows.row_numbers.cpu().argsort().numpy()
-    weights = np.ones(len(rows)) if rows.weights is None else rows.weights.cpu().double().numpy()
     shipped = predictor.shipped(predicted).numpy()
     numbered = np.stack([rows.row_numbers.cpu().numpy(), rows.targets.cpu().numpy()], axis=1)
-    return shipped[order], numbered[order], weights[order]
+    return shipped[order], numbered[order], weights_of(rows)[order]
 
 
 def _differences(

@@ -15,7 +15,7 @@ from torch import Tensor
 from dist_train.errors import UserError
 from dist_train.risk.calibration import Calibration
 from dist_train.risk.reasons import ExplainedModel, effects_of, has_slopes, log_odds
-from dist_train.run.members import Member
+from dist_train.run.members import Member, shared
 from dist_train.tasks.base import Explainable, Task
 from dist_train.training.protocols import Rows
 
@@ -127,11 +127,7 @@ class Explainer:
 
     def explain(self, rows_of: Callable[[Task], Rows], probabilities: Tensor) -> Explanation:
         """Explain rows, of which the shipped `probabilities`, (rows, classes), are known."""
-        encoded: list[Rows] = []
-        for place, task in enumerate(self._tasks):
-            shared = place and task.matches(self._tasks[place - 1].description())
-            encoded.append(encoded[-1] if shared else rows_of(task))
-        inputs = [rows.slice(0, len(rows)) for rows in encoded]
+        inputs = [rows.slice(0, len(rows)) for rows in map(shared(rows_of), self._tasks)]
         calibration = self._calibration if self.explains_calibrated else None
         effects, baseline = effects_of(self._models, inputs, len(self._columns), self._positive, calibration)
         return Explanation(

@@ -13,7 +13,8 @@ from dist_train.config.rules import require_columns_of_model
 from dist_train.config.schema import ReportConfig
 from dist_train.data.sources import ResidentRows
 from dist_train.risk import influence
-from dist_train.run.members import mean_probabilities
+from dist_train.run.members import mean_probabilities, shared
+from dist_train.run.predictions import weights_of
 from dist_train.run.predictor import Predictor
 from dist_train.tasks.base import Explainable, Task
 
@@ -57,26 +58,28 @@ class ChangedRows:
         self._rows = rows
         first = next(iter(rows.values()))
         self.targets = first.targets.cpu().numpy()
-        self.weights = np.ones(len(first)) if first.weights is None else first.weights.cpu().double().numpy()
+        self.weights = weights_of(first)
 
     @classmethod
     def of(cls, predictor: Predictor, split: str, seed: int) -> ChangedRows | None:
         """Of a split; None where it has no rows, or each member of an ensemble other ones."""
         if split == "valid" and len(predictor.members) > 1 and predictor.config.data.folds is not None:
             return None
-        rows: dict[Task, ResidentRows] = {}
-        former: Task | None = None
+
+        def drawn(task: Task) -> ResidentRows | None:
+            source = task.labelled(split)
+            if not len(source):
+                return None
+            chosen = np.sort(influence.order_of(len(source), seed, "rows")[: influence.MOST_ROWS])
+            found = source.read(torch.from_numpy(chosen))  # type: ignore[attr-defined]
+            return ResidentRows(found.inputs, found.targets, torch.arange(len(chosen)), found.weights)
+
+        rows_of, rows = shared(drawn), {}
         for task in (member.task for member in predictor.members):
-            if former is not None and task.matches(former.description()):
-                rows[task] = rows[former]
-            else:
-                source = task.labelled(split)
-                if not len(source):
-                    return None
-                chosen = np.sort(influence.order_of(len(source), seed, "rows")[: influence.MOST_ROWS])
-                found = source.read(torch.from_numpy(chosen))  # type: ignore[attr-defined]
-                rows[task] = ResidentRows(found.inputs, found.targets, torch.arange(len(chosen)), found.weights)
-            former = task
+            of_task = rows_of(task)
+            if of_task is None:
+                return None
+            rows[task] = of_task
         return cls(predictor, rows)
 
     def scores(self, change: Change | None = None, most: int | None = None) -> np.ndarray[Any, Any] | None:

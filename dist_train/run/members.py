@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -18,6 +18,8 @@ from dist_train.run.checkpoint.trained_model import CALIBRATION, DESCRIPTION, EN
 from dist_train.tasks.base import Task
 from dist_train.training.evaluation import probabilities
 from dist_train.training.protocols import Rows
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,19 @@ def with_weights(task: Task, weights: Mapping[str, Tensor]) -> Member:
     return Member(task, model.eval())
 
 
+def shared(rows_of: Callable[[Task], R]) -> Callable[[Task], R]:
+    """`rows_of`, called once for tasks that follow each other and encode alike."""
+    former: tuple[Task, R] | None = None
+
+    def of(task: Task) -> R:
+        nonlocal former
+        if former is None or not task.matches(former[0].description()):
+            former = task, rows_of(task)
+        return former[1]
+
+    return of
+
+
 def mean_probabilities(
     members: Iterable[Member], rows_of: Callable[[Task], Rows], batch_size: int, collectives: Collectives
 ) -> Tensor | None:
@@ -49,11 +64,9 @@ def mean_probabilities(
     them.
     """
     total, count = None, 0
-    former: tuple[Task, Rows] | None = None
+    encoded = shared(rows_of)
     for member in members:
-        if former is None or not member.task.matches(former[0].description()):
-            former = member.task, rows_of(member.task)
-        predicted = probabilities(member.model, former[1], batch_size, member.task, collectives)
+        predicted = probabilities(member.model, encoded(member.task), batch_size, member.task, collectives)
         if predicted is not None:
             total = predicted if total is None else total.add_(predicted)
         count += 1

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 import torch
 from torch import Tensor
 
 from dist_train.tasks.base import Task
-from dist_train.training.protocols import Source
+from dist_train.training.protocols import Rows, Source
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Predictions:
         stream = BytesIO()
         pl.DataFrame(columns).sort("row").write_parquet(stream)
         return stream.getvalue()
+
+
+def weights_of(rows: Rows) -> npt.NDArray[np.float64]:
+    """How much each row counts, (rows,); 1 where nothing says otherwise."""
+    return np.ones(len(rows)) if rows.weights is None else rows.weights.cpu().double().numpy()
 
 
 def mean_of(predictions: Sequence[Predictions]) -> Predictions:

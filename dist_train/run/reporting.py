@@ -26,6 +26,7 @@ from dist_train.risk.page import page_of
 from dist_train.run.checkpoint.run_folder import RunFolder, opened_run
 from dist_train.run.checkpoint.state import pack_json
 from dist_train.run.influence import influence_of
+from dist_train.run.predictions import weights_of
 from dist_train.run.predictor import Predictor
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
@@ -159,8 +160,7 @@ def _scored(predictor: Predictor, split: str) -> tuple[ScoredRows, np.ndarray[An
     if predicted is None:
         return None
     own, shipped = predicted.numpy(), predictor.shipped(predicted).numpy()
-    weights = np.ones(len(rows)) if rows.weights is None else rows.weights.cpu().double().numpy()
-    return ScoredRows(own, shipped, rows.targets.cpu().numpy(), weights), rows.row_numbers.cpu().numpy()
+    return ScoredRows(own, shipped, rows.targets.cpu().numpy(), weights_of(rows)), rows.row_numbers.cpu().numpy()
 
 
 _Tables = tuple[pl.DataFrame, pl.DataFrame | None]

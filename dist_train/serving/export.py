@@ -23,7 +23,6 @@ from dist_train.run.partial_scores import require_writable, unwritable
 from dist_train.run.predictor import Predictor
 from dist_train.serving.network import ExportableNetwork
 from dist_train.serving.onnx_file import (
-    OUTPUT,
     exported_program,
     onnx_bytes,
     onnx_inputs,
@@ -31,6 +30,7 @@ from dist_train.serving.onnx_file import (
     spellings,
     write_pt2,
 )
+from dist_train.serving.onnx_model import MOMENTS, OUTPUT
 from dist_train.serving.triton import write_repository
 from dist_train.system.files import TMP_PREFIX
 from dist_train.tasks.tabular import TabularTask
@@ -149,7 +149,7 @@ def _metadata(predictor: Predictor, network: ExportableNetwork, specs: Sequence[
 def _form(form: str | None) -> dict[str, str]:
     if form is None:
         return {}
-    unit = "seconds" if form == DURATION else "seconds since 1970-01-01 UTC" if "," not in form else "the number"
+    unit = "seconds" if form == DURATION else MOMENTS if "," not in form else "the number"
     return {"written_as": form, "unit": unit}
 
 

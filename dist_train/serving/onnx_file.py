@@ -17,10 +17,9 @@ from dist_train.data.encoder import category_codes, with_missing_cells
 from dist_train.data.spec import UNKNOWN, CategoricalColumn, FeatureSpec
 from dist_train.errors import UserError
 from dist_train.serving.network import ExportableNetwork
+from dist_train.serving.onnx_model import OUTPUT
 
 OPSET, ML_OPSET = 18, 3
-OUTPUT = "probabilities"
-METADATA = "dist_train"
 _DAY_FORMS = ("{} 00:00:00", "{}T00:00:00")
 
 

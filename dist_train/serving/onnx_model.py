@@ -18,7 +18,7 @@ from dist_train.errors import UserError
 Inputs = dict[str, np.ndarray[Any, Any]]
 OUTPUT = "probabilities"
 _LARGEST = float(np.finfo(np.float32).max)
-_MOMENTS = "seconds since 1970-01-01 UTC"
+MOMENTS = "seconds since 1970-01-01 UTC"
 
 
 class BadRecord(ValueError):
@@ -148,7 +148,7 @@ def _column(content: Mapping[str, Any], metadata: Mapping[str, Any]) -> Column:
     return Column(
         name=content["name"],
         is_text=content["kind"] == "category",
-        is_moment=content.get("unit") == _MOMENTS,
+        is_moment=content.get("unit") == MOMENTS,
         known=frozenset(content.get("spellings", ())) | frozenset(metadata["missing_values"]),
         low=low,
         high=high,
