@@ -20,11 +20,14 @@ from collections import Counter
 from pathlib import Path
 
 from dist_train.config.load import config_to_yaml, load_config, read_config
+from dist_train.config.members import members_of
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import Mistakes, UserError
 from dist_train.tasks.tabular import TabularTask
 from tests.fuzz.generate import Case, make_case
+
+PROGRESS_EVERY = 1000
 
 
 def outcome_of(number: int, seed: int = 0) -> str:
@@ -51,9 +54,9 @@ def try_case(case: Case, folder: Path) -> str:
         return _checked(error, "configuration")
     if case.table is None:
         return "accepted"
-    collectives = Collectives(World())
+    members = members_of(config)
     try:
-        task = TabularTask.load(config, collectives)
+        task = TabularTask.load(members[0].config if members else config, Collectives(World()))
         task.model()
     except UserError as error:
         return _checked(error, "table")
@@ -109,7 +112,9 @@ def main() -> int:
             seen[said.partition(" ")[0] if said.startswith("FAULT") else said] += 1
             if said.startswith("FAULT"):
                 print(f"case {number}: {said}", flush=True)
-    print(f"{sum(seen.values()):,} cases in {time.monotonic() - began:.0f} s: {dict(seen)}")
+            if seen.total() % PROGRESS_EVERY == 0:
+                print(f"{seen.total():,} cases in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    print(f"{seen.total():,} cases in {time.monotonic() - began:.0f} s: {dict(seen)}")
     return int(seen["FAULT"] > 0)
 
 

@@ -38,3 +38,10 @@ def test_a_column_whose_name_has_a_null_character(tmp_path: Path) -> None:
 )
 def test_a_number_that_no_float_can_hold_and_text_that_is_no_list(argument: str, tmp_path: Path) -> None:
     assert try_case(Case([argument]), tmp_path) == "refused: configuration"
+
+
+def test_folds_are_tried_as_train_trains_them_one_after_the_other(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"a": [1.5, 2.5, 3.5] * 30, "t": ["u", "v", "w"] * 30})
+    frame.write_csv(tmp_path / "t.csv")
+    arguments = [f"data.path={tmp_path / 't.csv'}", "data.target=t", "runtime.device=cpu", "data.folds=3"]
+    assert try_case(Case(arguments, tmp_path / "t.csv", tmp_path / "t.csv"), tmp_path) == "accepted"
