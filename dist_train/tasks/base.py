@@ -109,6 +109,15 @@ class ShipsFiles(Protocol):
 
 
 @runtime_checkable
+class HasAnswers(Protocol):
+    """A task whose model scores an answer for each class behind a prompt."""
+
+    @property
+    def answers(self) -> Sequence[Sequence[int]]:
+        """Token ids of the answer for each class, the one that ends it among them."""
+
+
+@runtime_checkable
 class HasBaselines(Protocol):
     """A task that scores other models on the same rows."""
 

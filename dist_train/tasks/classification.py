@@ -56,7 +56,7 @@ class Classification:
         if self._config.train.class_sampling == "balanced_reweighted":
             corrections = torch.nan_to_num(1 / self._draws, posinf=1.0)
             weights = corrections if weights is None else weights * corrections
-        return objective_of(self._config.train, weights)
+        return self._objective_of(weights)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over the classes, mean over the members of an ensemble: (rows, classes) float64."""
@@ -68,6 +68,10 @@ class Classification:
         rows = (probabilities.numpy(), targets.numpy(), self.class_names, of_rows)
         metrics = classification_metrics(*rows) | self._objective_on(probabilities, targets, weights)
         return metrics | registered_metrics(self._config.evaluation.metrics, *rows)
+
+    def _objective_of(self, weights: Tensor | None) -> Objective:
+        """The loss with class weights, (classes,), of what the model gives."""
+        return objective_of(self._config.train, weights)
 
     def _objective_on(self, probabilities: Tensor, targets: Tensor, weights: Tensor | None) -> dict[str, float]:
         """The loss that is trained, without label smoothing, with the logs of the probabilities for logits.

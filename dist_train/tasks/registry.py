@@ -43,7 +43,30 @@ class _Text:
         return TextTask.restore(config, collectives, fitted, fingerprint)
 
 
-_TASKS: Registry[TaskType] = Registry("task", "task.name", "dist_train.tasks", {"tabular": TabularTask, "text": _Text})
+class _Instruction:
+    """The task `instruction`, likewise."""
+
+    @staticmethod
+    def load(config: JobConfig, collectives: Collectives, fitted: Description | None = None) -> Task:
+        """As TaskType."""
+        from dist_train.tasks.instruction import InstructionTask
+
+        return InstructionTask.load(config, collectives, fitted)
+
+    @staticmethod
+    def restore(config: JobConfig, collectives: Collectives, fitted: Description, fingerprint: str) -> Task:
+        """As TaskType."""
+        from dist_train.tasks.instruction import InstructionTask
+
+        return InstructionTask.restore(config, collectives, fitted, fingerprint)
+
+
+_TASKS: Registry[TaskType] = Registry(
+    "task",
+    "task.name",
+    "dist_train.tasks",
+    {"tabular": TabularTask, "text": _Text, "instruction": _Instruction},
+)
 
 
 def register_task(name: str) -> Callable[[_TypeOfTask], _TypeOfTask]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import polars as pl
 import torch
@@ -32,14 +31,12 @@ from dist_train.system.console import log
 from dist_train.tasks.base import Description
 from dist_train.tasks.classification import Classification
 from dist_train.tasks.text_baselines import FROZEN, TFIDF, embed, frozen_probabilities, tfidf_probabilities
+from dist_train.tasks.text_reader import TextReader
 from dist_train.training.metrics import check_metrics
 from dist_train.training.protocols import Source
 
 TOKENS = "tokens.npz"
 """The tokenized texts, in the run folder."""
-
-_TOKENIZING = Lock()
-"""A tokenizer keeps its truncation as state, which two threads that score must not set at once."""
 
 
 class Data(NamedTuple):
@@ -56,6 +53,8 @@ class Data(NamedTuple):
 class TextTask(Classification):
     """Texts with a class each. `data` are those of the configuration; None: a trained model's task, without any."""
 
+    name: ClassVar[str] = "text"
+
     def __init__(
         self,
         config: JobConfig,
@@ -63,6 +62,7 @@ class TextTask(Classification):
         base: Pretrained,
         identity: Mapping[str, str],
         tokenizer: Any,
+        reader: TextReader,
         class_names: Sequence[str],
         data: Data | None = None,
         fingerprint: str = "",
@@ -71,6 +71,7 @@ class TextTask(Classification):
         self._base = base
         self._identity = dict(identity)
         self._tokenizer = tokenizer
+        self._reader = reader
         self._data = data
         self._padding = _padding(config, tokenizer)
         self.fingerprint = data.sha256 if data else fingerprint
@@ -78,7 +79,7 @@ class TextTask(Classification):
         super().__init__(config, class_names, self.splits, collectives)
 
     @classmethod
-    def load(cls, config: JobConfig, collectives: Collectives, fitted: Description | None = None) -> TextTask:
+    def load(cls, config: JobConfig, collectives: Collectives, fitted: Description | None = None) -> Self:
         """Find the pretrained model, read the texts, and tokenize them unless the run folder has the tokens already.
 
         Raises:
@@ -88,18 +89,32 @@ class TextTask(Classification):
         check_metrics(config.evaluation.metrics)
         base, tokenizer, identity = _pretrained(config, collectives, fitted)
         class_names = list(fitted["class_names"]) if fitted else None
+        reader_of = partial(cls._reader_of, config, tokenizer, fitted)
         with collectives.heartbeat.phase("reading the data"):
-            data = collectives.on_rank_zero(lambda: _read(config, tokenizer, identity, class_names))
+            data = collectives.on_rank_zero(lambda: _read(config, reader_of, identity, class_names))
         collectives.raise_if_stop_agreed()
-        return cls(config, collectives, base, identity, tokenizer, data.class_names, data)
+        reader = reader_of(data.class_names)
+        return cls(config, collectives, base, identity, tokenizer, reader, data.class_names, data)
 
     @classmethod
-    def restore(cls, config: JobConfig, collectives: Collectives, fitted: Description, fingerprint: str) -> TextTask:
+    def restore(cls, config: JobConfig, collectives: Collectives, fitted: Description, fingerprint: str) -> Self:
         """The task of a trained model, without texts; UserError where the pretrained model is another one by now."""
-        require_format("text task", fitted.get("format"), "the model's task")
+        require_format(f"{cls.name} task", fitted.get("format"), "the model's task")
         base, tokenizer, identity = _pretrained(config, collectives, fitted)
         names = list(fitted["class_names"])
-        return cls(config, collectives, base, identity, tokenizer, names, fingerprint=fingerprint)
+        reader = cls._reader_of(config, tokenizer, fitted, names)
+        return cls(config, collectives, base, identity, tokenizer, reader, names, fingerprint=fingerprint)
+
+    @classmethod
+    def _reader_of(
+        cls,
+        config: JobConfig,
+        tokenizer: Any,
+        fitted: Description | None,  # noqa: ARG003 (another task reads by it)
+        class_names: Sequence[str],  # noqa: ARG003
+    ) -> TextReader:
+        """What makes tokens of a text; `fitted` describes the task of a trained model."""
+        return TextReader(tokenizer, config.text.max_tokens)
 
     @property
     def num_inputs(self) -> int:
@@ -116,12 +131,12 @@ class TextTask(Classification):
     def description(self) -> Description:
         """The classes, and what identifies the pretrained model, the tokenizer and the cut of a text."""
         return {
-            "task": "text",
-            "format": FORMATS["text task"],
+            "task": self.name,
+            "format": FORMATS[f"{self.name} task"],
             "class_names": self.class_names,
             "column": self._config.text.column,
             "max_tokens": self._config.text.max_tokens,
-            "base": self._config.model.transformer.pretrained,  # type: ignore[attr-defined]
+            "base": families.block_of(self._config.model).pretrained,
             **self._identity,
         }
 
@@ -136,10 +151,10 @@ class TextTask(Classification):
             texts, targets = self._collectives.on_rank_zero(
                 lambda: read_labelled_texts(locate(str(file)), self._config.data, self._config.text, self._class_names)
             )
-            return self._rows(_tokenized(self._tokenizer, texts, self._config.text.max_tokens), targets)
+            return self._rows(self._reader.tokens(texts), targets)
         if self._data is None:
             self._data = self._collectives.on_rank_zero(
-                lambda: _read(self._config, self._tokenizer, self._identity, self._class_names)
+                lambda: _read(self._config, lambda _: self._reader, self._identity, self._class_names)
             )
             if self._data.sha256 != self.fingerprint:
                 log.warning("%s is not what the model was trained on", self._config.data.path)
@@ -169,8 +184,7 @@ class TextTask(Classification):
     def unlabelled(self, table: pl.DataFrame, source: str, first_row: int = 0) -> Source:
         """Texts to score."""
         texts = texts_of(table, self._config.text.column, source, first_row)
-        tokens = _tokenized(self._tokenizer, texts, self._config.text.max_tokens)
-        return self._rows(tokens, torch.zeros(len(texts), dtype=torch.int64))
+        return self._rows(self._reader.tokens(texts), torch.zeros(len(texts), dtype=torch.int64))
 
     def kept_files(self) -> Mapping[str, bytes]:
         """The tokens, and beside them what they were made of."""
@@ -185,20 +199,29 @@ class TextTask(Classification):
         return shipped_files(model, self._tokenizer)  # type: ignore[arg-type]
 
     def baselines(self) -> dict[str, dict[str, Any]]:
-        """Test metrics of logistic regression on TF-IDF and on the encoder before training, if they are asked for."""
-        data, collectives, config = self._data, self._collectives, self._config
+        """Test metrics of logistic regression on TF-IDF and of the model before training, if they are asked for."""
+        data, config = self._data, self._config
         if not config.text.baselines or data is None or not len(self.splits["test"]):
             return {}
-        embedded = embed(self._base, data.tokens, self._padding, collectives)
+        before = self._before_training(data)
 
         def scored() -> dict[str, dict[str, Any]]:
-            assert embedded is not None  # on rank 0
             texts = read_texts(config.data, config.text, split_seed(config), self._class_names)
             targets = self.splits["test"].targets.cpu()
-            found = {TFIDF: tfidf_probabilities(texts), FROZEN: frozen_probabilities(embedded, texts)}
+            found = {TFIDF: tfidf_probabilities(texts)} | before(texts)
             return {name: self.metrics(probabilities, targets) for name, probabilities in found.items()}
 
-        return collectives.on_rank_zero(scored)
+        return self._collectives.on_rank_zero(scored)
+
+    def _before_training(self, data: Data) -> Callable[[Texts], dict[str, Tensor]]:
+        """Called by all ranks; on rank 0 it gives probabilities of the test rows, (rows, classes), by a name."""
+        embedded = embed(self._base, data.tokens, self._padding, self._collectives)
+
+        def probabilities(texts: Texts) -> dict[str, Tensor]:
+            assert embedded is not None  # on rank 0
+            return {FROZEN: frozen_probabilities(embedded, texts)}
+
+        return probabilities
 
     def _split(self, data: Data, name: str) -> TokenRows:
         rows = (data.splits == SPLITS.index(name)).nonzero().squeeze(1)
@@ -216,8 +239,8 @@ def _pretrained(
     block: TransformerConfig = families.block_of(config.model)
 
     def found() -> tuple[Pretrained, Any]:
-        base = locate_pretrained(block.pretrained, "model.transformer.pretrained")
-        key = "model.transformer.tokenizer"
+        base = locate_pretrained(block.pretrained, f"{block.section}.pretrained")
+        key = f"{block.section}.tokenizer"
         tokenizer = load_tokenizer(locate_pretrained(block.tokenizer, key) if block.tokenizer else base)
         _require_fit(config, base, tokenizer)
         return base, tokenizer
@@ -240,9 +263,10 @@ def _require_fit(config: JobConfig, base: Pretrained, tokenizer: Any) -> None:
     described = read_config(base)
     vocabulary = getattr(described, "vocab_size", None)
     if vocabulary is not None and len(tokenizer) > vocabulary:
+        section = families.block_of(config.model).section
         raise UserError(
-            f"model.transformer.tokenizer: has {len(tokenizer):,} tokens, and {base.name} knows {vocabulary:,}: use "
-            "the tokenizer that the model was trained with"
+            f"{section}.tokenizer: has {len(tokenizer):,} tokens, and {base.name} knows {vocabulary:,}: use the "
+            "tokenizer that the model was trained with"
         )
     places = getattr(described, "max_position_embeddings", None)
     if places is not None and config.text.max_tokens > places:
@@ -254,14 +278,20 @@ def _padding(config: JobConfig, tokenizer: Any) -> Padding:
     return Padding(int(pad_id or 0), config.text.pad_to_multiple, config.text.max_tokens)
 
 
-def _read(config: JobConfig, tokenizer: Any, identity: Mapping[str, str], class_names: Sequence[str] | None) -> Data:
+def _read(
+    config: JobConfig,
+    reader_of: Callable[[Sequence[str]], TextReader],
+    identity: Mapping[str, str],
+    class_names: Sequence[str] | None,
+) -> Data:
     """Rank 0: the texts as tokens, which are taken from the run folder where it has them."""
     found: Texts = read_texts(config.data, config.text, split_seed(config), class_names)
-    what = (identity["tokenizer_sha256"], str(config.text.max_tokens), texts_sha256(found.texts))
+    reader = reader_of(found.class_names)
+    what = (identity["tokenizer_sha256"], reader.described, texts_sha256(found.texts))
     key = hashlib.sha256(" ".join(what).encode()).hexdigest()
     tokens = _kept_tokens(path_of_run(config), key, len(found.texts))
     if tokens is None:
-        tokens = _tokenized(tokenizer, found.texts, config.text.max_tokens)
+        tokens = reader.tokens(found.texts)
     return Data(tokens, found.targets, found.splits, found.class_names, found.sha256, key)
 
 
@@ -273,15 +303,3 @@ def _kept_tokens(folder: Path, key: str, count: int) -> Tokens | None:
     except (OSError, ValueError, KeyError):
         return None
     return tokens if len(tokens.ends) == count + 1 else None
-
-
-def _tokenized(tokenizer: Any, texts: list[str], max_tokens: int) -> Tokens:
-    with _TOKENIZING, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        encoded = tokenizer(
-            texts, truncation=True, max_length=max_tokens, return_attention_mask=False, return_token_type_ids=False
-        )
-    ids = [torch.tensor(each, dtype=torch.int32) for each in encoded["input_ids"]]
-    ends = torch.tensor([0, *(len(each) for each in ids)], dtype=torch.int64).cumsum(0)
-    cut = sum(bool(each.overflowing) for each in encoded.encodings)
-    return Tokens(torch.cat(ids) if ids else torch.empty(0, dtype=torch.int32), ends, cut)

@@ -13,7 +13,7 @@ from dist_train.data.texts import Texts
 from dist_train.data.tokens import Padding, Tokens
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
-from dist_train.models.text_base import Pretrained, import_transformers, read_config, reading
+from dist_train.models.text_base import Pretrained, read_config, read_model
 
 TFIDF, FROZEN = "TF-IDF + logistic regression", "frozen encoder + logistic regression"
 _STRENGTHS = (0.1, 1.0, 10.0, 30.0)
@@ -39,12 +39,8 @@ def frozen_probabilities(embeddings: Tensor, texts: Texts) -> Tensor:
 @torch.no_grad()
 def embed(base: Pretrained, tokens: Tokens, padding: Padding, collectives: Collectives) -> Tensor | None:
     """Mean of the last hidden states of each text's tokens, (rows, width) float32, on rank 0; None on the others."""
-    transformers, device = import_transformers(), collectives.device
-    with reading(base.name, "its weights"):
-        model = transformers.AutoModel.from_pretrained(
-            base.folder, config=read_config(base), dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-    model.to(device).eval()
+    device = collectives.device
+    model = read_model(base, "AutoModel", read_config(base)).to(device).eval()
     first, last = split_evenly(0, len(tokens.ends) - 1, collectives.size)[collectives.rank]
     own = tokens.select(torch.arange(first, last))
     embedded = torch.empty((last - first, model.config.hidden_size))

@@ -94,6 +94,13 @@ class CrossEntropy:
         )
 
 
+class NegativeLogLikelihood(CrossEntropy):
+    """The same of log-likelihoods in the place of logits: of what a row is, whatever the other classes have."""
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        return F.nll_loss(logits, targets, self.class_weights, reduction=reduction)
+
+
 RowLoss = Callable[[Tensor, Tensor], Tensor]
 """Logits, (rows, classes), and class indices, (rows,) int64 -> the loss of each row, (rows,)."""
 _AnyRowLoss = TypeVar("_AnyRowLoss", bound=RowLoss)

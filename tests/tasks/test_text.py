@@ -70,7 +70,7 @@ def test_the_baselines_are_beside_the_model(run: Path) -> None:
 
 def test_tokens_are_kept_and_taken_again(run: Path, bert: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (run / "tokens.npz").is_file()
-    monkeypatch.setattr("dist_train.tasks.text._tokenized", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr("dist_train.tasks.text_reader.TextReader.tokens", lambda *_: pytest.fail("tokenized again"))
     assert command("train", *text_job(bert, texts, run, "train.max_steps=6")).code == 0
 
 

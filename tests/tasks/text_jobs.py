@@ -13,13 +13,8 @@ needs_text_libraries = pytest.mark.skipif(
     find_spec("transformers") is None or find_spec("peft") is None, reason="transformers or peft is absent"
 )
 
-SMALL_TEXT_JOB = (
-    "task.name=text",
-    "model.name=transformer",
-    "model.transformer.lora_rank=2",
-    "model.transformer.lora_dropout=0.1",
+_SMALL = (
     "data.target=label",
-    "text.max_tokens=22",
     "text.sort_batches=3",
     "train.global_batch_size=16",
     "optim.lr=0.01",
@@ -27,12 +22,35 @@ SMALL_TEXT_JOB = (
     "runtime.device=cpu",
     "wandb.mode=disabled",
 )
+SMALL_TEXT_JOB = (
+    "task.name=text",
+    "model.name=transformer",
+    "model.transformer.lora_rank=2",
+    "model.transformer.lora_dropout=0.1",
+    "text.max_tokens=22",
+    *_SMALL,
+)
+SMALL_INSTRUCTION_JOB = (
+    "task.name=instruction",
+    "model.name=causal_lm",
+    "model.causal_lm.lora_rank=2",
+    "model.causal_lm.lora_dropout=0.1",
+    "model.causal_lm.instruction=how {text}",
+    "text.max_tokens=28",
+    *_SMALL,
+)
 
 
 def text_job(bert: Path, texts: Path, run: Path, *more: str) -> list[str]:
     """Arguments of a small job of texts, in the order that `tests.resume.jobs.folder_of` relies on."""
     place = [f"data.path={texts}", f"run.dir={run.parent}", f"run.name={run.name}"]
     return [*place, f"model.transformer.pretrained={bert}", *SMALL_TEXT_JOB, *more]
+
+
+def instruction_job(llama: Path, texts: Path, run: Path, *more: str) -> list[str]:
+    """Arguments of a small job of instructions, in the same order."""
+    place = [f"data.path={texts}", f"run.dir={run.parent}", f"run.name={run.name}"]
+    return [*place, f"model.causal_lm.pretrained={llama}", *SMALL_INSTRUCTION_JOB, *more]
 
 
 def refused(result: CommandResult, *words: str) -> None:

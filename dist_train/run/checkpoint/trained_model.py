@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dist_train import __version__
+from dist_train.config import families
 from dist_train.config.compatibility import FORMATS
 from dist_train.config.load import config_from_tree, read_config
 from dist_train.config.schema import JobConfig
@@ -66,7 +67,7 @@ def describe_model(config: JobConfig, class_names: Sequence[str]) -> dict[str, A
         "run": {"seed": config.run.seed},
         "task": tree["task"],
         "data": tree["data"],
-        **({"text": tree["text"]} if config.task.name == "text" else {}),
+        **({"text": tree["text"]} if config.model.name in families.OF_TEXT else {}),
         "model": tree["model"],
         "train": {"precision": config.train.precision},
         "evaluation": {"batch_size": config.evaluation.batch_size, "metrics": config.evaluation.metrics},
