@@ -95,8 +95,8 @@ def main(program: str, argv: Sequence[str]) -> None:
 
 
 def _compute_at(url: str, run_dir: Path, predictor: Predictor) -> None:
-    from dist_train.serving.vllm_client import RemoteClassifier
+    from dist_train.serving.vllm_client import remote_model
     from dist_train.serving.vllm_server import served_model
 
     name = predictor.collectives.on_rank_zero(lambda: served_model(run_dir).name)
-    predictor.compute_with(RemoteClassifier(url, name, len(predictor.class_names)), f"{url} {name}")
+    predictor.compute_with(remote_model(url, name, predictor.members[0].task), f"{url} {name}")

@@ -6,10 +6,11 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def read_model(base: Pretrained, kind: str, config: Any) -> Any:
     require_safe_weights(base)
     auto = getattr(import_transformers(), kind)
     settings = {} if base.gguf else {"use_safetensors": True}
-    with reading(base.name, "its weights"):
+    with reading(base.name, "its weights"), redirect_stderr(StringIO()):  # the bar of transformers' reader of GGUF
         model = auto.from_pretrained(**base.where, config=deepcopy(config), dtype=torch.float32, **settings)
         if base.gguf is None:
             return model

@@ -1,8 +1,9 @@
-"""A classifier of texts on a vLLM server, in the place of one in this process."""
+"""A model of texts on a vLLM server, in the place of one in this process."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -12,8 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.errors import TrainingFault, UserError
+from dist_train.tasks.base import HasAnswers, Task
 
 _TIMEOUT_SECONDS = 600.0
+
+
+def remote_model(url: str, name: str, task: Task) -> nn.Module:
+    """The model of a task on a server, which must have it by that name. Raises as `RemoteClassifier`."""
+    if isinstance(task, HasAnswers):
+        return RemoteAnswers(url, name, task.answers)
+    return RemoteClassifier(url, name, len(task.class_names))
 
 
 class RemoteClassifier(nn.Module):
@@ -39,6 +48,9 @@ class RemoteClassifier(nn.Module):
         if not len(ids):
             return torch.zeros((0, self._num_classes))
         rows = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
+        return self._logits(rows)
+
+    def _logits(self, rows: list[list[int]]) -> Tensor:
         answer = self._ask("/classify", {"model": self._name, "input": rows, "use_activation": False})
         logits = torch.tensor([each["probs"] for each in sorted(answer["data"], key=lambda each: each["index"])])
         if logits.shape != (len(rows), self._num_classes):
@@ -60,3 +72,37 @@ class RemoteClassifier(nn.Module):
                 f"--url {self._url}: nothing answers ({reason}): dist-train serve RUN --engine vllm starts a server"
             ) from None
         return found
+
+
+class RemoteAnswers(RemoteClassifier):
+    """Log-likelihoods of answers behind prompts of token ids, which a server computes.
+
+    Raises:
+        UserError: as RemoteClassifier.
+    """
+
+    def __init__(self, url: str, name: str, answers: Sequence[Sequence[int]]) -> None:
+        super().__init__(url, name, len(answers))
+        self._answers = [list(answer) for answer in answers]
+
+    def _logits(self, rows: list[list[int]]) -> Tensor:
+        content = {
+            "model": self._name,
+            "prompt": [row + answer for row in rows for answer in self._answers],
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": 0,
+            "add_special_tokens": False,
+        }
+        choices = sorted(self._ask("/v1/completions", content)["choices"], key=lambda choice: choice["index"])
+        if len(choices) != len(rows) * len(self._answers):
+            raise TrainingFault(f"{self._url}: the server answered {len(choices)} likelihoods for {len(rows)} texts")
+        answers = self._answers * len(rows)
+        found = [_likelihood(choice["prompt_logprobs"], own) for choice, own in zip(choices, answers, strict=True)]
+        return torch.tensor(found).view(len(rows), -1)
+
+
+def _likelihood(of_tokens: list[dict[str, Any]], answer: list[int]) -> float:
+    """The sum over the last tokens of a prompt, which are an answer."""
+    last = zip(of_tokens[-len(answer) :], answer, strict=True)
+    return sum(float(places[str(token)]["logprob"]) for places, token in last)

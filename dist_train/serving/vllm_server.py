@@ -1,4 +1,4 @@
-"""vLLM as a process of its own, in an environment of its own, that serves a trained classifier of texts."""
+"""vLLM as a process of its own, in an environment of its own, that serves a trained model of texts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from dist_train.config import families
+from dist_train.config.families import CausalConfig
 from dist_train.errors import TrainingFault, UserError
+from dist_train.models.causal import save_as_folder
+from dist_train.models.text_base import Pretrained, locate_pretrained
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.trained_model import (
     DESCRIPTION,
@@ -29,31 +34,59 @@ ENVIRONMENT_KEY = "DIST_TRAIN_VLLM"
 _DEFAULT_ENVIRONMENT = ".venv-vllm"
 _QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 _SECONDS_TO_END = 20.0
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for the rank of its largest adapter."""
+_TOKENS_THAT_END = 2
+"""The one that ends an answer, and one that vLLM generates behind it."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter of peft, served beside the causal language model that it is for."""
+
+    folder: Path
+    rank: int
+    base: Pretrained
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A folder of transformers, and what a server needs to know of it. `name` is the SHA-256 of the weights."""
+    """A folder of transformers, and what a server needs to know of it. `name` is the SHA-256 of the weights.
+
+    With an `adapter` that is served under the name, and beside it its base, in the place of the folder.
+    """
 
     folder: Path
     name: str
     max_tokens: int
+    classifies: bool = True
+    adapter: Adapter | None = None
 
 
 def served_model(folder: Path) -> ServedModel:
-    """The merged classifier of a run folder or of a trained model, every byte of it verified.
+    """The merged model of a run folder or of a trained model, or its adapter and its base; every byte verified.
 
     Raises:
-        UserError: it is not that of a text classifier.
+        UserError: it is not one of texts, or the base is another one than was trained on.
     """
     model = folder if is_trained_model(folder) else RunFolder(folder).model
     if not is_trained_model(model):
         raise UserError(f"{folder}: is neither a finished run nor a trained model")
     if not (model / "merged" / "config.json").is_file():
-        raise UserError(f"{folder}: vLLM serves classifiers of texts (task.name=text), and this is another one")
+        raise UserError(f"{folder}: vLLM serves models of texts (docs/text.md), and this is another one")
     parts = read_trained_model(model)
-    max_tokens = config_of_model(parts, str(model)).text.max_tokens
-    return ServedModel((model / "merged").resolve(), parts[DESCRIPTION]["weights_sha256"], max_tokens)
+    config, name = config_of_model(parts, str(model)), parts[DESCRIPTION]["weights_sha256"]
+    merged, block = (model / "merged").resolve(), families.block_of(config.model)
+    if not isinstance(block, CausalConfig):
+        return ServedModel(merged, name, config.text.max_tokens)
+    longest = max(len(answer.encode()) for answer in parts["task.json"]["prompt"]["answers"])  # in tokens at most
+    max_tokens = config.text.max_tokens + longest + _TOKENS_THAT_END
+    if block.tuning != "lora":
+        return ServedModel(merged, name, max_tokens, classifies=False)
+    base = locate_pretrained(block.pretrained, f"{block.section}.pretrained")
+    if base.sha256() != parts["task.json"]["base_sha256"]:
+        raise UserError(f"{base.name}: is another model than the one that was trained on: put that one in its place")
+    return ServedModel(merged, name, max_tokens, False, Adapter(model.resolve(), block.lora_rank, base))
 
 
 def serve_with_vllm(
@@ -75,13 +108,15 @@ def serve_with_vllm(
     python = _python_of_vllm(environ)
     _require_free(host, port)
     began = time.monotonic()
-    process = subprocess.Popen(
-        [str(python), "-m", "vllm.entrypoints.openai.api_server", *_arguments(model, host, port)],
-        env={**_QUIET, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", **environ},
-        stdout=2,
-        start_new_session=True,
-    )
-    with _signals_end(process) as asked:
+    with ExitStack() as stack:
+        folder = stack.enter_context(_folder_of(model))
+        process = subprocess.Popen(
+            [str(python), "-m", "vllm.entrypoints.openai.api_server", *_arguments(model, folder, host, port)],
+            env={**_QUIET, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", **environ},
+            stdout=2,
+            start_new_session=True,
+        )
+        asked = stack.enter_context(_signals_end(process))
         try:
             if _is_healthy(process, host, port, began + timeout_seconds):
                 when_healthy(time.monotonic() - began)
@@ -94,18 +129,36 @@ def serve_with_vllm(
             _end(process)
 
 
-def _arguments(model: ServedModel, host: str, port: int) -> list[str]:
-    return [
-        *("--model", str(model.folder)),
-        *("--served-model-name", model.name),
+@contextmanager
+def _folder_of(model: ServedModel) -> Iterator[Path]:
+    """What vLLM reads weights from; that of a base of GGUF is written, and lasts as long as the block."""
+    if model.adapter is None:
+        yield model.folder
+    elif model.adapter.base.gguf is None:
+        yield model.adapter.base.folder.resolve()
+    else:
+        with TemporaryDirectory(prefix="dist_train_base_") as folder:
+            save_as_folder(model.adapter.base, Path(folder))
+            yield Path(folder)
+
+
+def _arguments(model: ServedModel, folder: Path, host: str, port: int) -> list[str]:
+    adapter = model.adapter
+    arguments = [
+        *("--model", str(folder)),
+        *("--served-model-name", adapter.base.name if adapter else model.name),
         *("--host", host),
         *("--port", str(port)),
-        *("--runner", "pooling"),
-        *("--convert", "classify"),
         *("--dtype", "float32"),
         *("--max-model-len", str(model.max_tokens)),
         "--enforce-eager",
     ]
+    if model.classifies:
+        arguments += ["--runner", "pooling", "--convert", "classify"]
+    if adapter:
+        rank = next((rank for rank in _RANKS if rank >= adapter.rank), adapter.rank)
+        arguments += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{model.name}={adapter.folder}"]
+    return arguments
 
 
 def _python_of_vllm(environ: Mapping[str, str]) -> Path:

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ import pytest
 import torch
 
 from dist_train import load
+from dist_train.models.text_base import import_transformers
 from tests.cli.in_process import command
 from tests.models.tiny_bert import write_texts, write_tiny_bert
+from tests.models.tiny_llama import write_tiny_llama
+from tests.ranks import free_port
 from tests.resume.jobs import tiny_job, write_table
-from tests.tasks.text_jobs import needs_text_libraries, refused, text_job
+from tests.tasks.text_jobs import instruction_job, needs_text_libraries, refused, text_job
 
 pytestmark = needs_text_libraries
 
@@ -61,18 +65,79 @@ class Server(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def url(run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    name = json.loads((run / "summary.json").read_text())["weights_sha256"]
-    monkeypatch.setattr(Server, "model", load(run, device="cpu").members[0].model)
-    monkeypatch.setattr(Server, "name", name)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+class LanguageServer(Server):
+    """The same of a causal language model, whose model is that of transformers."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        assert (self.path, asked["model"], asked["prompt_logprobs"]) == ("/v1/completions", self.name, 0)
+        choices = []
+        for index, row in enumerate(asked["prompt"]):
+            with torch.no_grad():
+                steps = self.model(input_ids=torch.tensor([row])).logits[0].log_softmax(1)
+            likely = [
+                {str(token): {"logprob": float(step[token])}} for step, token in zip(steps, row[1:], strict=False)
+            ]
+            choices.append({"index": index, "prompt_logprobs": [None, *likely]})
+        self._answer({"choices": choices[::-1]})
+
+
+@contextmanager
+def _serving(run: Path, kind: type[Server], model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(kind, "model", model)
+    monkeypatch.setattr(kind, "name", json.loads((run / "summary.json").read_text())["weights_sha256"])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def url(run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with _serving(run, Server, load(run, device="cpu").members[0].model, monkeypatch) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def answering(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("answering")
+    llama, texts = write_tiny_llama(folder / "llama"), write_texts(folder / "texts.csv", 60)
+    more = ("train.max_steps=4", "model.causal_lm.answers={dull: bad really}", "model.causal_lm.lora_rank=5")
+    trained = command("train", *instruction_job(llama, texts, folder / "run", *more))
+    assert trained.code == 0, trained.err
+    return folder / "run"
+
+
+def test_a_server_scores_the_answers_of_a_causal_model(
+    answering: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = answering.parent / "texts.csv"
+    assert command("predict", answering, texts, tmp_path / "here.csv").code == 0
+    merged = import_transformers().AutoModelForCausalLM.from_pretrained(answering / "model" / "merged").eval()
+    with _serving(answering, LanguageServer, merged, monkeypatch) as url:
+        there = command("predict", answering, texts, tmp_path / "there.csv", "--url", url)
+    assert there.code == 0, there.err
+    ours, theirs = (pl.read_csv(tmp_path / f"{name}.csv").drop("predicted_class") for name in ("here", "there"))
+    assert (ours.to_torch() - theirs.to_torch()).abs().max() < 1e-5
+
+
+def test_an_adapter_is_served_beside_its_base(answering: Path, tmp_path: Path) -> None:
+    (tmp_path / "lib" / "python3.11" / "site-packages" / "vllm").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/said\n')
+    python.chmod(0o755)
+    served = command("serve", answering, "--engine", "vllm", "--port", free_port(), DIST_TRAIN_VLLM=str(tmp_path))
+    assert "vLLM ended with exit code 0" in served.err
+    said = (tmp_path / "said").read_text()
+    name = json.loads((answering / "summary.json").read_text())["weights_sha256"]
+    base = answering.parent / "llama"
+    assert f"--model {base} --served-model-name {base} " in said
+    assert f"--enable-lora --max-lora-rank 8 --lora-modules {name}={answering / 'model'}" in said
+    assert "classify" not in said
 
 
 def test_a_server_gives_the_probabilities_of_this_process(run: Path, url: str, tmp_path: Path) -> None:
@@ -116,4 +181,4 @@ def test_a_port_that_is_taken_is_one_line(run: Path, tmp_path: Path) -> None:
 def test_a_run_on_a_table_is_not_served_by_vllm(tmp_path: Path) -> None:
     job = tiny_job(write_table(tmp_path / "clients.csv"), tmp_path / "run", "train.max_steps=2")
     assert command("train", *job).code == 0
-    refused(command("serve", tmp_path / "run", "--engine", "vllm"), "serves classifiers of texts")
+    refused(command("serve", tmp_path / "run", "--engine", "vllm"), "serves models of texts")
