@@ -26,7 +26,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkedFile:
-    """A file in chunks of `rows_of_chunk` rows, a multiple of `multiple_of`; the last one has fewer.
+    """A file in chunks of `rows_of_chunk` rows, at most `most` and a multiple of `multiple_of`; the last one has fewer.
 
     The model reads `columns`; `keep` are columns that go into the output. Words of `missing_values` are missing cells
     of the former alone: a kept cell stays as it is, an empty one of a text file is null.
@@ -37,12 +37,14 @@ class ChunkedFile:
     keep: Sequence[str]
     missing_values: Sequence[str]
     multiple_of: int
+    most: int = _ROWS_OF_A_CHUNK
 
     @property
     def rows_of_chunk(self) -> int:
         """At most so many cells that a chunk of a wide table is no larger than that of a narrow one."""
         width = max(1, len(self.columns) + len(self.keep))
-        return max(1, min(_ROWS_OF_A_CHUNK, _CELLS_OF_A_CHUNK // width) // self.multiple_of) * self.multiple_of
+        multiple = min(self.multiple_of, self.most)
+        return max(1, min(self.most, _CELLS_OF_A_CHUNK // width) // multiple) * multiple
 
     def check(self) -> int | None:
         """The number of rows, None where only reading them tells it.

@@ -22,8 +22,8 @@ import pyarrow.csv
 from dist_train.errors import UserError
 from dist_train.system.console import log
 
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-_SUFFIXES = (".csv", ".tsv")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+CSV_SUFFIXES = (".csv", ".tsv")
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 # Bytes that the separator is found in, and records of them.
 _SAMPLE_BYTES = 1 << 16
@@ -44,13 +44,13 @@ class Dialect:
 
 def is_csv_name(file: Path) -> bool:
     """Whether a file is CSV by its name, which may end in .gz, .zst or .bz2 as well."""
-    return ends_in(file, _SUFFIXES)
+    return ends_in(file, CSV_SUFFIXES)
 
 
 def ends_in(file: Path, suffixes: tuple[str, ...]) -> bool:
     """Whether the name of a file, in lower case and without the suffix of a compression, ends in one of `suffixes`."""
     name = file.name.lower()
-    for suffix in _COMPRESSIONS:
+    for suffix in COMPRESSIONS:
         name = name.removesuffix(suffix)
     return name.endswith(suffixes)
 
@@ -141,7 +141,7 @@ def _cells(lines: list[str], separator: str) -> list[int]:
 
 def opened_bytes(file: Path) -> Any:
     """The bytes of a file, or what its compression holds, as its name says."""
-    compression = _COMPRESSIONS.get(file.suffix.lower())
+    compression = COMPRESSIONS.get(file.suffix.lower())
     return pa.input_stream(str(file), compression=compression) if compression else file.open("rb")
 
 

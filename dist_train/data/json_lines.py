@@ -17,7 +17,7 @@ import polars as pl
 from dist_train.data.csv_files import ends_in, opened_bytes
 from dist_train.errors import UserError
 
-_SUFFIXES = (".jsonl", ".ndjson")
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 _CELLS_AT_ONCE = 1 << 18
 
 Numbered = tuple[int, dict[str, Any]]
@@ -26,7 +26,7 @@ Numbered = tuple[int, dict[str, Any]]
 
 def is_json_lines_name(file: Path) -> bool:
     """Whether a file is JSON lines by its name, which may end in .gz, .zst or .bz2 as well."""
-    return ends_in(file, _SUFFIXES)
+    return ends_in(file, JSON_LINES_SUFFIXES)
 
 
 def json_lines_names(file: Path) -> list[str]:

@@ -19,12 +19,19 @@ import pyarrow.parquet
 from polars.exceptions import PanicException, PolarsError
 
 from dist_train.data.arrow_types import frame_of_arrow
-from dist_train.data.csv_files import LATIN_NAME, is_csv_name, opened_csv
-from dist_train.data.json_lines import is_json_lines_name, json_lines_names, json_lines_rows
+from dist_train.data.csv_files import COMPRESSIONS, CSV_SUFFIXES, LATIN_NAME, is_csv_name, opened_csv
+from dist_train.data.json_lines import JSON_LINES_SUFFIXES, is_json_lines_name, json_lines_names, json_lines_rows
 from dist_train.errors import Stopped, UserError
 
 UNNAMED_INDEX = "Unnamed: 0"
 """Name of a first column of a CSV file that has none."""
+
+_PARQUET_SUFFIXES = (".parquet", ".pq")
+SUFFIXES = (
+    *(kind + end for kind in (*CSV_SUFFIXES, *JSON_LINES_SUFFIXES) for end in ("", *COMPRESSIONS)),
+    *_PARQUET_SUFFIXES,
+)
+"""What the name of a file ends in that can be read, in lower case."""
 
 _MAX_REASON = 300
 _CELLS_AT_ONCE = 1 << 21
@@ -175,7 +182,7 @@ def _kind_of(file: Path) -> Kind:
         return Kind.CSV
     if is_json_lines_name(file):
         return Kind.JSON_LINES
-    if file.suffix.lower() in (".parquet", ".pq"):
+    if file.suffix.lower() in _PARQUET_SUFFIXES:
         return Kind.PARQUET
     raise UserError(
         f"{file}: the name must end in .csv, .tsv, .jsonl or .ndjson, also compressed (.gz, .zst, .bz2), or in .parquet"

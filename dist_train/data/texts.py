@@ -23,13 +23,12 @@ from dist_train.data.classes import (
     target_text,
 )
 from dist_train.data.hub import hub_folder
-from dist_train.data.readers import read_header, read_rows
+from dist_train.data.readers import SUFFIXES, read_header, read_rows
 from dist_train.data.split import SPLITS, codes_of_column, split_by_fraction
 from dist_train.data.table import as_text, locate, require_names
 from dist_train.errors import UserError
 from dist_train.system.files import sha256_of
 
-_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq", ".jsonl", ".ndjson", ".csv.gz", ".csv.zst", ".csv.bz2")
 _ROLES = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
 
 
@@ -174,14 +173,14 @@ def _files(path: str, hub_dataset: str | None) -> dict[str, Path]:
     place = Path(path)
     if not place.exists() and hub_dataset:
         what = f"data.path={path}: no such file (text.hub_dataset)"
-        place = hub_folder(hub_dataset, [f"*{end}" for end in _SUFFIXES], what, dataset=True)
+        place = hub_folder(hub_dataset, [f"*{end}" for end in SUFFIXES], what, dataset=True)
     if not place.is_dir():
         return {"train": locate(str(place))}
     by_role: dict[str, list[Path]] = {}
     for file in sorted(place.rglob("*")):
         words = re.split(r"[^a-z]+", file.name.lower())
         roles = {_ROLES[word] for word in words if word in _ROLES}
-        if file.is_file() and file.name.lower().endswith(_SUFFIXES) and len(roles) == 1:
+        if file.is_file() and file.name.lower().endswith(SUFFIXES) and len(roles) == 1:
             by_role.setdefault(roles.pop(), []).append(file)
     for role, found in by_role.items():
         if len(found) > 1:

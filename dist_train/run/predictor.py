@@ -42,7 +42,7 @@ from dist_train.run.rounds import Scored, scored_in_rounds
 from dist_train.run.scoring import Calibrated, calibrated, calibrated_scores
 from dist_train.run.stored_model import fingerprint_of, parts_to_load, read_stored, runtime_of
 from dist_train.system.console import log
-from dist_train.tasks.base import Task
+from dist_train.tasks.base import ScoresFewRows, Task
 from dist_train.tasks.registry import restore_task
 from dist_train.training.evaluation import scores
 from dist_train.training.metrics import is_metric
@@ -211,7 +211,8 @@ class Predictor:
     def chunked(self, file: Path, keep: Sequence[str] = ()) -> ChunkedFile:
         """A CSV, JSON lines or Parquet file as the model reads it, with columns to carry over."""
         data, passes = self.config.data, self.config.evaluation.batch_size
-        return ChunkedFile(file, self.input_columns, keep, data.missing_values, passes)
+        most = [m.task.rows_of_chunk for m in self.members if isinstance(m.task, ScoresFewRows)]
+        return ChunkedFile(file, self.input_columns, keep, data.missing_values, passes, *most[:1])
 
     def scored_split(self, split: str, file: Path | None = None) -> tuple[Tensor | None, Source] | None:
         """The model's own probabilities of the rows of a split, or of another file, and those rows.

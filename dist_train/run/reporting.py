@@ -16,7 +16,6 @@ from dist_train import __version__
 from dist_train.config.compatibility import FORMATS, require_format
 from dist_train.config.schema import JobConfig, ReportConfig
 from dist_train.data.store import is_store
-from dist_train.data.table import locate, read_table
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError, os_errors_as_faults
 from dist_train.risk.analysis import SPLITS, ScoredRows, analysis_of, positive_class
@@ -30,7 +29,7 @@ from dist_train.run.predictions import weights_of
 from dist_train.run.predictor import Predictor
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
-from dist_train.tasks.tabular import require_segments
+from dist_train.tasks.base import HasTable
 
 POINTS_OF_A_CURVE = 200
 Content = dict[str, Any]
@@ -50,7 +49,7 @@ def report_content(folder: RunFolder, config: JobConfig, predictor: Predictor, r
     influence = influence_of(predictor, report, config.run.seed, positive)
 
     def analyse() -> Content:
-        tables = _tables(config, list(predictor.input_columns), report)
+        tables = _tables(predictor, config, report)
         rows = {split: _with_table(found, tables) for split, found in scored.items() if found is not None}
         analysis = analysis_of(rows, predictor.class_names, report, seed=config.run.seed)
         return {
@@ -166,19 +165,17 @@ def _scored(predictor: Predictor, split: str) -> tuple[ScoredRows, np.ndarray[An
 _Tables = tuple[pl.DataFrame, pl.DataFrame | None]
 
 
-def _tables(config: JobConfig, inputs: list[str], report: ReportConfig) -> _Tables | None:
-    """The features and the segments of all rows of the data; None where the data are a store, or texts."""
-    if config.task.name == "text":
+def _tables(predictor: Predictor, config: JobConfig, report: ReportConfig) -> _Tables | None:
+    """The features and the segments of all rows of the data; None where the task or the data have none."""
+    task, inputs = predictor.members[0].task, predictor.input_columns
+    if not isinstance(task, HasTable):
         if report.segments:
-            raise UserError("report.segments: the task text has none: a report on it is of all rows")
+            raise UserError(f"report.segments: the task {config.task.name} has none: a report on it is of all rows")
         return None
-    if is_store(config.data.path):
-        if report.segments:
-            require_segments(config.data, report)
+    found = task.table(inputs, report)
+    if found is None:
         return None
-    columns, file = list(dict.fromkeys([*inputs, *report.segments])), locate(config.data.path)
-    require_segments(config.data, report)
-    table = typed(read_table(file, config.data.missing_values, columns), config.data.categorical)
+    table = typed(found, config.data.categorical)
     return table.select(inputs), table.select(report.segments) if report.segments else None
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import polars as pl
 from torch import Tensor, nn
 
-from dist_train.config.schema import JobConfig
+from dist_train.config.schema import JobConfig, ReportConfig
 from dist_train.data.unfamiliar import Unfamiliar
 from dist_train.training.loss import Objective
 from dist_train.training.protocols import Source
@@ -106,6 +106,27 @@ class ShipsFiles(Protocol):
 
     def shipped_files(self, weights: Mapping[str, Tensor]) -> Mapping[str, bytes]:
         """Content by name of the file below `model/`, of trained weights."""
+
+
+@runtime_checkable
+class HasTable(Protocol):
+    """A task whose rows are those of a table, of which a report shows columns."""
+
+    def table(self, columns: Sequence[str], report: ReportConfig) -> pl.DataFrame | None:
+        """The `columns`, and those of `report.segments`, of all rows; None where the data keep none.
+
+        Raises:
+            UserError: a column of `report.segments` is not there.
+        """
+
+
+@runtime_checkable
+class ScoresFewRows(Protocol):
+    """A task whose rows take long to score: a file is cut in small chunks, so that all threads have some."""
+
+    @property
+    def rows_of_chunk(self) -> int:
+        """Rows of a chunk at most."""
 
 
 @runtime_checkable

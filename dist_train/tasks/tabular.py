@@ -31,7 +31,7 @@ from dist_train.data.scaling import scaled
 from dist_train.data.sources import MappedRows, ResidentRows, resident
 from dist_train.data.spec import FIRST_CATEGORY, MISSING, FeatureSpec, spec_of_encoder
 from dist_train.data.store import is_store
-from dist_train.data.table import TRAINED_ON, locate, require_columns, require_names
+from dist_train.data.table import TRAINED_ON, locate, read_table, require_columns, require_names
 from dist_train.data.unfamiliar import Unfamiliar, unfamiliar_cells
 from dist_train.data.weights import require_some_weight
 from dist_train.distributed.collectives import Collectives
@@ -188,6 +188,14 @@ class TabularTask(Classification):
                 place = FIRST_CATEGORY + words.categories.index(value) if known else words.code_of_others(str(value))
                 codes[0, index] = MISSING if value is None else place
         return numeric, flags, codes
+
+    def table(self, columns: Sequence[str], report: ReportConfig) -> pl.DataFrame | None:
+        """As HasTable; a store has features only, and as the model reads them."""
+        data = self._config.data
+        if is_store(data.path) and not report.segments:
+            return None
+        require_segments(data, report)
+        return read_table(locate(data.path), data.missing_values, list(dict.fromkeys([*columns, *report.segments])))
 
     def unfamiliar(self, rows: Source, table: pl.DataFrame | None = None) -> Unfamiliar:
         """Unknown categories, and missing cells in columns that had none in training."""

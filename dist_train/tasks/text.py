@@ -38,6 +38,8 @@ from dist_train.training.protocols import Source
 TOKENS = "tokens.npz"
 """The tokenized texts, in the run folder."""
 
+_ROWS_OF_CHUNK = 512
+
 
 class Data(NamedTuple):
     """What rank 0 made of the files: class indices and index in SPLITS of each row, (rows,)."""
@@ -164,6 +166,11 @@ class TextTask(Classification):
     def input_columns(self) -> Sequence[str]:
         """The column of texts."""
         return [self._config.text.column]
+
+    @property
+    def rows_of_chunk(self) -> int:
+        """Some passes of the model over rows of similar length."""
+        return _ROWS_OF_CHUNK
 
     def unfamiliar(self, rows: Source, table: pl.DataFrame | None = None) -> Unfamiliar:  # noqa: ARG002
         """Nothing is: a tokenizer knows every text."""

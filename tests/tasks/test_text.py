@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import os
 import pickle
@@ -9,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from threading import Barrier, get_ident
 from typing import Any
 
 import polars as pl
@@ -16,8 +19,11 @@ import pytest
 import torch
 
 from dist_train import load
+from dist_train.config.schema import DataConfig, TextConfig
+from dist_train.data.texts import read_texts
 from dist_train.models.text_base import import_transformers
 from dist_train.run.checkpoint.checkpoints import Checkpoints
+from dist_train.tasks.text import TextTask
 from tests.cli.in_process import command
 from tests.models.tiny_bert import write_texts, write_tiny_bert
 from tests.tasks.text_jobs import needs_text_libraries, refused, text_job
@@ -112,6 +118,36 @@ def test_a_run_is_verified_evaluated_and_predicts(run: Path, texts: Path, tmp_pa
 
 def test_a_report_has_no_segments(run: Path) -> None:
     refused(command("report", run, "report.segments=[text]"), "report.segments", "the task text has none")
+
+
+def test_all_threads_score_a_small_file(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, threads, together = write_texts(tmp_path / "texts.csv", 900), set(), Barrier(2, timeout=60)
+    unlabelled = TextTask.unlabelled
+
+    def noted(*arguments: Any) -> Any:
+        together.wait()  # two threads at once
+        threads.add(get_ident())
+        return unlabelled(*arguments)
+
+    monkeypatch.setattr(TextTask, "unlabelled", noted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert load(run, device="cpu").predict_proba(texts).shape == (900, 3)
+    assert len(threads) == 2
+
+
+@pytest.mark.parametrize("suffix", [".tsv.gz", ".jsonl.gz", ".ndjson.bz2"])
+def test_a_folder_may_have_every_kind_of_file(suffix: str, tmp_path: Path) -> None:
+    opened = bz2.open if suffix.endswith("bz2") else gzip.open
+    for name, words in (("train", ["loss", "profit"]), ("test", ["late", "paid"])):
+        rows = [{"text": word, "label": label} for word, label in zip(words, ("bad", "good"), strict=True)]
+        lines = [json.dumps(row) for row in rows]
+        if suffix.startswith(".tsv"):
+            lines = ["text\tlabel", *("\t".join(row.values()) for row in rows)]
+        with opened(tmp_path / f"{name}{suffix}", "wt") as file:
+            file.write("\n".join(lines) + "\n")
+    found = read_texts(DataConfig(path=str(tmp_path), target="label", validation_fraction=0.0), TextConfig(), 0)
+    assert found.texts == ["loss", "profit", "late", "paid"]
+    assert found.splits.tolist() == [0, 0, 2, 2]
 
 
 @pytest.mark.slow
