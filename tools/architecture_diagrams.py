@@ -51,6 +51,7 @@ IMPLEMENTS = (
     ("TabularTask", "Task"),
     ("SingleExecution", "Execution"),
     ("DDPExecution", "Execution"),
+    ("FSDPExecution", "Execution"),
     ("ExactExecution", "Execution"),
     ("GpuExecution", "Execution"),
 )

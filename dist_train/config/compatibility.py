@@ -82,6 +82,7 @@ ADDED: dict[str, Any] = {
     "text.pad_to_multiple": 8,
     "text.sort_batches": 16,
     "text.baselines": False,
+    "runtime.fsdp": False,
 }
 """Key that came after format 1 -> what a run that lacks it was trained with: the key's first default, or a function of
 the configuration that gives it."""

@@ -112,6 +112,8 @@ def _broken(c: JobConfig) -> Iterator[tuple[str, str]]:
         yield "runtime.timeout_seconds", f"must be at most a year, {_YEAR_SECONDS}, is {c.runtime.timeout_seconds}"
     if c.runtime.device == "cpu" and c.runtime.backend == "nccl":
         yield "runtime.backend", "nccl needs GPUs, but runtime.device is cpu: use gloo or auto"
+    if c.runtime.fsdp and c.train.virtual_ranks is not None:
+        yield "runtime.fsdp", "the exact mode needs all parameters on each rank: set train.virtual_ranks to null"
     if not c.wandb.project.strip():
         yield "wandb.project", "must not be empty"
 

@@ -252,6 +252,8 @@ class RuntimeConfig:
     """`auto`: CUDA when torch sees a GPU, else the CPU."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """`auto`: nccl when every rank has a GPU of its own, else gloo."""
+    fsdp: bool = False
+    """Each rank holds a part of the parameters, gradients and moments, for models that do not fit one GPU (docs/fsdp.md). Checkpoints are those of runs without it, and a run may change it when it resumes. One rank holds all of it as ever."""
     timeout_seconds: float = 300.0
     """A rank that keeps the others waiting for longer ends the run; `fault.txt` in the run folder then says which and why."""
 

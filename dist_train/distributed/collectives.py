@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
@@ -158,6 +158,19 @@ class Collectives:
         outcome.raise_own()
         return cast(T, outcome.value)
 
+    def kept_on_rank_zero(self, make: Callable[[], T]) -> T | None:
+        """What `make` returns on rank 0, which keeps it; None on the others. It fails as `on_rank_zero`."""
+        kept: list[T] = []
+        self.on_rank_zero(lambda: kept.append(make()))
+        return kept[0] if kept else None
+
+    def tensors_of_rank_zero(self, tensors: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        """Tensors that rank 0 has, each broadcast when it is asked for, which all ranks do in the same order.
+
+        `tensors` counts on rank 0. Memory of a rank: what it keeps of them.
+        """
+        return tensors if tensors is not None and self.size == 1 else _TensorsOfRankZero(self, tensors)
+
     def _broadcast(self, data: Tensor) -> None:
         with self.heartbeat.waiting("on_rank_zero"):
             dist.broadcast(data, 0)
@@ -242,6 +255,26 @@ class Collectives:
             votes = torch.tensor([float(self._wants_stop())])
             if self.all_reduce(votes).item():
                 raise Stopped
+
+
+class _TensorsOfRankZero(Mapping[str, Tensor]):
+    """Names on every rank; a tensor when it is asked for."""
+
+    def __init__(self, collectives: Collectives, tensors: Mapping[str, Tensor] | None) -> None:
+        self._collectives = collectives
+        self._tensors = tensors
+        self._names = dict.fromkeys(collectives.on_rank_zero(lambda: list(tensors or {})))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._collectives.on_rank_zero(lambda: cast(Mapping[str, Tensor], self._tensors)[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _numbers(parts: Sequence[Tensor | float]) -> list[float]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dist_train.execution.flat_parameters import FlatParameters
+from dist_train.execution.flat_parameters import FlatParameters, LayOut, ParameterLayout
 
 _PREFIX = "module."
 _COUNT = "n_averaged"
@@ -16,25 +16,32 @@ _COUNT = "n_averaged"
 class MovingAverage:
     """Exponential moving average of the trainable parameters of a model; its buffers are copied.
 
-    `module` is the averaged model, a copy of `model` from before it was prepared; its trainable parameters become views
-    of one tensor, laid out as `parameters` are, so that an update is one kernel. The first update copies the weights;
-    then, with the weight w = 1 - decay, average += w * (weights - average). With `warm_up` the decay of update t is
-    min(decay, (1 + t) / (10 + t)), as tf.train.ExponentialMovingAverage has it with `num_updates`: a run that is short
-    against 1 / (1 - decay) does not keep its initial weights.
+    `module` is the averaged model, a copy of `model` from before it was prepared. `lay_out` lays its trainable
+    parameters out as `parameters` are: as views of one tensor an update is one kernel. The first update copies the
+    weights; then, with the weight w = 1 - decay, average += w * (weights - average). With `warm_up` the decay of update
+    t is min(decay, (1 + t) / (10 + t)), as tf.train.ExponentialMovingAverage has it with `num_updates`: a run that is
+    short against 1 / (1 - decay) does not keep its initial weights.
     """
 
     def __init__(
-        self, module: nn.Module, model: nn.Module, parameters: FlatParameters, decay: float, *, warm_up: bool = False
+        self,
+        module: nn.Module,
+        model: nn.Module,
+        parameters: ParameterLayout,
+        decay: float,
+        *,
+        warm_up: bool = False,
+        lay_out: LayOut = FlatParameters,
     ) -> None:
         self.module = module
         self._decay = decay
         self._warm_up = warm_up
         names = {parameter: name for name, parameter in model.named_parameters()}
-        self._weights = parameters.values
-        self._averages = FlatParameters(module.get_parameter(names[p]) for p in parameters.parameters).values
+        averages = lay_out(module.get_parameter(names[p]) for p in parameters.parameters)
+        self._pairs = list(zip(*(p.values_between(0, p.size) for p in (averages, parameters)), strict=True))
         buffers = dict(model.named_buffers())
         self._buffers = [(average, buffers[name]) for name, average in module.named_buffers()]
-        self._updates = torch.zeros((), dtype=torch.int64, device=self._weights.device)
+        self._updates = torch.zeros((), dtype=torch.int64, device=parameters.zeros(0).device)
 
     @torch.no_grad()
     def update(self, finite: Tensor | bool) -> None:
@@ -43,11 +50,15 @@ class MovingAverage:
         A tensor, (), leaves the decision on the device, and the host reads nothing there.
         """
         if isinstance(finite, Tensor):
-            self._averages.lerp_(self._weights, (self._weight_on_device() * finite).to(self._averages.dtype))
+            weight = self._weight_on_device() * finite
+            for average, weights in self._pairs:
+                average.lerp_(weights, weight.to(average.dtype))
             for average, buffer in self._buffers:
                 torch.where(finite, buffer, average, out=average)
         elif finite:
-            self._averages.lerp_(self._weights, self._weight(int(self._updates)))
+            weight_of_host = self._weight(int(self._updates))
+            for average, weights in self._pairs:
+                average.lerp_(weights, weight_of_host)
             for average, buffer in self._buffers:
                 average.copy_(buffer)
         self._updates += finite

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dist_train.determinism.batch_context import BatchContext, ModelContext
 from dist_train.determinism.guard import GeneratorGuard
-from dist_train.execution.flat_parameters import FlatParameters
+from dist_train.execution.flat_parameters import ParameterLayout
 from dist_train.training.protocols import Batch, DeferredSteps, GradientReducer
 from dist_train.training.step import EagerStep, Forward, Step, StepResult
 
@@ -23,13 +24,16 @@ MAX_STEPS = 64
 class Execution(Protocol):
     """How a step is computed on the ranks of a job.
 
-    It is called in this order: `prepare`, `reduce`, `step`; `close` before the process group goes.
+    It is called in this order: `prepare`, `lay_out`, `reduce`, `step`; `close` before the process group goes.
+    `place` is for a second model, which is evaluated.
     """
 
     name: str
     """For the plan."""
     deferred: DeferredSteps | None
     """The steps, where several can be computed together; known once there is a `step`."""
+    builds_on: torch.device | None
+    """Where a model is to be when it comes to `prepare` and `place`; None: on the device."""
 
     @property
     def context(self) -> ModelContext:
@@ -48,7 +52,15 @@ class Execution(Protocol):
             UserError: the model has a module that this execution cannot compute.
         """
 
-    def reduce(self, model: nn.Module, parameters: FlatParameters, sample: Inputs) -> tuple[nn.Module, GradientReducer]:
+    def place(self, model: nn.Module) -> nn.Module:
+        """A plain model that is not trained by gradients, held as the trained one is; state_dict keys stay."""
+
+    def lay_out(self, parameters: Iterable[nn.Parameter]) -> ParameterLayout:
+        """Where the optimizer finds parameters of a model that was prepared or placed."""
+
+    def reduce(
+        self, model: nn.Module, parameters: ParameterLayout, sample: Inputs
+    ) -> tuple[nn.Module, GradientReducer]:
         """The module to call in training, and what sums its gradients over ranks."""
 
     def step(self, eager: EagerStep) -> Step:

@@ -17,7 +17,13 @@ COMPILED_FROM_STEPS = 2000
 
 
 def choose_execution(
-    train: TrainConfig, collectives: Collectives, *, seed: int, rows_on_device: bool, total_steps: int = 0
+    train: TrainConfig,
+    collectives: Collectives,
+    *,
+    seed: int,
+    rows_on_device: bool,
+    total_steps: int = 0,
+    fsdp: bool = False,
 ) -> Execution:
     """The execution of a configuration in a world; `seed` keys its random numbers.
 
@@ -25,11 +31,16 @@ def choose_execution(
     them has kernels of its own for the models that these know, on any backend and wherever the rows are, so that their
     bits depend on neither; other models are recorded where all of a step runs on the GPU (`rows_on_device`: its rows
     too) and the host is asked for nothing.
+    `fsdp` shards the model over several ranks; one rank has all of it. Its steps are never recorded.
     On the CPU one rank's steps are compiled where a run is of COMPILED_FROM_STEPS or more.
     """
     context = ModelContext(seed)
     if train.virtual_ranks is not None:
         chosen: SingleExecution = ExactExecution(collectives, context, train.virtual_ranks)
+    elif collectives.size > 1 and fsdp:
+        from dist_train.execution.fsdp import FSDPExecution  # imports what only sharded models need
+
+        return FSDPExecution(collectives, context)
     elif collectives.size > 1:
         chosen = DDPExecution(collectives, context)
     else:

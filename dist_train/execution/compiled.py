@@ -12,6 +12,7 @@ from dist_train.accel.cpu_mlp import FusedSequential
 from dist_train.accel.cpu_network import MAX_ROWS, CompiledNetwork, Updates, can_compile
 from dist_train.determinism.batch_context import BatchContext
 from dist_train.execution.base import MAX_STEPS
+from dist_train.execution.flat_parameters import FlatParameters
 from dist_train.execution.optimizer import AdamW
 from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.training.loss import CrossEntropy
@@ -34,7 +35,9 @@ class CompiledSteps:
         self._eager = eager
         self._inputs = model.inputs
         self._optimizer = optimizer
-        gradients = optimizer.parameters.zeros()
+        parameters = optimizer.parameters
+        assert isinstance(parameters, FlatParameters)
+        gradients = parameters.zeros()
         groups = [(start, end, decay) for start, end, _, decay in optimizer.groups]
         weights = (
             torch.ones(len(model.layers[-1].get_parameter("weight")))
@@ -45,8 +48,8 @@ class CompiledSteps:
         assert isinstance(sequence, FusedSequential)
         self._network = CompiledNetwork(
             sequence,
-            Updates(optimizer.parameters.values, gradients, optimizer.moments, groups),
-            lambda parameter: optimizer.parameters.view(gradients, parameter),
+            Updates(parameters.values, gradients, optimizer.moments, groups),
+            lambda parameter: parameters.view(gradients, parameter),
             weights.float(),
             objective.label_smoothing,
         )

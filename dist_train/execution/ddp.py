@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.execution.base import Inputs
-from dist_train.execution.flat_parameters import FlatParameters
+from dist_train.execution.flat_parameters import ParameterLayout
 from dist_train.execution.reducers import DDPReducer
 from dist_train.execution.single import SingleExecution
 from dist_train.training.protocols import GradientReducer
@@ -19,7 +19,9 @@ class DDPExecution(SingleExecution):
 
     name = "ddp"
 
-    def reduce(self, model: nn.Module, parameters: FlatParameters, sample: Inputs) -> tuple[nn.Module, GradientReducer]:
+    def reduce(
+        self, model: nn.Module, parameters: ParameterLayout, sample: Inputs
+    ) -> tuple[nn.Module, GradientReducer]:
         """The replica, with the gradients laid out as they will stay."""
         # Buffers need no broadcast: synchronised BatchNorm leaves the same statistics on every rank.
         # The argument's name changed between torch 2.11 and 2.13.

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from dist_train.execution.flat_parameters import FlatParameters
+from dist_train.execution.flat_parameters import FlatParameters, LayOut
 
 
 class AdamW:
@@ -17,7 +17,7 @@ class AdamW:
     The kernel is that of torch.optim.AdamW(fused=True), called on one tensor for each group: the parameters that are
     decayed, those named in `undecayed`, and both again for each multiplier of the learning rate in `lr_multipliers`
     (name -> multiplier; 1 where a name is not there). torch's optimizer around it takes longer than the kernel does on
-    a small network.
+    a small network. `lay_out` says where the parameters are.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class AdamW:
         eps: float,
         undecayed: Collection[str],
         lr_multipliers: Mapping[str, float] | None = None,
+        lay_out: LayOut = FlatParameters,
     ) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, weight_decay): [], (1.0, 0.0): []}
@@ -36,17 +37,14 @@ class AdamW:
             group = (lr_multipliers or {}).get(name, 1.0), 0.0 if name in undecayed else weight_decay
             groups.setdefault(group, []).append(parameter)
         groups = {group: members for group, members in groups.items() if members}
-        self.parameters = FlatParameters([p for members in groups.values() for p in members])
+        self.parameters = lay_out([p for members in groups.values() for p in members])
         self._names = {p: name for name, p in named.items()}
         starts = [self.parameters.offset_of(members[0]) for members in groups.values()]
         ends = [*starts[1:], self.parameters.size]
         self.moments = self.parameters.zeros(2)
         self.groups = [(start, end, *group) for group, start, end in zip(groups, starts, ends, strict=True)]
         """Where parameters of a group begin, end, the multiplier of their learning rate, their weight decay."""
-        self._parts = [
-            (slice(start, end), *group, self.parameters.values[start:end], *self.moments[:, start:end])
-            for start, end, *group in self.groups
-        ]
+        self._parts = [self._part(start, end) for start, end, _, _ in self.groups]
         self.betas = betas
         self.eps = eps
         self.steps = torch.zeros((), dtype=torch.float32, device=self.moments.device)
@@ -61,13 +59,20 @@ class AdamW:
         self.steps += finite
         skip = (~finite).float() if isinstance(finite, Tensor) else None
         beta1, beta2 = self.betas
-        for part, multiplier, decay, values, mean, square in self._parts:
+        for (start, end, multiplier, decay), (values, means, squares) in zip(self.groups, self._parts, strict=True):
             rate = lr if multiplier == 1.0 else lr * multiplier
+            if not values:
+                continue
             torch._fused_adamw_(
-                [values], [gradients[part]], [mean], [square], [], [self.steps],
+                values, self.parameters.cut(gradients, start, end), means, squares, [], [self.steps] * len(values),
                 lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=self.eps,
                 amsgrad=False, maximize=False, grad_scale=None, found_inf=skip,
             )  # fmt: skip
+
+    def _part(self, start: int, end: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Values, first and second moments of a group."""
+        first, second = (self.parameters.cut(moment, start, end) for moment in self.moments)
+        return self.parameters.values_between(start, end), first, second
 
     @property
     def steps_taken(self) -> int:
@@ -79,10 +84,13 @@ class AdamW:
         self.steps += count
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`<parameter>/<quantity>` -> tensor; the quantities are exp_avg, exp_avg_sq and step."""
+        """`<parameter>/<quantity>` -> tensor; the quantities are exp_avg, exp_avg_sq and step.
+
+        Called by all ranks; rank 0 has whole tensors.
+        """
         state: dict[str, Tensor] = {}
         for parameter, name in self._names.items():
-            first, second = self.parameters.view(self.moments, parameter)
+            first, second = map(self.parameters.whole, self.parameters.view(self.moments, parameter))
             state |= {f"{name}/exp_avg": first, f"{name}/exp_avg_sq": second, f"{name}/step": self.steps}
         return state
 
@@ -90,8 +98,8 @@ class AdamW:
         """Take over what `state_dict` gave; KeyError names what is missing."""
         for parameter, name in self._names.items():
             first, second = self.parameters.view(self.moments, parameter)
-            first.copy_(state[f"{name}/exp_avg"])
-            second.copy_(state[f"{name}/exp_avg_sq"])
+            first.copy_(self.parameters.own(state[f"{name}/exp_avg"]))
+            second.copy_(self.parameters.own(state[f"{name}/exp_avg_sq"]))
             self.steps.copy_(state[f"{name}/step"])
 
 

@@ -9,7 +9,7 @@ a reference to what nobody else keeps.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dist_train.determinism.batch_context import BatchContext, ModelContext
 from dist_train.execution.base import Execution, Inputs
-from dist_train.execution.flat_parameters import FlatParameters
+from dist_train.execution.flat_parameters import ParameterLayout
 from dist_train.execution.recorder import Recorder, Recording, record_or_warn
 from dist_train.training.protocols import Batch, DeferredSteps, GradientReducer
 from dist_train.training.step import EagerStep, Number, Step, StepResult
@@ -46,6 +46,7 @@ class GpuExecution:
         self._rows_on_device = rows_on_device
         self._model: nn.Module | None = None
         self._step: GraphStep | FusedSteps | None = None
+        self.builds_on = inner.builds_on
         self.name = inner.name if recorder is None else f"{inner.name}, recorded"
         self.deferred: DeferredSteps | None = None
 
@@ -65,7 +66,17 @@ class GpuExecution:
             self._recorder.use_stream()
         return self._inner.prepare(model, sample, name)
 
-    def reduce(self, model: nn.Module, parameters: FlatParameters, sample: Inputs) -> tuple[nn.Module, GradientReducer]:
+    def place(self, model: nn.Module) -> nn.Module:
+        """As the other execution does."""
+        return self._inner.place(model)
+
+    def lay_out(self, parameters: Iterable[nn.Parameter]) -> ParameterLayout:
+        """As the other execution does."""
+        return self._inner.lay_out(parameters)
+
+    def reduce(
+        self, model: nn.Module, parameters: ParameterLayout, sample: Inputs
+    ) -> tuple[nn.Module, GradientReducer]:
         """As the other execution does."""
         self._model = model
         return self._inner.reduce(model, parameters, sample)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.determinism.batch_context import ModelContext
 from dist_train.distributed.collectives import Collectives
-from dist_train.execution.flat_parameters import FlatParameters
+from dist_train.execution.flat_parameters import ParameterLayout
 
 
 class DDPReducer:
@@ -28,7 +28,7 @@ class DDPReducer:
         self,
         model: DistributedDataParallel,
         context: ModelContext,
-        parameters: FlatParameters,
+        parameters: ParameterLayout,
         collectives: Collectives,
     ) -> None:
         self._model = model
@@ -66,6 +66,11 @@ class DDPReducer:
             self._collectives.all_reduce(self._sums)
         return self._sums[0], self._flat
 
+    def norm(self, gradients: Tensor) -> Tensor:
+        """Every rank has all of them."""
+        norm: Tensor = torch.linalg.vector_norm(gradients)
+        return norm
+
     def _add(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Add up a bucket over the ranks, and what else there is with the last one."""
         done: Future[Tensor] = Future()
@@ -83,7 +88,7 @@ class SliceReducer:
     grad_scale = 1
 
     def __init__(
-        self, context: ModelContext, num_slices: int, parameters: FlatParameters, collectives: Collectives
+        self, context: ModelContext, num_slices: int, parameters: ParameterLayout, collectives: Collectives
     ) -> None:
         self._collectives = collectives
         self._flat = parameters.zeros(num_slices)
@@ -109,3 +114,8 @@ class SliceReducer:
     def finish(self) -> tuple[Tensor, Tensor]:
         """Gather every slice's part and add them up, the same bits on every rank and for every world size."""
         return self._collectives.ordered_sum(self._sums), self._collectives.ordered_sum(self._flat)
+
+    def norm(self, gradients: Tensor) -> Tensor:
+        """Every rank has all of them."""
+        norm: Tensor = torch.linalg.vector_norm(gradients)
+        return norm

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import nn
 
 from dist_train.accel import accelerate
@@ -10,7 +13,7 @@ from dist_train.determinism.batch_norm import sync_batch_norm, zero_grad_of_bias
 from dist_train.determinism.dropout import convert_dropout
 from dist_train.distributed.collectives import Collectives
 from dist_train.execution.base import Inputs
-from dist_train.execution.flat_parameters import FlatParameters
+from dist_train.execution.flat_parameters import FlatParameters, ParameterLayout
 from dist_train.execution.reducers import SliceReducer
 from dist_train.training.protocols import DeferredSteps, GradientReducer
 from dist_train.training.step import EagerStep, Step
@@ -24,6 +27,7 @@ class SingleExecution:
 
     name: str = "single"
     settled = True
+    builds_on: torch.device | None = None
 
     def __init__(
         self, collectives: Collectives, context: ModelContext, num_slices: int = 1, *, compiles: bool = False
@@ -41,10 +45,18 @@ class SingleExecution:
         model = accelerate(model, self.context, self.collectives.device)
         return zero_grad_of_biases_before_batchnorm(model)
 
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model as it is."""
+        return model
+
+    def lay_out(self, parameters: Iterable[nn.Parameter]) -> ParameterLayout:
+        """All in one tensor."""
+        return FlatParameters(parameters)
+
     def reduce(
         self,
         model: nn.Module,
-        parameters: FlatParameters,
+        parameters: ParameterLayout,
         sample: Inputs,  # noqa: ARG002
     ) -> tuple[nn.Module, GradientReducer]:
         """The model itself; the gradients of all slices are added up in order."""

@@ -81,7 +81,7 @@ class AnswerNetwork(TextNetwork):
     sees: Tensor
 
     def __init__(self, model: Any, tree: AnswerTree, padding: Padding) -> None:
-        super().__init__(model, len(tree.paths), padding)
+        super().__init__(model, padding)
         at, predicted = zip(*tree.edges, strict=True)
         paths = torch.zeros((len(tree.edges), len(tree.paths)))
         left = torch.zeros((len(tree.tokens) + 1, len(tree.paths)))

@@ -31,10 +31,9 @@ class TextNetwork(nn.Module):
 
     row_wise = True
 
-    def __init__(self, model: nn.Module, num_classes: int, padding: Padding) -> None:
+    def __init__(self, model: nn.Module, padding: Padding) -> None:
         super().__init__()
         self.model = model
-        self._num_classes = num_classes
         self._padding = padding
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -57,10 +56,9 @@ class TextNetwork(nn.Module):
         return logits
 
     def _no_logits(self, ids: Tensor) -> Tensor:
-        """Logits of no rows, with a gradient of zeros for each parameter, which DistributedDataParallel waits for."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        nothing = torch.stack([(p * 0).sum() for p in trained]).sum() if trained else torch.zeros(())
-        return torch.zeros((0, self._num_classes), dtype=nothing.dtype, device=ids.device) + nothing.to(ids.device)
+        """Logits of no rows: those of one token, left out. Other ranks wait for the gradients, which are zeros."""
+        length = torch.ones(1, dtype=torch.int64)
+        return self._logits(ids.new_full((1, self._padding.width(length)), self._padding.pad_id), length)[:0]
 
     @staticmethod
     def _rows_at_once(ids: Tensor) -> int:
@@ -78,6 +76,11 @@ class TextClassifier(nn.Module):
         """Logits, (rows, classes)."""
         logits: Tensor = self.network(ids, lengths)
         return logits
+
+    @property
+    def sharded_root(self) -> nn.Module:
+        """The outermost module that ranks share out."""
+        return self.network.model
 
     def state_dict(self, *arguments: Any, **settings: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it
         """The trained parameters, and buffers that are saved."""
@@ -120,7 +123,7 @@ def build_text_classifier(
         elif block.tuning == "head":
             _train_head_alone(model)
     key_dropout_by_token(model, padding.max_tokens)
-    return TextClassifier(TextNetwork(model, len(class_names), padding)).train()
+    return TextClassifier(TextNetwork(model, padding)).train()
 
 
 def key_dropout_by_token(model: nn.Module, max_tokens: int) -> None:

@@ -61,8 +61,9 @@ def profile_session(session: Session, collectives: Collectives, wants_stop: Call
     steps, rows_per_second = _train(session, collectives, wants_stop)
     rows = {name: len(session.task.splits[name]) for name in ("valid", "test")}
     rows_a_second = _evaluate(session, session.task.splits["valid"], collectives)
+    tensors = session.tensor_parts()
     if collectives.is_main:
-        for _ in encode_parts(session.tensor_parts()).values():
+        for _ in encode_parts(tensors).values():
             pass  # what a checkpoint takes in memory
     unseen = max(0, *(count - _EVALUATED_ROWS for count in rows.values()))
     classes = len(session.task.class_names)

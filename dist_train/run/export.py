@@ -31,9 +31,14 @@ from dist_train.tasks.base import HasBaselines, ShipsFiles
 
 
 def checkpoint_parts(
-    config: JobConfig, session: Session, trackers: Mapping[str, Any], world: World, environ: Mapping[str, str]
+    config: JobConfig,
+    session: Session,
+    tensors: Parts,
+    trackers: Mapping[str, Any],
+    world: World,
+    environ: Mapping[str, str],
 ) -> Parts:
-    """Everything that a run needs to go on, by name; `trackers` is their state."""
+    """Everything that a run needs to go on, by name: `tensors` of the session, `trackers`, which is their state."""
     attempt = Attempt.from_environment(environ)
     state = {
         "format": FORMATS["checkpoint"],
@@ -47,7 +52,7 @@ def checkpoint_parts(
         "dist_train": __version__,
         "machine": describe_machine(world.device),
     }
-    return session.tensor_parts() | {"task.json": session.task.description(), "state.json": state}
+    return tensors | {"task.json": session.task.description(), "state.json": state}
 
 
 def export_best(
@@ -62,7 +67,8 @@ def export_best(
     best = session.progress.best_step
     if best is not None and best != session.progress.step:
         # The weights alone: no rank but 0 reads the moments.
-        session.scored.load_state_dict(collectives.on_rank_zero(lambda: scored_weights(checkpoints.read(best))))
+        weights = collectives.kept_on_rank_zero(lambda: scored_weights(checkpoints.read(best)))
+        session.scored.load_state_dict(collectives.tensors_of_rank_zero(weights))
     scores, calibration = score_splits(session.scored, session.task, config, collectives)
     baselines = session.task.baselines() if isinstance(session.task, HasBaselines) else {}
     peak = max(collectives.all_gather_object(lambda: peak_memory_bytes(world.device)))
@@ -70,8 +76,10 @@ def export_best(
     class_names = session.task.class_names
     positive = positive_class(config.report, class_names, session.task.splits["train"].targets.cpu().numpy())
 
+    # Of a sharded model they are gathered from all ranks.
+    weights, unsaved = dict(session.scored.state_dict()), unsaved_weights(session.scored)
+
     def write() -> dict[str, Any]:
-        weights = dict(session.scored.state_dict())
         model = trained_model_parts(
             config,
             session.task.description(),
@@ -81,7 +89,7 @@ def export_best(
             data_sha256=session.task.fingerprint,
             positive_class=class_names[positive],
             calibration=calibration,
-            unsaved=unsaved_weights(session.scored),
+            unsaved=unsaved,
         )
         if isinstance(session.task, ShipsFiles):
             model |= session.task.shipped_files(weights)

@@ -179,9 +179,11 @@ class Job:
         )
 
         def save(step: int) -> None:
+            tensors = session.tensor_parts()
+
             def write() -> None:
                 folder.confirm()  # before the trackers' own error, which would say less
-                parts = checkpoint_parts(config, session, trackers.state_dict(), world, self.variables)
+                parts = checkpoint_parts(config, session, tensors, trackers.state_dict(), world, self.variables)
                 checkpoints.write(step, parts, session.progress.best_step)
 
             collectives.on_rank_zero(lambda: os_errors_as_faults(write, f"the checkpoint of step {step}"))

@@ -109,11 +109,29 @@ def open_run(
         Stopped: the ranks have agreed to stop while rank 0 waited for the lock.
     """
     lock = _locked(folder, config, stack, environ, collectives)
-    return collectives.on_rank_zero(
+    found = collectives.kept_on_rank_zero(
         lambda: os_errors_as_faults(
             lambda: _open_folder(folder, config, checkpoints, stack, lock, environ), "the run folder"
         )
     )
+    return _shared(found, collectives)
+
+
+def _shared(found: Found | None, collectives: Collectives) -> Found | None:
+    """On every rank what rank 0 has found; a tensor comes when it is asked for, which all ranks do together."""
+    described = collectives.on_rank_zero(
+        lambda: None if found is None else (found.without_tensors(), list(found.parts))
+    )
+    if described is None:
+        return None
+    without, names = described
+    parts = {
+        name: without.parts[name]
+        if name in without.parts
+        else collectives.tensors_of_rank_zero(found.parts[name] if found else None)
+        for name in names
+    }
+    return Found(without.step, parts)
 
 
 def open_ensemble(

@@ -67,11 +67,12 @@ class Session:
             seed=config.run.seed,
             rows_on_device=train_rows.on_device,
             total_steps=self.total_steps,
+            fsdp=config.runtime.fsdp,
         )
-        plain, sample = task.model(), train_rows.slice(0, 4)
+        plain, sample = task.model(self.execution.builds_on), train_rows.slice(0, 4)
         undecayed = undecayed_parameters(plain)
         multipliers = lr_multipliers(plain)
-        copied = deepcopy(plain) if train.ema_decay else None
+        copied = self.execution.place(deepcopy(plain)) if train.ema_decay else None
         self.model = self.execution.prepare(plain, sample, config.model.name)
         self.optimizer = AdamW(
             self.model,
@@ -80,11 +81,18 @@ class Session:
             eps=config.optim.eps,
             undecayed=undecayed,
             lr_multipliers=multipliers,
+            lay_out=self.execution.lay_out,
         )
         self.average: MovingAverage | None = None
         if train.ema_decay and copied is not None:
-            parameters, warm_up = self.optimizer.parameters, train.ema_warmup
-            self.average = MovingAverage(copied, self.model, parameters, train.ema_decay, warm_up=warm_up)
+            self.average = MovingAverage(
+                copied,
+                self.model,
+                self.optimizer.parameters,
+                train.ema_decay,
+                warm_up=train.ema_warmup,
+                lay_out=self.execution.lay_out,
+            )
         self.meter = Meter()
         plateau = config.schedule.plateau_patience if config.schedule.name == "plateau" else None
         self.progress = Progress(Selection.of(train), plateau)
@@ -145,7 +153,7 @@ class Session:
         return evaluate(self.scored, rows, self.task, self.config.evaluation.batch_size, collectives)
 
     def tensor_parts(self) -> Parts:
-        """All tensors of a checkpoint."""
+        """All tensors of a checkpoint, whole on rank 0; called by all ranks."""
         return {name: dict(part.state_dict()) for name, part in self._tensors.items()}
 
     def restore(self, parts: Parts) -> None:

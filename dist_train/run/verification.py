@@ -321,6 +321,8 @@ def _check_world(config: JobConfig, evidence: Evidence, collectives: Collectives
     if config.train.virtual_ranks:
         require_world_size(config.train.virtual_ranks, collectives.size)
         return
+    if config.runtime.fsdp and collectives.size > 1:
+        raise UserError("runtime.fsdp: a run that was sharded over several ranks is not replayed, nor verified")
     origin = evidence.origin
     if origin and origin["world_size"] != collectives.size:
         raise UserError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import polars as pl
+import torch
 from torch import Tensor, nn
 
 from dist_train.config.schema import JobConfig, ReportConfig
@@ -45,7 +46,7 @@ class Task(Protocol):
     def num_inputs(self) -> int:
         """Width of what the model sees of a row, for the plan."""
 
-    def model(self) -> nn.Module:
+    def model(self, device: torch.device | None = None) -> nn.Module:
         """A new model with initial weights that are a function of the seed, on the device, in the run's precision."""
 
     def objective(self) -> Objective:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from dist_train.config import families
@@ -50,12 +51,12 @@ class InstructionTask(TextTask):
         """Token ids of the answer for each class, the one that ends it among them."""
         return self._reader.answers
 
-    def model(self) -> nn.Module:
+    def model(self, device: torch.device | None = None) -> nn.Module:
         """The model that scores the answers; what is not pretrained is a function of the seed."""
         block: CausalConfig = families.block_of(self._config.model)
         seed = self._config.run.seed
         model = build_answering_model(self._base, block, self.answers, self._padding, seed)
-        return model.to(self._collectives.device, self._dtype)
+        return model.to(device or self._collectives.device, self._dtype)
 
     def description(self) -> Description:
         """What the task of texts describes, and the prompt."""

@@ -97,10 +97,10 @@ class TabularTask(Classification):
         """Feature columns of the table."""
         return self.spec.num_columns
 
-    def model(self) -> nn.Module:
+    def model(self, device: torch.device | None = None) -> nn.Module:
         """The classifier with initial weights that are a function of the seed."""
         model = build_model(self.spec, self._config.model, seed=self._config.run.seed)
-        return model.to(self._collectives.device, self._dtype)
+        return model.to(device or self._collectives.device, self._dtype)
 
     def description(self) -> Description:
         """The spec of the columns."""

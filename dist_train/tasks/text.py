@@ -123,12 +123,12 @@ class TextTask(Classification):
         """Tokens of a text at most."""
         return self._config.text.max_tokens
 
-    def model(self) -> nn.Module:
+    def model(self, device: torch.device | None = None) -> nn.Module:
         """The classifier; what is not pretrained is a function of the seed."""
         block: TransformerConfig = families.block_of(self._config.model)
         seed = self._config.run.seed
         model = build_text_classifier(self._base, block, self._class_names, self._padding, seed)
-        return model.to(self._collectives.device, self._dtype)
+        return model.to(device or self._collectives.device, self._dtype)
 
     def description(self) -> Description:
         """The classes, and what identifies the pretrained model, the tokenizer and the cut of a text."""

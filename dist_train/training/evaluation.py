@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import TrainingFault
-from dist_train.training.protocols import Rows, Scorer
+from dist_train.training.protocols import Collective, Rows, Scorer
 
 # A vote on whether to stop is a collective; a pass may be shorter than that.
 PASSES_BETWEEN_VOTES = 16
@@ -36,9 +36,8 @@ def probabilities(
     for number in range(-(-num_passes // collectives.size)):  # the same for every rank; one may have a pass less
         if number % PASSES_BETWEEN_VOTES == 0:
             collectives.raise_if_stop_agreed()
-        index = first + number
-        if index < last:
-            start, stop = ends[number], ends[number + 1]
+        if first + number < last or isinstance(model, Collective):
+            start, stop = ends[min(number, last - first)], ends[min(number + 1, last - first)]
             own[start - ends[0] : stop - ends[0]] = scorer.probabilities(model(*rows.slice(start, stop)))
     model.train(was_training)
     return collectives.gather_rows(own)

@@ -72,6 +72,9 @@ class GradientReducer(Protocol):
     def finish(self) -> tuple[Tensor, Tensor]:
         """All backward passes are done: `sums` over all slices, and the flat gradients; the caller may change both."""
 
+    def norm(self, gradients: Tensor) -> Tensor:
+        """The norm, (), of what `finish` gave, over all ranks where each has a part of the gradients."""
+
 
 class Optimizer(Protocol):
     """Updates the parameters by flat gradients."""
@@ -162,6 +165,13 @@ class Partial(Protocol):
 
     def unsaved_state_dict(self) -> Mapping[str, Tensor]:
         """What it leaves out."""
+
+
+@runtime_checkable
+class Collective(Protocol):
+    """A model that its ranks compute together: each calls it as often as the others, with any number of rows."""
+
+    collective: bool
 
 
 Record = dict[str, Any]

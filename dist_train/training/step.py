@@ -116,7 +116,7 @@ class EagerStep:
         if batches[0].weights is not None:
             sum_of_weights = one_for_zero(sum_of_weights)
         factor: Number = self.reducer.grad_scale / sum_of_weights
-        norm: Number = self._numbers(torch.linalg.vector_norm(gradients))[0] * factor
+        norm: Number = self._numbers(self.reducer.norm(gradients))[0] * factor
         if self.max_grad_norm is not None:
             factor = factor * at_most_one(self.max_grad_norm / (norm + 1e-6))
         finite = is_finite(sum_of_losses + norm)

@@ -1,0 +1,87 @@
+"""A model in shards on two ranks trains as its replicas do, and its checkpoints are theirs."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dist_train.distributed.collectives import Collectives
+from tests.dist.sessions import Trained, train, write_table
+from tests.models.tiny_bert import write_texts, write_tiny_bert
+from tests.ranks import on_ranks, preload
+from tests.resume.jobs import Trap, finish, folder_of, run_job
+from tests.tasks.text_jobs import needs_text_libraries, text_job
+
+preload("tests.models.text_libraries")
+preload("dist_train.execution.fsdp")
+
+FSDP = "runtime.fsdp=true"
+# 62 training rows: one rank of two has no row of the last batch. Odd shapes: no tensor is cut in equal shards.
+JOB = (
+    "train.max_steps=9", "train.global_batch_size=10", "train.accumulation_steps=2", "train.ema_decay=0.9",
+    "optim.max_grad_norm=0.1", "checkpoint.every_steps=3", "log.every_steps=1", "data.test_fraction=0.2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("texts")
+    return write_tiny_bert(folder / "bert"), write_texts(folder / "texts.csv", 90)
+
+
+@pytest.fixture(scope="module")
+def replicas(place: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return finish(text_job(*place, tmp_path_factory.mktemp("replicas") / "run", *JOB), 2)
+
+
+def assert_alike(outcome: dict[str, Any], other: dict[str, Any]) -> None:
+    assert len(outcome["lines"]) == len(other["lines"])
+    for ours, theirs in zip(outcome["lines"], other["lines"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    assert outcome["test"]["loss"] == pytest.approx(other["test"]["loss"], abs=1e-5)
+
+
+@needs_text_libraries
+def test_adapters_in_shards_train_as_replicas_do_after_a_kill_and_go_on_as_replicas(
+    place: tuple[Path, Path], replicas: dict[str, Any], tmp_path: Path
+) -> None:
+    job = text_job(*place, tmp_path / "run", *JOB)
+    assert run_job([*job, FSDP], 2, Trap(step=4)).killed
+    ended = run_job([*job, FSDP], 2, Trap(step=6, signal=signal.SIGTERM, rank=1))
+    assert ended.codes == [0, 0], ended.errors
+    assert (folder_of(job) / "requeue").is_file()
+    assert_alike(finish(job, 2), replicas)
+
+
+@needs_text_libraries
+def test_replicas_go_on_in_shards_and_ship_what_replicas_ship(
+    place: tuple[Path, Path], replicas: dict[str, Any], tmp_path: Path
+) -> None:
+    job = text_job(*place, tmp_path / "run", *JOB)
+    assert run_job(job, 2, Trap(step=4)).killed
+    assert_alike(finish([*job, FSDP], 2), replicas)
+    model = folder_of(job) / "model"
+    assert (model / "adapter_model.safetensors").is_file()
+    summary = json.loads((folder_of(job) / "summary.json").read_text())
+    assert summary["parameters"] > summary["trainable_parameters"] > 0
+
+
+def trained(collectives: Collectives, arguments: list[str]) -> Trained:
+    return train(collectives, arguments)
+
+
+@pytest.mark.parametrize("family", ["financial_classifier", "resnet"])
+def test_other_models_train_as_replicas_do(family: str, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "table.parquet", 121)
+    job = [*table, "train.global_batch_size=24", "train.epochs=2", "train.precision=float64", f"model.name={family}"]
+    ours, theirs = (on_ranks(2, trained, [*job, *more])[0] for more in ([FSDP], []))
+    assert len(ours.losses) == 10
+    assert np.abs(ours.losses - theirs.losses).max() < 1e-9
+    assert np.abs(ours.probabilities - theirs.probabilities).max() < 1e-9
+    for name, value in theirs.weights.items():
+        assert np.abs(ours.weights[name] - value).max() < 1e-7, name
