@@ -83,6 +83,7 @@ ADDED: dict[str, Any] = {
     "text.sort_batches": 16,
     "text.baselines": False,
     "runtime.fsdp": False,
+    "train.gradient_checkpointing": False,
 }
 """Key that came after format 1 -> what a run that lacks it was trained with: the key's first default, or a function of
 the configuration that gives it."""
@@ -99,8 +100,9 @@ REDEFINED_METRICS = {"brier": (2, 2, "of two classes it is now scikit-learn's br
 # because the content of the file is compared instead.
 _COMPATIBLE = (
     "run.name", "run.dir", "run.resume", "run.force", "run.time_limit_minutes", "data.path", "train.epochs",
-    "train.max_steps", "train.early_stopping_patience", "train.select_by", "evaluation.", "checkpoint.",
-    "runtime.", "log.", "wandb.", "calibration.", "report.", "text.hub_dataset", "text.baselines",
+    "train.max_steps", "train.early_stopping_patience", "train.select_by", "train.gradient_checkpointing",
+    "evaluation.", "checkpoint.", "runtime.", "log.", "wandb.", "calibration.", "report.", "text.hub_dataset",
+    "text.baselines",
 )  # fmt: skip
 
 

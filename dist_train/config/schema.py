@@ -164,6 +164,8 @@ class TrainConfig:
     """Forward-backward passes in which one global batch is worked through, to save memory. BatchNorm sees one pass at a time."""
     virtual_ranks: int | None = None
     """Null: the fast mode, results agree between world sizes to rounding. V: the exact mode, the global batch is computed in V fixed slices and the result is the same bits on every world size that divides V (docs/same-bits.md)."""
+    gradient_checkpointing: bool = False
+    """Of each layer keep its inputs alone, and compute it again in the backward pass: less memory for about a third more time, the same results. For models whose layers are in an `nn.ModuleList`, as those of Transformers are."""
     precision: Literal["float32", "float64", "bf16"] = "float32"
     """`bf16`: weights stay float32, the forward pass runs under bfloat16 autocast."""
     loss: str = "cross_entropy"

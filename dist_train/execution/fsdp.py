@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from dist_train.determinism.batch_context import ModelContext
 from dist_train.determinism.batch_norm import sync_batch_norm, zero_grad_of_biases_before_batchnorm
 from dist_train.determinism.dropout import convert_dropout
+from dist_train.determinism.recompute import layers_of
 from dist_train.distributed.collectives import Collectives
 from dist_train.execution.base import Inputs
 from dist_train.execution.flat_parameters import ParameterLayout
@@ -140,12 +141,3 @@ def root_of(model: nn.Module) -> nn.Module:
     root = getattr(model, "sharded_root", model)
     assert isinstance(root, nn.Module)
     return root
-
-
-def layers_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The members of every nn.ModuleList that is not inside another one."""
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
-        else:
-            yield from layers_of(child)

@@ -13,6 +13,7 @@ from dist_train.config.schema import JobConfig
 from dist_train.data.sampler import PositionSampler
 from dist_train.data.sources import Feed
 from dist_train.determinism.guard import GeneratorGuard
+from dist_train.determinism.recompute import recompute_layers
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
@@ -73,6 +74,8 @@ class Session:
         undecayed = undecayed_parameters(plain)
         multipliers = lr_multipliers(plain)
         copied = self.execution.place(deepcopy(plain)) if train.ema_decay else None
+        if train.gradient_checkpointing:
+            recompute_layers(plain, self.execution.context, config.model.name)
         self.model = self.execution.prepare(plain, sample, config.model.name)
         self.optimizer = AdamW(
             self.model,

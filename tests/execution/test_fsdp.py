@@ -64,7 +64,7 @@ def test_replicas_go_on_in_shards_and_ship_what_replicas_ship(
 ) -> None:
     job = text_job(*place, tmp_path / "run", *JOB)
     assert run_job(job, 2, Trap(step=4)).killed
-    assert_alike(finish([*job, FSDP], 2), replicas)
+    assert_alike(finish([*job, FSDP, "train.gradient_checkpointing=true"], 2), replicas)
     model = folder_of(job) / "model"
     assert (model / "adapter_model.safetensors").is_file()
     summary = json.loads((folder_of(job) / "summary.json").read_text())
