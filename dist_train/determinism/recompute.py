@@ -32,7 +32,7 @@ def recompute_layers(model: nn.Module, context: ModelContext, name: str) -> nn.M
             "to false"
         )
     for layer in layers:
-        layer.forward = _recomputed(layer, layer.forward, context)  # type: ignore[method-assign]
+        layer.forward = _recomputed(layer, layer.forward, context)
     return model
 
 
