@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -55,8 +56,10 @@ def with_table(page: str) -> str:
 
 def _keys(section: Any) -> Iterator[tuple[str, str, str]]:
     for field in fields(section):
-        default = yaml.safe_dump(getattr(section, field.name), default_flow_style=True, width=1000)
-        yield field.name, str(field.type), default.strip().removesuffix("...").strip()
+        value = getattr(section, field.name)
+        default = yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
+        # A row of the table is one line.
+        yield field.name, str(field.type), json.dumps(value) if "\n" in default else default
 
 
 def _texts_under_fields(section: type[Any]) -> dict[str, str]:
