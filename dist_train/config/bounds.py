@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+MOST = 2**20
+
 
 def at_least(key: str, value: int | None, least: int, reason: str = "") -> Iterator[tuple[str, str]]:
     """A value below `least`; None is not bounded."""
     if value is not None and value < least:
         yield key, f"must be at least {least}, is {value}" + (f" ({reason})" if reason else "")
+
+
+def size(key: str, value: int | None, least: int = 1) -> Iterator[tuple[str, str]]:
+    """A number of units, members or blocks that is below `least`, or that makes a tensor larger than any memory."""
+    yield from at_least(key, value, least)
+    if value is not None and value > MOST:
+        yield key, f"must be at most {MOST}, is {value}"
 
 
 def probability(key: str, value: float) -> Iterator[tuple[str, str]]:

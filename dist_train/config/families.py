@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, 
 from functools import cache
 from typing import Any, ClassVar, Literal
 
-from dist_train.config.bounds import at_least, probability
+from dist_train.config.bounds import at_least, probability, size
 from dist_train.config.schema import JobConfig, ModelConfig
 from dist_train.plugins import declared, load_declared
 
@@ -45,7 +45,7 @@ class FeatureKeys:
     def problems(self) -> Iterator[tuple[str, str]]:
         """Key and text of each value that cannot be."""
         for key in ("numeric_width", "numeric_frequencies"):
-            yield from at_least(key, getattr(self, key), 1)
+            yield from size(key, getattr(self, key))
         if not 1 <= self.numeric_bins <= 32:
             yield "numeric_bins", f"must be from 1 to 32, is {self.numeric_bins}"
         if not self.numeric_frequency_scale > 0:
@@ -75,7 +75,7 @@ class TabMConfig(FeatureKeys):
         """Key and text of each value that cannot be."""
         yield from super().problems()
         for key in ("members", "blocks", "width"):
-            yield from at_least(key, getattr(self, key), 1)
+            yield from size(key, getattr(self, key))
         yield from probability("dropout", self.dropout)
 
 
@@ -98,7 +98,7 @@ class ResNetConfig(FeatureKeys):
         """Key and text of each value that cannot be."""
         yield from super().problems()
         for key in ("blocks", "width"):
-            yield from at_least(key, getattr(self, key), 1)
+            yield from size(key, getattr(self, key))
         if not self.width * self.hidden_ratio >= 1:
             yield "hidden_ratio", f"leaves no unit, is {self.hidden_ratio}"
         for key in ("dropout", "residual_dropout"):
@@ -133,7 +133,7 @@ class TransformerConfig:
         if not self.pretrained.strip():
             yield "pretrained", "must name a folder, a package or a model of the Hugging Face hub"
         for key in ("lora_rank", "lora_alpha"):
-            yield from at_least(key, getattr(self, key), 1)
+            yield from size(key, getattr(self, key))
         yield from probability("lora_dropout", self.lora_dropout)
         if not self.lora_targets:
             yield "lora_targets", "must name a module, or all-linear"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from dist_train.config import families
-from dist_train.config.bounds import at_least
+from dist_train.config.bounds import at_least, size
 from dist_train.config.schema import COLUMN_FORMS, DataConfig, JobConfig, ModelConfig, ReportConfig, TrainConfig
 from dist_train.config.yaml_text import parse_argument, plain_values
 from dist_train.errors import UserError
@@ -85,7 +86,24 @@ def _class_meant(name: Any, class_names: Sequence[str]) -> str:
 
 def problems_of(config: JobConfig) -> list[str]:
     """Every broken rule of a configuration, in the order of the schema; empty when there is none."""
-    return [f"{key}: {text}" for key, text in _broken(config)]
+    broken = list(_broken(config))
+    named = {key for key, _ in broken}
+    broken += [(key, text) for key, text in _beyond_64_bits("", asdict(config)) if not _is_named(key, named)]
+    return [f"{key}: {text}" for key, text in broken]
+
+
+def _is_named(key: str, named: set[str]) -> bool:
+    """Whether a key is named, or the mapping that it stands in."""
+    return any(key == name or key.startswith(f"{name}.") for name in named)
+
+
+def _beyond_64_bits(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Whole numbers that tensors and files cannot hold."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _beyond_64_bits(f"{prefix}{name}.", value)
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            yield f"{prefix}{name}", f"a whole number has at most 64 bits, is {value}"
 
 
 def _broken(c: JobConfig) -> Iterator[tuple[str, str]]:
@@ -233,8 +251,8 @@ def _model(m: ModelConfig) -> Iterator[tuple[str, str]]:
             yield from ((f"model.{m.name}.{key}", text) for key, text in block.problems())
         except ArithmeticError as error:
             yield f"model.{m.name}", f"a number is too large: {error}"
-    yield from at_least("model.hidden_dim", m.hidden_dim, 2)
-    yield from at_least("model.embedding_dim", m.embedding_dim, 1)
+    yield from size("model.hidden_dim", m.hidden_dim, 2)
+    yield from size("model.embedding_dim", m.embedding_dim)
     values = m.dropout if isinstance(m.dropout, list) else [m.dropout, m.dropout]
     if len(values) != 2 or not all(_is_number(v) for v in values):
         yield "model.dropout", f"must be one number or a list of two, is {m.dropout!r}"

@@ -23,6 +23,8 @@ is seeded around the call.
 _Decorated = TypeVar("_Decorated", bound=Build)
 
 _BUILDS: dict[str, Build] = {}
+# What torch says of a tensor that cannot be, on the CPU.
+_NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
 
 
 def register_model(name: str, config_block: type[Any] | None = None) -> Callable[[_Decorated], _Decorated]:
@@ -54,11 +56,19 @@ def build_model(spec: FeatureSpec, model: ModelConfig, *, seed: int) -> nn.Modul
     """The model with initial weights that are a function of the seed, float32 on the CPU.
 
     Raises:
-        UserError: there is no model of that name.
+        UserError: there is no model of that name, or its weights do not fit into the memory.
     """
     build = _build_of(model.name)
-    with seeded("initial weights", seed):
-        return build(spec, families.block_of(model))
+    try:
+        with seeded("initial weights", seed):
+            return build(spec, families.block_of(model))
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+            raise UserError(
+                f"model {model.name}: its weights do not fit into the memory of this machine: lower its sizes, such as "
+                "model.hidden_dim"
+            ) from None
+        raise
 
 
 def _build_of(name: str) -> Build:

@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from dist_train.config.load import config_to_yaml, load_config, read_config
@@ -107,8 +108,9 @@ def main() -> int:
         return 0
     began, seen = time.monotonic(), Counter[str]()
     tasks = ((number, chosen.seed) for number in range(chosen.start, chosen.start + chosen.cases))
-    with mp.get_context("fork").Pool(chosen.processes, _quiet, maxtasksperchild=2000) as pool:
-        for number, said in pool.imap_unordered(_try, tasks, chunksize=50):
+    # A pool whose processes are missed when the system kills one for its memory.
+    with ProcessPoolExecutor(chosen.processes, mp.get_context("fork"), _quiet) as pool:
+        for number, said in pool.map(_try, tasks, chunksize=50):
             seen[said.partition(" ")[0] if said.startswith("FAULT") else said] += 1
             if said.startswith("FAULT"):
                 print(f"case {number}: {said}", flush=True)

@@ -45,3 +45,12 @@ def test_folds_are_tried_as_train_trains_them_one_after_the_other(tmp_path: Path
     frame.write_csv(tmp_path / "t.csv")
     arguments = [f"data.path={tmp_path / 't.csv'}", "data.target=t", "runtime.device=cpu", "data.folds=3"]
     assert try_case(Case(arguments, tmp_path / "t.csv", tmp_path / "t.csv"), tmp_path) == "accepted"
+
+
+@pytest.mark.parametrize("units", [2**63, 2**20])
+def test_a_model_that_no_memory_can_hold(units: int, tmp_path: Path) -> None:
+    frame = pl.DataFrame({"a": [1.5, 2.5, 3.5] * 30, "t": ["u", "v", "w"] * 30})
+    frame.write_csv(tmp_path / "t.csv")
+    arguments = [f"data.path={tmp_path / 't.csv'}", "data.target=t", "runtime.device=cpu", f"model.hidden_dim={units}"]
+    said = try_case(Case(arguments, tmp_path / "t.csv", tmp_path / "t.csv"), tmp_path)
+    assert said == ("refused: configuration" if units == 2**63 else "refused: table")
