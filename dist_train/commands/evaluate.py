@@ -6,7 +6,8 @@
     torchrun --standalone --nproc_per_node=8 -m dist_train evaluate runs/credit_risk        # same numbers, sooner
 
 stderr gets a table for people; stdout gets one line of JSON, {"<split>": {...}}. The metrics are those of the model's
-own probabilities; where it has a calibration, `calibrated` holds those of the calibrated ones.
+own probabilities; where it has a calibration, `calibrated` holds those of the calibrated ones. `drift` holds the
+population stability index of columns that have moved from the training rows (docs/scoring.md).
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ def main(program: str, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--data", type=path, help="CSV, JSON lines or Parquet file with the target column, instead of the run's own"
     )
+    parser.add_argument("--drift", action="store_true", help="drift of every column, moved or not")
     arguments = parser.parse_args(argv)
 
     from dist_train.run.predictor import open_predictor
     from dist_train.system.console import print_json, terminal
 
     with open_predictor(arguments.run_dir, arguments.checkpoint, os.environ) as predictor:
-        metrics = predictor.evaluate(arguments.split, arguments.data)
+        metrics = predictor.evaluate(arguments.split, arguments.data, all_drift=arguments.drift)
     if predictor.collectives.is_main:
         title = f"{arguments.run_dir}, {predictor.weights}, {arguments.data or arguments.split}"
         terminal().print(_table(metrics, title))

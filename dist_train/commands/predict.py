@@ -26,7 +26,9 @@ stderr names the columns of which many cells are unlike those of training (categ
 numbers outside of the range, missing cells where none were), and categories in another spelling, as MALE for male.
 Where there are such, stdout gets one line of JSON with the rows and, by column, the shares of such cells:
 {"rows": ..., "unknown_categories": {...}, "spelled_otherwise": {...}, "outside_training_range": {...},
-"missing_unlike_training": {...}}. --refuse-unfamiliar refuses such a file instead: exit code 2, no output.
+"missing_unlike_training": {...}, "drift": {...}}. --refuse-unfamiliar refuses such a file instead: exit code 2, no
+output. `drift` has the population stability index of the columns that have moved from the training rows as a whole;
+they are named on stderr and not refused. With --drift it has that of every column.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ def main(program: str, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--refuse-unfamiliar", action="store_true", help="write nothing where a column would be named on stderr"
     )
+    parser.add_argument("--drift", action="store_true", help="print the drift of every column, moved or not")
     parser.add_argument("--reasons", type=int, default=0, metavar="N", help="so many reasons for each row")
     parser.add_argument(
         "--reasons-for", metavar="CLASS", help="class that they are for (default: the positive class of the run)"
@@ -90,7 +93,7 @@ def main(program: str, argv: Sequence[str]) -> None:
     if found is not None:
         rows, unfamiliar = found
         log.info("%d rows scored into %s", rows, output)
-        if shares := unfamiliar.as_json() | explained:
+        if shares := unfamiliar.as_json(all_drift=arguments.drift) | explained:
             print(json.dumps({"rows": rows, **shares}, ensure_ascii=False), flush=True)
 
 

@@ -15,6 +15,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from dist_train.data.drift import counts_of_numbers, edges_of, stacked_edges
 from dist_train.data.missing import without_missing_words
 from dist_train.data.quantiles import columns_to_sort, exact_quantiles
 from dist_train.data.scaling import scaled
@@ -178,7 +179,7 @@ def _fit_numeric(
     source: str,
     num_quantiles: int,
     num_rows: int | None,
-) -> Iterator[NumericColumn]:
+) -> list[NumericColumn]:
     own_rows = 0
 
     def columns() -> Iterator[list[Tensor]]:
@@ -191,8 +192,29 @@ def _fit_numeric(
     fractions = [index / (num_quantiles - 1) for index in range(num_quantiles)]
     quantiles, present = exact_quantiles(columns, len(names), fractions, collectives, num_rows)
     missing = collectives.all_reduce(torch.tensor(own_rows)) - present
-    for name, found, num_missing in zip(names, quantiles.tolist(), missing.tolist(), strict=True):
-        yield _numeric_column(name, found, num_missing > 0, collectives)
+    fitted = [
+        _numeric_column(name, found, num_missing > 0, collectives)
+        for name, found, num_missing in zip(names, quantiles.tolist(), missing.tolist(), strict=True)
+    ]
+    bins = _count_bins(columns, [edges_of(column.quantiles) for column in fitted], collectives)
+    return [replace(column, bins=tuple(of_column)) for column, of_column in zip(fitted, bins.tolist(), strict=True)]
+
+
+def _count_bins(
+    columns: Callable[[], Iterable[Sequence[Tensor]]], edges: Sequence[Sequence[float]], collectives: Collectives
+) -> Tensor:
+    """The rows of all ranks between the edges of each column, and the missing ones, (columns, bins + 1)."""
+    stacked = stacked_edges(edges)
+    counts = torch.zeros((len(edges), stacked.shape[1] + 2), dtype=torch.int64)
+
+    def count() -> Iterator[int]:
+        for piece in columns():
+            counts.add_(counts_of_numbers(piece, stacked))
+            yield len(piece[0])
+
+    if edges:
+        collectives.lockstep(count())
+    return collectives.all_reduce(counts)
 
 
 def _numeric_column(name: str, quantiles: list[float], has_missing: bool, collectives: Collectives) -> NumericColumn:

@@ -30,6 +30,8 @@ class NumericColumn:
     where it is quantile; a missing cell as 0. A scale of 0 means that the training rows hold one value or none.
     `quantiles` are of the values themselves: `NUM_QUANTILES` of them, or `NUM_TRANSFORM_QUANTILES` where they encode,
     or none where there were no values or the spec was written before they were kept.
+    `bins` counts the training rows as `data/drift.py` does, (bins + 1,): those between two edges, and the missing ones
+    last; it is empty where the spec was written before they were kept.
     """
 
     name: str
@@ -38,6 +40,7 @@ class NumericColumn:
     has_missing_flag: bool
     quantiles: tuple[float, ...] = ()
     transform: str = "robust"
+    bins: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +145,11 @@ class FeatureSpec:
         """As JSON types, which keep every bit of a float64; `from_json` reads it."""
         content = {
             "format": FORMATS["feature spec"] if self.readings else FORMAT_WITHOUT_READINGS,
-            "numeric": [{**vars(column), "quantiles": list(column.quantiles)} for column in self.numeric],
+            "numeric": [
+                {name: value for name, value in vars(column).items() if name != "bins"}
+                | {"quantiles": list(column.quantiles)}
+                for column in self.numeric
+            ],
             "categorical": [
                 {name: list(value) if isinstance(value, tuple) else value for name, value in vars(column).items()}
                 for column in self.categorical
@@ -150,7 +157,8 @@ class FeatureSpec:
             "class_names": list(self.class_names),
         }
         readings = [{**vars(reading), "parts": list(reading.parts)} for reading in self.readings]
-        return content | ({"readings": readings} if readings else {})
+        bins = {column.name: list(column.bins) for column in self.numeric if column.bins}  # earlier releases skip them
+        return content | ({"readings": readings} if readings else {}) | ({"bins": bins} if bins else {})
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> FeatureSpec:
@@ -160,9 +168,13 @@ class FeatureSpec:
             UserError: a later release wrote it.
         """
         require_format("feature spec", content.get("format"), "the model's preprocessing")
+        bins = content.get("bins", {})
         return cls(
             numeric=tuple(
-                NumericColumn(**{**column, "quantiles": tuple(column["quantiles"])}) for column in content["numeric"]
+                NumericColumn(
+                    **{**column, "quantiles": tuple(column["quantiles"]), "bins": tuple(bins.get(column["name"], ()))}
+                )
+                for column in content["numeric"]
             ),
             categorical=tuple(
                 CategoricalColumn(
@@ -181,7 +193,10 @@ class FeatureSpec:
     def _known_to(self, other: FeatureSpec) -> FeatureSpec:
         """This spec without the quantiles and counts of columns for which the other one has none."""
         pairs = zip(self.numeric, other.numeric, strict=True)
-        numeric = (one if two.quantiles else replace(one, quantiles=()) for one, two in pairs)
+        numeric = (
+            replace(one, quantiles=one.quantiles if two.quantiles else (), bins=one.bins if two.bins else ())
+            for one, two in pairs
+        )
         words = zip(self.categorical, other.categorical, strict=True)
         categorical = (one if two.counts else replace(one, counts=()) for one, two in words)
         return replace(self, numeric=tuple(numeric), categorical=tuple(categorical))

@@ -237,14 +237,18 @@ def _segments(content: Mapping[str, Any]) -> str:
     for column, found in content["segments"].items():
         rows = [
             (line["segment"], line["count"], line["rate"], *line["rate_interval"], line["mean_score"], line["auroc"],
-             line["loss"], line["selected"], line["recall"], line["adverse_impact_ratio"])
+             line["loss"], line["selected"], line["recall"], line.get("false_positive_rate"), line["adverse_impact_ratio"])
             for line in found["segments"]
         ]  # fmt: skip
         head = ("segment", "rows", "rate", "from", "to", "mean probability", "AUROC", "log loss", "selected", "recall",
-                "adverse impact ratio")  # fmt: skip
-        parts.append(
-            f"<h3>{escape(column)}</h3>" + table_of(head, rows, f"By {column}, at the threshold of least cost")
-        )
+                "false positive rate", "adverse impact ratio")  # fmt: skip
+        gaps = [
+            f"{name} {found[key]:.3f}"
+            for name, key in (("recall", "recall_gap"), ("false positive rate", "false_positive_gap"))
+            if found.get(key) is not None
+        ]
+        caption = f"By {column}, at the threshold of least cost" + (f"; gaps: {', '.join(gaps)}" if gaps else "")
+        parts.append(f"<h3>{escape(column)}</h3>" + table_of(head, rows, caption))
     if not parts:
         parts.append("<p>No segments are named: <code>report.segments=[COLUMN]</code> names some.</p>")
     spots = content["weak_spots"]

@@ -52,7 +52,7 @@ def segment_metrics(
 
     `adverse_impact_ratio`: the share that is not selected, as of granted applications, by the largest such share of a
     segment (`(others)` aside); below 0.8 it fails the four-fifths rule of the EEOC (1978). `loss` is the mean of
-    `losses`.
+    `losses`. The gaps of recall and of the false positive rate are those of equalised odds (Hardt et al. 2016).
     """
     own = np.array(segments, dtype=object)
     lines: list[dict[str, Any]] = []
@@ -67,13 +67,24 @@ def segment_metrics(
         line["loss"] = float(np.average(losses[here], weights=weights[here]))
         selected = here & (scores >= threshold)
         line["selected"] = float(weights[selected].sum()) / weight
+        negatives = weight - float(line["positives"] or 0)
+        line["false_positive_rate"] = float(weights[selected & ~positive].sum()) / negatives if negatives else None
         line["recall"] = float(weights[selected & positive].sum()) / line["positives"] if line["positives"] else None
         lines.append(line)
     passed = [1 - line["selected"] for line in lines if line["segment"] != OTHERS]
     for line in lines:
         line["adverse_impact_ratio"] = (1 - line["selected"]) / max(passed) if passed and max(passed) else None
-    recalls = [line["recall"] for line in lines if line["recall"] is not None and line["segment"] != OTHERS]
-    return {"segments": lines, "recall_gap": max(recalls) - min(recalls) if recalls else None}
+    return {
+        "segments": lines,
+        "recall_gap": _gap(lines, "recall"),
+        "false_positive_gap": _gap(lines, "false_positive_rate"),
+    }
+
+
+def _gap(lines: list[dict[str, Any]], metric: str) -> float | None:
+    """The largest less the smallest of the segments, `(others)` aside."""
+    found = [line[metric] for line in lines if line[metric] is not None and line["segment"] != OTHERS]
+    return max(found) - min(found) if found else None
 
 
 def weak_spots(

@@ -13,18 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from dist_train.data.drift import MOST_CATEGORIES, population_stability_index
 from dist_train.risk.binary import quantile_edges
 
 Floats = npt.NDArray[np.float64]
-
-MOST_CATEGORIES = 20
-"""Categories of a feature, the most frequent first, that have a bin of their own; the others share one."""
-
-
-def population_stability_index(expected: Floats, actual: Floats) -> float:
-    """PSI of two weights of each bin. An empty bin counts as half a row, so that the logarithm is finite."""
-    p, q = (np.maximum(weights, 0.5) / np.maximum(weights, 0.5).sum() for weights in (expected, actual))
-    return float(((q - p) * np.log(q / p)).sum())
 
 
 def psi_of_numbers(expected: Floats, actual: Floats, num_bins: int = 10) -> float:

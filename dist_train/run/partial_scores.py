@@ -27,7 +27,7 @@ from dist_train.data.unfamiliar import Unfamiliar
 from dist_train.errors import UserError
 from dist_train.system.files import TMP_PREFIX, sync_folder, write_atomically
 
-_FORMAT = 1
+_FORMAT = 2
 _SECONDS_BETWEEN_RECORDS = 2.0
 
 

@@ -174,11 +174,12 @@ class Predictor:
             self._explainers[name] = Explainer(self.members, self.input_columns, self.class_names, place, applied)
         return self._explainers[name]
 
-    def evaluate(self, split: str = "test", data: Rows | None = None) -> dict[str, Any]:
+    def evaluate(self, split: str = "test", data: Rows | None = None, *, all_drift: bool = False) -> dict[str, Any]:
         """Metrics on a split of the run's own data, or on another table that has the target column.
 
         They are those of the model's own probabilities; `calibrated` holds those of the calibrated ones, if there is a
-        calibration. All rows of another table count unless it has the split column.
+        calibration. All rows of another table count unless it has the split column. `drift` holds the population
+        stability index of the columns that have moved from the training rows; with `all_drift` of every column.
 
         Raises:
             UserError: there is no such split, it has no rows, or a trained model without its run folder is given no
@@ -206,7 +207,7 @@ class Predictor:
                 metrics |= calibrated_scores(self.calibration, predicted, labelled, first, self.collectives)
                 unfamiliar = first.unfamiliar(labelled)
         self.tell(unfamiliar)
-        return metrics | unfamiliar.as_json()
+        return metrics | unfamiliar.as_json(all_drift=all_drift)
 
     def chunked(self, file: Path, keep: Sequence[str] = ()) -> ChunkedFile:
         """A CSV, JSON lines or Parquet file as the model reads it, with columns to carry over."""
@@ -304,8 +305,8 @@ class Predictor:
         return shipped, unfamiliar[0], explanation
 
     def tell(self, unfamiliar: Unfamiliar) -> None:
-        """Warn of each unfamiliar column once."""
-        for line in unfamiliar.lines():
+        """Warn of each unfamiliar column once, and of drift."""
+        for line in [*unfamiliar.lines(), *unfamiliar.drift_lines()]:
             name = line.partition(":")[0]
             if self.collectives.is_main and name not in self._told:
                 log.warning("%s", line)

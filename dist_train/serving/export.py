@@ -14,9 +14,9 @@ import polars as pl
 import torch
 
 from dist_train import __version__
-from dist_train.data.dates import SECONDS_OF_A_DAY
 from dist_train.data.readings import DURATION
-from dist_train.data.spec import MISSING, FeatureSpec
+from dist_train.data.spec import FeatureSpec
+from dist_train.data.unfamiliar import contracts_of
 from dist_train.errors import TrainingFault, UserError
 from dist_train.risk.calibration import Isotonic, calibration_from_json
 from dist_train.run.partial_scores import require_writable, unwritable
@@ -117,19 +117,21 @@ def _specs(predictor: Predictor) -> list[FeatureSpec]:
 
 def _metadata(predictor: Predictor, network: ExportableNetwork, specs: Sequence[FeatureSpec]) -> dict[str, Any]:
     forms = {reading.column: reading.form for spec in specs for reading in spec.readings}
+    contracts = contracts_of(specs[0])
+
+    def of_training(name: str) -> dict[str, Any]:
+        return contracts[name].to_json() if name in contracts else {}
+
     columns: list[dict[str, Any]] = [
-        {"name": name, "kind": "number", **_form(forms.get(name)), **_of_training(name, specs[0])}
-        for name in network.numbers
+        {"name": name, "kind": "number", **_form(forms.get(name)), **of_training(name)} for name in network.numbers
     ]
     known: dict[str, dict[str, Any]] = {}
     for column in network.vocabularies:
         found = known.setdefault(column.name, {"categories": {}, "spellings": {}})
         found["categories"] |= dict.fromkeys(column.categories)
         found["spellings"] |= dict.fromkeys(spellings(column, predictor.config.data.missing_values))
-    missing = {column.name: column.seen_in_training[MISSING] for column in specs[0].categorical}
     columns += [
-        {"name": name, "kind": "category", "missing_in_training": missing.get(name, True)}
-        | {key: list(words) for key, words in found.items()}
+        {"name": name, "kind": "category", **of_training(name)} | {key: list(words) for key, words in found.items()}
         for name, found in known.items()
     ]
     return {
@@ -151,19 +153,6 @@ def _form(form: str | None) -> dict[str, str]:
         return {}
     unit = "seconds" if form == DURATION else MOMENTS if "," not in form else "the number"
     return {"written_as": form, "unit": unit}
-
-
-def _of_training(name: str, spec: FeatureSpec) -> dict[str, Any]:
-    """Range and missing cells of the training rows; a date's range is that of its days."""
-    made = spec.columns_of_features
-    column = next((c for c in spec.numeric if name in (c.name, made.get(c.name))), None)
-    if column is None or not column.quantiles:
-        return {}
-    low, high = column.quantiles[0], column.quantiles[-1]
-    reference = {reading.column: reading.reference for reading in spec.readings if reading.parts}.get(name)
-    if reference is not None:  # `days` is the first part of a date
-        low, high = reference + low * SECONDS_OF_A_DAY, reference + high * SECONDS_OF_A_DAY
-    return {"range": [low, high], "missing_in_training": column.has_missing_flag}
 
 
 def sample_rows(spec: FeatureSpec, count: int) -> pl.DataFrame:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dist_train.data.contract import ColumnContract
 from dist_train.errors import UserError
 
 Inputs = dict[str, np.ndarray[Any, Any]]
@@ -27,15 +28,12 @@ class BadRecord(ValueError):
 
 @dataclass(frozen=True)
 class Column:
-    """An input: a number, or a text with the `categories` of training. `low` and `high` are those of training rows."""
+    """An input, a number or a text, and what it was in the training rows."""
 
     name: str
     is_text: bool
     is_moment: bool
-    known: frozenset[str]
-    low: float
-    high: float
-    had_missing: bool
+    contract: ColumnContract
 
     def cell(self, value: object, row: int) -> float | str:
         """The value as the file takes it. Raises BadRecord."""
@@ -69,16 +67,6 @@ class Column:
             return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
         except (ValueError, OverflowError):
             raise BadRecord(f"row {row}, column {self.name!r}: must be a date in ISO 8601, seconds, or null") from None
-
-    def problem(self, cell: float | str) -> str | None:
-        """How a cell differs from those of the training rows, without its value; None: it does not."""
-        if cell in ("", None) or cell != cell:
-            return None if self.had_missing else "missing, and no cell was in training"
-        if isinstance(cell, str):
-            return None if cell in self.known else "a category that the model does not know"
-        if cell < self.low:
-            return "below the range of the training rows"
-        return "above the range of the training rows" if cell > self.high else None
 
 
 class OnnxModel:
@@ -128,7 +116,7 @@ class OnnxModel:
             {"row": row, "column": column.name, "problem": problem}
             for column, of_column in zip(self.columns, cells, strict=True)
             for row, cell in enumerate(of_column)
-            if (problem := column.problem(cell)) is not None
+            if (problem := column.contract.problem(cell)) is not None
         ]
 
     def inputs(self, cells: Sequence[Sequence[float | str]]) -> Inputs:
@@ -144,16 +132,10 @@ class OnnxModel:
 
 
 def _column(content: Mapping[str, Any], metadata: Mapping[str, Any]) -> Column:
-    low, high = content.get("range") or (-math.inf, math.inf)
-    return Column(
-        name=content["name"],
-        is_text=content["kind"] == "category",
-        is_moment=content.get("unit") == MOMENTS,
-        known=frozenset(content.get("spellings", ())) | frozenset(metadata["missing_values"]),
-        low=low,
-        high=high,
-        had_missing=content.get("missing_in_training", True),
-    )
+    is_text, is_moment = content["kind"] == "category", content.get("unit") == MOMENTS
+    known = frozenset(content.get("spellings", ())) | frozenset(metadata["missing_values"]) if is_text else None
+    told = {key: value for key, value in content.items() if key != "range" or not is_moment}
+    return Column(content["name"], is_text, is_moment, ColumnContract.from_json(told, known))
 
 
 def _is_unicode(text: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from tests.cli.conftest import Trained
-from tests.cli.in_process import command
+from tests.cli.in_process import command, command_on_ranks
 from tests.cli.tables import clients
 
 UNKNOWN = "column 'purpose': 75% of the cells are categories that the model does not know"
@@ -25,7 +25,9 @@ def test_predict_names_columns_of_unknown_categories(trained: Trained, tmp_path:
     outcome = command("predict", trained.folder, tmp_path / "in.csv", tmp_path / "out.csv")
     assert outcome.code == 0, outcome.err
     assert UNKNOWN in outcome.err
-    assert json.loads(outcome.out) == {"rows": 80, "unknown_categories": {"purpose": 0.75}}
+    found = json.loads(outcome.out)
+    assert found["drift"].keys() == {"purpose"}
+    assert found == {"rows": 80, "unknown_categories": {"purpose": 0.75}, "drift": found["drift"]}
 
 
 def test_evaluate_names_columns_of_unknown_categories(trained: Trained, tmp_path: Path) -> None:
@@ -60,6 +62,23 @@ def test_numbers_outside_of_the_range_are_named_and_may_be_refused(trained: Trai
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "out.csv"]
     clients().write_csv(tmp_path / "known.csv")
     accepted = command("predict", trained.folder, tmp_path / "known.csv", tmp_path / "yes.csv", "--refuse-unfamiliar")
+    assert accepted.code == 0, accepted.err
+
+
+def test_columns_that_have_moved_are_named_on_every_number_of_ranks_alike(trained: Trained, tmp_path: Path) -> None:
+    frame = clients(300).with_columns(pl.col("age").clip(60))
+    frame.write_csv(tmp_path / "in.csv")
+    alone = command("predict", trained.folder, tmp_path / "in.csv", tmp_path / "out.csv", "--drift")
+    assert alone.code == 0, alone.err
+    assert "drift against the training rows, population stability index" in alone.err
+    assert "'age' (" in alone.err
+    drift = json.loads(alone.out)["drift"]
+    assert drift["age"] > 1 > 0.1 > drift["purpose"] >= 0
+    two = command_on_ranks(2, "predict", trained.folder, tmp_path / "in.csv", tmp_path / "two.csv", "--drift")
+    assert json.loads(two[0].out)["drift"] == drift
+    moved = command("evaluate", trained.folder, "--data", tmp_path / "in.csv")
+    assert json.loads(moved.out)["test"]["drift"] == {"age": drift["age"]}
+    accepted = command("predict", trained.folder, tmp_path / "in.csv", tmp_path / "yes.csv", "--refuse-unfamiliar")
     assert accepted.code == 0, accepted.err
 
 

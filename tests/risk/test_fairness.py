@@ -19,16 +19,22 @@ def test_shares_recalls_and_ratios_are_those_of_fairlearn() -> None:
     losses = np.zeros(900)
     found = segment_metrics(groups.tolist(), scores, positive, weights, losses, 0.5)
     frame = metrics.MetricFrame(
-        metrics={"selected": metrics.selection_rate, "recall": metrics.true_positive_rate},
+        metrics={
+            "selected": metrics.selection_rate,
+            "recall": metrics.true_positive_rate,
+            "false_positive_rate": metrics.false_positive_rate,
+        },
         y_true=positive,
         y_pred=scores >= 0.5,
         sensitive_features=groups,
-        sample_params={"selected": {"sample_weight": weights}, "recall": {"sample_weight": weights}},
+        sample_params={key: {"sample_weight": weights} for key in ("selected", "recall", "false_positive_rate")},
     )
     by_group = frame.by_group
     for line in found["segments"]:
         assert line["selected"] == pytest.approx(by_group.loc[line["segment"], "selected"])
         assert line["recall"] == pytest.approx(by_group.loc[line["segment"], "recall"])
+        assert line["false_positive_rate"] == pytest.approx(by_group.loc[line["segment"], "false_positive_rate"])
     assert found["recall_gap"] == pytest.approx(frame.difference()["recall"])
+    assert found["false_positive_gap"] == pytest.approx(frame.difference()["false_positive_rate"])
     granted = metrics.demographic_parity_ratio(positive, scores < 0.5, sensitive_features=groups, sample_weight=weights)
     assert min(line["adverse_impact_ratio"] for line in found["segments"]) == pytest.approx(granted)
