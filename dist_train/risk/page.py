@@ -237,7 +237,8 @@ def _segments(content: Mapping[str, Any]) -> str:
     for column, found in content["segments"].items():
         rows = [
             (line["segment"], line["count"], line["rate"], *line["rate_interval"], line["mean_score"], line["auroc"],
-             line["loss"], line["selected"], line["recall"], line.get("false_positive_rate"), line["adverse_impact_ratio"])
+             line["loss"], line["selected"], line["recall"], line.get("false_positive_rate"),
+             line["adverse_impact_ratio"])
             for line in found["segments"]
         ]  # fmt: skip
         head = ("segment", "rows", "rate", "from", "to", "mean probability", "AUROC", "log loss", "selected", "recall",

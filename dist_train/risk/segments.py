@@ -67,7 +67,7 @@ def segment_metrics(
         line["loss"] = float(np.average(losses[here], weights=weights[here]))
         selected = here & (scores >= threshold)
         line["selected"] = float(weights[selected].sum()) / weight
-        negatives = weight - float(line["positives"] or 0)
+        negatives = float(weights[here & ~positive].sum())
         line["false_positive_rate"] = float(weights[selected & ~positive].sum()) / negatives if negatives else None
         line["recall"] = float(weights[selected & positive].sum()) / line["positives"] if line["positives"] else None
         lines.append(line)
