@@ -28,6 +28,7 @@ from dist_train.distributed.world import device_here, world_from_environment
 from dist_train.errors import TrainingFault, UserError
 from dist_train.run import job
 from dist_train.run.checkpoint.run_folder import RunFolder
+from dist_train.run.checkpoint.state import decode_parts, encode_parts
 from dist_train.run.checkpoint.trained_model import read_trained_model
 from dist_train.run.explanation import Explanation
 from dist_train.run.predictor import Predictor
@@ -193,12 +194,14 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return classifier
 
     def __getstate__(self) -> dict[str, Any]:
-        """The parts of the trained model, and not the objects that are made of them."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_predictor"}
+        """The parts of the trained model as the bytes of their files, and not the objects that are made of them."""
+        state = {name: value for name, value in super().__getstate__().items() if name != "_predictor"}
+        return state | ({"_parts": dict(encode_parts(state["_parts"]))} if "_parts" in state else {})
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         super().__setstate__(state)
         if "_parts" in state:
+            self._parts = decode_parts(state["_parts"], "the classifier")
             self._connect()
 
     def __sklearn_tags__(self) -> Any:

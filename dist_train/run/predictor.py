@@ -206,7 +206,7 @@ class Predictor:
                 metrics = scores(predicted, labelled, first, self.collectives)
                 metrics |= calibrated_scores(self.calibration, predicted, labelled, first, self.collectives)
                 unfamiliar = first.unfamiliar(labelled)
-        self.tell(unfamiliar)
+        self.tell(unfamiliar, drift=True)
         return metrics | unfamiliar.as_json(all_drift=all_drift)
 
     def chunked(self, file: Path, keep: Sequence[str] = ()) -> ChunkedFile:
@@ -304,9 +304,9 @@ class Predictor:
         explanation = explainer.explain(rows_of, shipped if explainer.explains_calibrated else own)
         return shipped, unfamiliar[0], explanation
 
-    def tell(self, unfamiliar: Unfamiliar) -> None:
-        """Warn of each unfamiliar column once, and of drift."""
-        for line in [*unfamiliar.lines(), *unfamiliar.drift_lines()]:
+    def tell(self, unfamiliar: Unfamiliar, *, drift: bool = False) -> None:
+        """Warn of each unfamiliar column once, and of drift, which is that of a whole file."""
+        for line in [*unfamiliar.lines(), *(unfamiliar.drift_lines() if drift else ())]:
             name = line.partition(":")[0]
             if self.collectives.is_main and name not in self._told:
                 log.warning("%s", line)

@@ -73,7 +73,7 @@ def score_file(
         raise
     if not opened:
         return None
-    predictor.tell(opened[0].unfamiliar)
+    predictor.tell(opened[0].unfamiliar, drift=True)
     return opened[0].rows, opened[0].unfamiliar
 
 

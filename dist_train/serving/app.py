@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 
 from dist_train import __version__
@@ -21,6 +21,14 @@ from dist_train.serving.settings import Settings, api_keys
 _FEW_ROWS = 64
 """So many rows take less time than another thread needs to begin."""
 _PROTOCOL = "/v2/models/{name}"
+_NAMED: dict[int | str, dict[str, Any]] = {401: {"description": "no key"}, 404: {"description": "no such model"}}
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "no JSON"},
+    401: {"description": "no key"},
+    413: {"description": "too large"},
+    422: {"description": "not scored"},
+    429: {"description": "too many"},
+}
 _SERVER = {"name": "dist_train", "version": __version__, "extensions": []}
 
 
@@ -48,7 +56,7 @@ def make_app(settings: Settings) -> FastAPI:
     async def health() -> dict[str, Any]:
         return {"status": "ok", "model": settings.name, "hashes": model.metadata["hashes"]}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics_page() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -97,21 +105,14 @@ def _add_scoring(app: FastAPI, model: OnnxModel, scorer: _Scorer) -> None:
         },
         "example": {"records": [model.example]},
     }
-    answers: dict[int | str, dict[str, Any]] = {
-        status: {"description": text}
-        for status, text in {
-            400: "no JSON",
-            401: "no key",
-            413: "too large",
-            422: "not scored",
-            429: "too many",
-        }.items()
-    }
 
-    @app.post("/v1/score", openapi_extra=_body(schema), responses=answers)
+    @app.post("/v1/score", openapi_extra=_body(schema), responses=_REFUSALS)
     async def score(request: Request) -> dict[str, Any]:
         """Probabilities and predicted class of each record; columns that the model does not have are ignored."""
-        records = _object(await request.body()).get("records")
+        body = _object(await request.body())
+        if body.get("reasons"):
+            raise BadRecord("`reasons` are not computed by a server: `dist-train predict --reasons N` writes them")
+        records = body.get("records")
         if not isinstance(records, list):
             raise BadRecord("the body must be an object with the list `records`")
         probabilities, problems = await scorer(records, request)
@@ -141,17 +142,19 @@ def _add_protocol(app: FastAPI, model: OnnxModel, scorer: _Scorer, name: str) ->
     async def ready() -> dict[str, bool]:
         return {"ready": True}
 
-    @app.get(_PROTOCOL, response_model=None)
+    @app.get(_PROTOCOL, responses=_NAMED, response_model=None)
     async def model_metadata(name: str) -> dict[str, Any] | JSONResponse:
         return is_unknown(name) or metadata_of(model, name)
 
-    @app.get(f"{_PROTOCOL}/ready", response_model=None)
+    @app.get(f"{_PROTOCOL}/ready", responses=_NAMED, response_model=None)
     async def model_ready(name: str) -> dict[str, Any] | JSONResponse:
         return is_unknown(name) or {"name": name, "ready": True}
 
     example = {"inputs": to_tensors(model, model.example)}
 
-    @app.post(f"{_PROTOCOL}/infer", openapi_extra=_body({"type": "object", "example": example}), response_model=None)
+    request_body = _body({"type": "object", "example": example})
+
+    @app.post(f"{_PROTOCOL}/infer", openapi_extra=request_body, responses=_NAMED | _REFUSALS, response_model=None)
     async def infer(name: str, request: Request) -> dict[str, Any] | JSONResponse:
         """The Open Inference Protocol with JSON bodies: an input of shape [rows, 1] for each column."""
         unknown = is_unknown(name)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -91,6 +92,7 @@ def test_the_example_of_the_openapi_page_is_scored(plain: TestClient) -> None:
         (b'{"records": [{"income": NaN}]}', 400, "null is a missing cell"),
         (b"[" * 100_000, 400, "no JSON"),
         (b'{"records": []}', 422, "1 to 10,000 rows"),
+        (b'{"records": [], "reasons": 4}', 422, "`dist-train predict --reasons N` writes them"),
         (b'{"records": [3]}', 422, "row 0: must be an object"),
         (b'{"records": [{"income": 1}]}', 422, "null is a missing cell"),
         (json.dumps({"records": [RECORD | {"age": "secret"}]}).encode(), 422, "column 'age': must be a number"),
@@ -216,6 +218,33 @@ def test_a_killed_worker_is_replaced_and_sigterm_ends_the_server(
     assert answered(address)
     server.terminate()
     assert server.wait(60) == 0
+
+
+def test_sigterm_finishes_a_request_that_has_begun(plain_onnx: Path) -> None:
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "dist_train", "serve", plain_onnx, "--port", str(port)],
+        stdout=subprocess.DEVNULL, cwd=REPOSITORY,
+    )  # fmt: skip
+    try:
+        assert answered(f"http://127.0.0.1:{port}")
+        body = json.dumps({"records": [RECORD]}).encode()
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as begun:
+            begun.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nConnection: close\r\n")
+            begun.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body[:20])
+            time.sleep(0.5)  # the server has read what there is
+            server.terminate()
+            time.sleep(0.5)
+            assert server.poll() is None
+            begun.sendall(body[20:])
+            answer = b"".join(iter(lambda: begun.recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"predicted_class" in answer
+        assert server.wait(60) == 0
+        with pytest.raises(ConnectionError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
+    finally:
+        server.kill()
 
 
 def answered(address: str) -> bool:

@@ -76,6 +76,14 @@ def read_parts(folder: Path) -> Parts:
     return {name: read(name) for name in listed if name.endswith((".pth", ".json")) and "/" not in name}
 
 
+def decode_parts(encoded: Mapping[str, bytes], source: str) -> Parts:
+    """What `encode_parts` made of parts. Raises CorruptCheckpoint: it is anything else."""
+    return {
+        name: (unpack_tensors if name.endswith(".pth") else unpack_json)(data, f"{source}/{name}")
+        for name, data in encoded.items()
+    }
+
+
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     """A flat mapping of tensors as torch.save writes it, on the CPU."""
     stream = io.BytesIO()
