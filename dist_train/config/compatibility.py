@@ -67,6 +67,8 @@ ADDED: dict[str, Any] = {
     "train.ema_warmup": _warmed_up_before,
     "data.formats": {},
     "log.tensorboard": False,
+    "log.mlflow": False,
+    "log.curves": False,
     "calibration.method": "none",
     "calibration.apply": True,
     "report.enabled": False,

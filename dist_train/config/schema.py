@@ -268,6 +268,10 @@ class LogConfig:
     """Optimizer steps between lines for the training rows."""
     tensorboard: bool = False
     """Write event files for TensorBoard to `tensorboard/` of the run folder, by rank 0; the extra is `tensorboard`."""
+    mlflow: bool = False
+    """Send metrics to MLflow, where MLFLOW_TRACKING_URI says, by rank 0; the experiment is MLFLOW_EXPERIMENT_NAME, else `wandb.project`; the extra is `mlflow`."""
+    curves: bool = False
+    """Draw `curves.png` in the run folder after each evaluation, by rank 0; it needs matplotlib (the extra `report`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What rank 0 writes about a run while it trains: metrics.jsonl, wandb, TensorBoard, the terminal."""
+"""What rank 0 writes about a run while it trains: metrics.jsonl, wandb, TensorBoard, MLflow, curves, the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 from dist_train.config.schema import JobConfig
 from dist_train.run.tracking.console_tracker import ConsoleTracker
+from dist_train.run.tracking.curves_tracker import CurvesTracker
 from dist_train.run.tracking.jsonl_tracker import JsonlTracker
+from dist_train.run.tracking.mlflow_tracker import MlflowTracker
 from dist_train.run.tracking.tensorboard_tracker import TensorBoardTracker
 from dist_train.run.tracking.wandb_tracker import WandbTracker, choose_mode
 from dist_train.system.console import terminal
@@ -51,10 +53,21 @@ class Trackers:
             last_step=self.jsonl.last_step,
             patience_seconds=min(_SERVER_SECONDS, 0.4 * timeout) if mode == "online" else 0.8 * timeout,
         )
+        last_step = self.jsonl.last_step
         self.jsonl.load_state_dict(_metrics_state(state) if state else {"bytes": 0})
         self.tensorboard = TensorBoardTracker(
             folder=metrics_file.parent, enabled=config.log.tensorboard, start_step=start_step
         )
+        self.mlflow = MlflowTracker(
+            folder=metrics_file.parent,
+            name=config.run.name,
+            project=environ.get("MLFLOW_EXPERIMENT_NAME") or config.wandb.project,
+            enabled=config.log.mlflow,
+            config=asdict(config),
+            last_step=last_step,
+            patience_seconds=min(_SERVER_SECONDS, 0.4 * timeout),
+        )
+        self.curves = CurvesTracker(metrics_file=metrics_file, enabled=config.log.curves)
         self.console = ConsoleTracker(
             terminal(),
             total_steps=total_steps,
@@ -77,6 +90,8 @@ class Trackers:
         self.jsonl.log(record)
         self.wandb.log(record)
         self.tensorboard.log(record)
+        self.mlflow.log(record)
+        self.curves.log(record)
         self.console.log(record)
 
     def end_training(self) -> None:
@@ -91,6 +106,7 @@ class Trackers:
     def track_summary(self, summary: Mapping[str, Any]) -> None:
         """Write what the finished run has reached."""
         self.wandb.log_summary(summary)
+        self.mlflow.log_summary(summary)
 
     def __enter__(self) -> Trackers:
         return self
@@ -99,6 +115,7 @@ class Trackers:
         with suppress(OSError):  # only after a failure there is anything left to end, and that has its own message
             self.end_training()
         self.tensorboard.close()
+        self.mlflow.close(failed=kind is not None)
         self.wandb.close(failed=kind is not None)
 
 

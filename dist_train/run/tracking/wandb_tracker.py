@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import netrc
 import secrets
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from dist_train.run.tracking.patience import in_time
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
 
@@ -111,16 +110,7 @@ class WandbTracker:
 
     def _in_time(self, call: Callable[[], Any]) -> Any:
         """What a call returns. Raises TimeoutError where it takes too long; it is left to itself then."""
-        outcome: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                outcome.set_result(call())
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        threading.Thread(target=run, name="wandb", daemon=True).start()
-        return outcome.result(self._patience_seconds)
+        return in_time(call, self._patience_seconds, "wandb")
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
