@@ -13,9 +13,10 @@ import pytest
 from dist_train.distributed.collectives import Collectives
 from tests.dist.sessions import Trained, train, write_table
 from tests.models.tiny_bert import write_texts, write_tiny_bert
+from tests.models.tiny_llama import write_tiny_llama
 from tests.ranks import on_ranks, preload
 from tests.resume.jobs import Trap, finish, folder_of, run_job
-from tests.tasks.text_jobs import needs_text_libraries, text_job
+from tests.tasks.text_jobs import instruction_job, needs_text_libraries, text_job
 
 preload("tests.models.text_libraries")
 preload("dist_train.execution.fsdp")
@@ -69,6 +70,17 @@ def test_replicas_go_on_in_shards_and_ship_what_replicas_ship(
     assert (model / "adapter_model.safetensors").is_file()
     summary = json.loads((folder_of(job) / "summary.json").read_text())
     assert summary["parameters"] > summary["trainable_parameters"] > 0
+
+
+@needs_text_libraries
+@pytest.mark.slow
+def test_a_causal_model_in_shards_trains_as_replicas_do(tmp_path: Path) -> None:
+    place = write_tiny_llama(tmp_path / "llama"), write_texts(tmp_path / "texts.csv", 60)
+    more = ("train.max_steps=4", "log.every_steps=1", "train.gradient_checkpointing=true")
+    ours, theirs = (
+        finish(instruction_job(*place, tmp_path / name, *more, f"runtime.fsdp={name}"), 2) for name in ("true", "false")
+    )
+    assert_alike(ours, theirs)
 
 
 def trained(collectives: Collectives, arguments: list[str]) -> Trained:
