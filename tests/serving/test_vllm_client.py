@@ -70,15 +70,13 @@ class LanguageServer(Server):
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        assert (self.path, asked["model"], asked["prompt_logprobs"]) == ("/v1/completions", self.name, 0)
+        assert (self.path, asked["model"], asked["max_tokens"]) == ("/v1/completions", self.name, 1)
+        (token,) = asked["allowed_token_ids"]
         choices = []
         for index, row in enumerate(asked["prompt"]):
             with torch.no_grad():
-                steps = self.model(input_ids=torch.tensor([row])).logits[0].log_softmax(1)
-            likely = [
-                {str(token): {"logprob": float(step[token])}} for step, token in zip(steps, row[1:], strict=False)
-            ]
-            choices.append({"index": index, "prompt_logprobs": [None, *likely]})
+                last = self.model(input_ids=torch.tensor([row])).logits[0, -1].log_softmax(0)
+            choices.append({"index": index, "logprobs": {"token_logprobs": [float(last[token])]}})
         self._answer({"choices": choices[::-1]})
 
 
