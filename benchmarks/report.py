@@ -17,7 +17,18 @@ from dist_train.system.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "bench.json"
 _WIDTH = 170  # of a log, which has no width of its own
-_VERSIONS = ("torch", "lightning", "accelerate", "jax", "optax", "scikit-learn", "numpy", "polars")
+_VERSIONS = (
+    "torch",
+    "lightning",
+    "accelerate",
+    "transformers",
+    "peft",
+    "jax",
+    "optax",
+    "scikit-learn",
+    "numpy",
+    "polars",
+)
 
 
 def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
