@@ -21,6 +21,7 @@ from dist_train.accel import ensemble_kernels as kernels
 from dist_train.determinism.batch_context import ModelContext
 from dist_train.determinism.dropout import KeyedDropout
 from dist_train.determinism.position import split_evenly
+from dist_train.determinism.products import Products
 
 # So that what a layer makes of a block stays in the cache beside the weights of the members.
 BLOCK_ROWS = 256
@@ -99,7 +100,7 @@ class Block:
     """
 
     def __init__(self, begin: int, end: int, layers: Sequence[Layer], like: Tensor) -> None:
-        self.begin, self.rows = begin, slice(begin, end)
+        self.begin, self.end, self.rows = begin, end, slice(begin, end)
         num_rows, members = end - begin, layers[0].linear.k
         first, *later = [layer.linear.out_features for layer in layers]
         self.activations = [like.new_empty((num_rows, members * first))]
@@ -141,18 +142,18 @@ class _Members(torch.autograd.Function):
         work, layers = module.work_for(x), module.layers
         for layer, weights in zip(layers, work.weights, strict=True):
             kernels.weights_of_members(*_factors_of(layer), layer.input_scale, weights.numpy())
-        weight, bias = parameters[-2:]
+        (weight, bias), products = parameters[-2:], module.context.products
         logits = x.new_empty((len(x), len(weight), weight.shape[2]))
         for block in work.blocks:
             for index, layer in enumerate(layers):
                 if index:
-                    torch.bmm(
-                        block.sources[index - 1], work.weights[index].transpose(1, 2), out=block.activations[index]
-                    )
+                    weights = work.weights[index].transpose(1, 2)
+                    products.multiply(block.sources[index - 1], weights, block.activations[index])
                 else:
-                    torch.mm(x[block.rows], work.wide.t(), out=block.activations[0])
+                    products.multiply(x[block.rows], work.wide.t(), block.activations[0])
                 _activate(block, index, layer)
-            of_block = torch.baddbmm(bias.unsqueeze(1), block.sources[-1], weight, alpha=layers[-1].dropout.scale)
+            of_block = bias.detach().unsqueeze(1).repeat(1, block.end - block.begin, 1)
+            products.add(block.sources[-1], weight.detach(), of_block, layers[-1].dropout.scale)
             logits[block.rows] = of_block.transpose(0, 1)
         ctx.module, ctx.work, ctx.parameters = module, work, parameters
         ctx.save_for_backward(x)
@@ -162,27 +163,27 @@ class _Members(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), module, work = ctx.saved_tensors, ctx.module, ctx.work
-        layers, (weight, bias) = module.layers, ctx.parameters[-2:]
+        layers, (weight, bias), products = module.layers, ctx.parameters[-2:], module.context.products
         of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         of_output = [torch.zeros_like(weight), torch.zeros_like(bias)]
         for totals in work.totals:
             totals.fill(0)
         for number, block in enumerate(work.blocks):
-            beta = 1 if number else 0  # the first block begins the sums
-            _output_backward(block, grad[block.rows], weight, of_output, layers[-1].dropout.scale)
+            sum_up = products.add if number else products.multiply  # the first block begins the sums
+            _output_backward(block, grad[block.rows], weight, of_output, layers[-1].dropout.scale, products)
             for index in range(len(layers) - 1, 0, -1):
                 kernels.relu_dropout_backward_of_members(
                     block.gradients[index].numpy(), block.arrays[index], False, work.totals[index]
                 )
                 gradient = block.activations[index]
-                work.of_weights[index].baddbmm_(gradient.transpose(1, 2), block.sources[index - 1], beta=beta)
-                torch.bmm(gradient, work.weights[index], out=block.gradients[index - 1])
+                sum_up(gradient.transpose(1, 2), block.sources[index - 1], work.of_weights[index])
+                products.multiply(gradient, work.weights[index], block.gradients[index - 1])
             kernels.relu_dropout_backward_of_members(
                 block.gradients[0].numpy(), block.first.numpy(), True, work.totals[0]
             )
-            work.of_wide.addmm_(block.activations[0].t(), x[block.rows], beta=beta)
+            sum_up(block.activations[0].t(), x[block.rows], work.of_wide)
             if of_x is not None:
-                torch.mm(block.activations[0], work.wide, out=of_x[block.rows])
+                products.multiply(block.activations[0], work.wide, of_x[block.rows])
         found = [g for index, layer in enumerate(layers) for g in _gradients_of(layer, index, work)]
         module.give_back(work)
         return of_x, None, *found, *of_output
@@ -200,12 +201,14 @@ def _activate(block: Block, index: int, layer: Layer) -> None:
         kernels.bias_relu_dropout(block.arrays[0], bias.reshape(-1), start, dropout.threshold)
 
 
-def _output_backward(block: Block, grad: Tensor, weight: Tensor, found: Sequence[Tensor], scale: float) -> None:
+def _output_backward(
+    block: Block, grad: Tensor, weight: Tensor, found: Sequence[Tensor], scale: float, products: Products
+) -> None:
     """Add what a block contributes to the gradients of the last Linear, and find that of what it has read."""
     gradient = grad.transpose(0, 1).contiguous()
-    found[0].baddbmm_(block.sources[-1].transpose(1, 2), gradient, alpha=scale)
+    products.add(block.sources[-1].transpose(1, 2), gradient, found[0], scale)
     found[1].add_(gradient.sum(1))
-    block.gradients[-1].baddbmm_(gradient, weight.transpose(1, 2), beta=0, alpha=scale)
+    products.multiply(gradient, weight.transpose(1, 2), block.gradients[-1], scale)
 
 
 def _gradients_of(layer: Layer, index: int, work: Workspace) -> list[Tensor]:

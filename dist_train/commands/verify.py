@@ -14,7 +14,7 @@ A report goes to stderr, one line of JSON to stdout. Exit code 0: all agree; 1: 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -104,3 +104,10 @@ def _show(report: Report) -> None:
     if report.difference is None:
         model = ", and the trained model and its metrics" if report.model_compared else ""
         log.info("%d lines of metrics and %d checkpoints%s agree to the bit", report.lines, report.checkpoints, model)
+        here, there = _processor(report.machine), _processor(report.trained_on)
+        if report.trained_on and here != there:
+            log.info("the same bits were computed on %s and on %s", there, here)
+
+
+def _processor(machine: Mapping[str, str]) -> str:
+    return f"{machine.get('processor')} ({machine.get('instructions', machine.get('device'))})"

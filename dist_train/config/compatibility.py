@@ -78,6 +78,7 @@ ADDED: dict[str, Any] = {
     "report.false_positive_cost": 1.0,
     "report.false_negative_cost": 1.0,
     "report.bootstrap_repeats": 200,
+    "runtime.products": lambda _: "library",
     "text.column": "text",
     "text.hub_dataset": None,
     "text.max_tokens": 128,

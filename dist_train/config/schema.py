@@ -256,6 +256,8 @@ class RuntimeConfig:
     """`auto`: nccl when every rank has a GPU of its own, else gloo."""
     fsdp: bool = False
     """Each rank holds a part of the parameters, gradients and moments, for models that do not fit one GPU (docs/fsdp.md). Checkpoints are those of runs without it, and a run may change it when it resumes. One rank holds all of it as ever."""
+    products: Literal["defined", "library"] = "defined"
+    """On the CPU: `defined` gives float32 matrix products of the exact mode and of scores bits that no processor and no row beside a row changes; `library` leaves them to torch's library. A run of an earlier version has `library`."""
     timeout_seconds: float = 300.0
     """A rank that keeps the others waiting for longer ends the run; `fault.txt` in the run folder then says which and why."""
 

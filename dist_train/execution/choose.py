@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dist_train.config.schema import TrainConfig
 from dist_train.determinism.batch_context import ModelContext
+from dist_train.determinism.products import Products
 from dist_train.distributed.collectives import Collectives
 from dist_train.execution.base import Execution
 from dist_train.execution.ddp import DDPExecution
@@ -24,8 +25,9 @@ def choose_execution(
     rows_on_device: bool,
     total_steps: int = 0,
     fsdp: bool = False,
+    products: Products | None = None,
 ) -> Execution:
-    """The execution of a configuration in a world; `seed` keys its random numbers.
+    """The execution of a configuration in a world; `seed` keys its random numbers, the exact mode has `products`.
 
     `train.virtual_ranks` asks for the exact mode. Without it one rank is single, and several are ddp. On a GPU each of
     them has kernels of its own for the models that these know, on any backend and wherever the rows are, so that their
@@ -36,6 +38,7 @@ def choose_execution(
     """
     context = ModelContext(seed)
     if train.virtual_ranks is not None:
+        context.products = products or context.products
         chosen: SingleExecution = ExactExecution(collectives, context, train.virtual_ranks)
     elif collectives.size > 1 and fsdp:
         from dist_train.execution.fsdp import FSDPExecution  # imports what only sharded models need

@@ -69,6 +69,7 @@ class Session:
             rows_on_device=train_rows.on_device,
             total_steps=self.total_steps,
             fsdp=config.runtime.fsdp,
+            products=task.products,
         )
         plain, sample = task.model(self.execution.builds_on), train_rows.slice(0, 4)
         undecayed = undecayed_parameters(plain)

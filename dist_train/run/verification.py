@@ -52,6 +52,7 @@ class Report:
     difference_step: int | None = None
     notes: list[str] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
+    trained_on: dict[str, str] = field(default_factory=dict)
     data_sha256: str = ""
     weights_sha256: str = ""
     config: dict[str, Any] = field(default_factory=dict)
@@ -162,7 +163,7 @@ def verify(
     report.data_sha256 = session.task.fingerprint
     for change in evidence.changes:
         report.notes.append(f"changed at step {change['step']}: {'; '.join(change['changes'])}")
-    _compare_machine(report, evidence)
+    _compare_machine(report, evidence, config)
     replay = _Replay(evidence, session, report, collectives)
     replay.run(config)
     replay.compare_trained_model()
@@ -331,14 +332,25 @@ def _check_world(config: JobConfig, evidence: Evidence, collectives: Collectives
         )
 
 
-def _compare_machine(report: Report, evidence: Evidence) -> None:
+def _compare_machine(report: Report, evidence: Evidence, config: JobConfig) -> None:
     if evidence.origin is None:
         report.notes.append("the run has not said on which machine and data it was trained")
         return
-    for name, value in evidence.origin["machine"].items():
-        if report.machine.get(name) != value:
+    report.trained_on = evidence.origin["machine"]
+    same_bits = _PROCESSOR if _bits_are_defined(config, report) else ()
+    for name, value in report.trained_on.items():
+        if report.machine.get(name) != value and name not in same_bits:
             now = report.machine.get(name, "nothing")
             report.notes.append(f"{name} is {now}, the run had {value}: equal bits are not promised")
+
+
+_PROCESSOR = ("processor", "instructions")
+
+
+def _bits_are_defined(config: JobConfig, report: Report) -> bool:
+    """Whether the run's bits are those of every processor that has one of the two kinds of instructions."""
+    kinds = {machine.get("instructions") for machine in (report.machine, report.trained_on)}
+    return bool(config.train.virtual_ranks) and config.runtime.products == "defined" and kinds <= {"AVX2", "AVX512"}
 
 
 def first_difference(

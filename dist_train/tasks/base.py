@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dist_train.config.schema import JobConfig, ReportConfig
 from dist_train.data.unfamiliar import Unfamiliar
+from dist_train.determinism.products import Products
 from dist_train.training.loss import Objective
 from dist_train.training.protocols import Source
 
@@ -45,6 +46,10 @@ class Task(Protocol):
     @property
     def num_inputs(self) -> int:
         """Width of what the model sees of a row, for the plan."""
+
+    @property
+    def products(self) -> Products:
+        """How the exact mode, and whatever scores, multiplies matrices."""
 
     def model(self, device: torch.device | None = None) -> nn.Module:
         """A new model with initial weights that are a function of the seed, on the device, in the run's precision."""

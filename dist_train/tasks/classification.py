@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_train.accel.defined_products import DefinedProducts
 from dist_train.config.rules import given_class_weights, named_positive_class
 from dist_train.config.schema import JobConfig
+from dist_train.determinism.products import Products
 from dist_train.distributed.collectives import Collectives
 from dist_train.training.loss import Objective, balanced_draws, balanced_weights, class_probabilities, objective_of
 from dist_train.training.metrics import classification_metrics, registered_metrics
@@ -57,6 +59,12 @@ class Classification:
             corrections = torch.nan_to_num(1 / self._draws, posinf=1.0)
             weights = corrections if weights is None else weights * corrections
         return self._objective_of(weights)
+
+    @cached_property
+    def products(self) -> Products:
+        """Matrix products of the exact mode, and of scores."""
+        defined = self._config.runtime.products == "defined" and self._collectives.device.type == "cpu"
+        return DefinedProducts() if defined else Products()
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over the classes, mean over the members of an ensemble: (rows, classes) float64."""

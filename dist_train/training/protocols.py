@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dist_train.determinism.batch_context import BatchContext
 from dist_train.determinism.position import Position
+from dist_train.determinism.products import Products
 
 
 class Batch(Protocol):
@@ -148,6 +149,8 @@ class Scorer(Protocol):
 
     @property
     def class_names(self) -> list[str]: ...
+    @property
+    def products(self) -> Products: ...
     def probabilities(self, logits: Tensor) -> Tensor: ...
     def metrics(self, probabilities: Tensor, targets: Tensor, weights: Tensor | None = None) -> dict[str, Any]: ...
 

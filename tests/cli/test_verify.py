@@ -223,17 +223,43 @@ def test_damage_outside_of_the_range_is_not_its_business(copy: Path) -> None:
     assert command("verify", copy, "--steps", "0:10").code == 0
 
 
-def test_another_machine_is_said_in_words(copy: Path) -> None:
-    for step in saves(copy):
-        checkpoint = copy / "checkpoints" / f"step_{step:08d}"
+def trained_elsewhere(run_dir: Path, **machine: str) -> None:
+    """As if the run had been trained on another machine."""
+    for step in saves(run_dir):
+        checkpoint = run_dir / "checkpoints" / f"step_{step:08d}"
         parts = read_parts(checkpoint)
-        parts["state.json"]["machine"] |= {"torch": "2.0.0", "processor": "abacus"}
+        parts["state.json"]["machine"] |= machine
         commit(checkpoint, encode_parts(parts))
+
+
+def test_another_build_is_said_in_words(copy: Path) -> None:
+    trained_elsewhere(copy, torch="2.0.0")
     seen = command("verify", copy)
     assert seen.code == 0
-    notes = json.loads(seen.out)["notes"]
-    assert "the run had 2.0.0: equal bits are not promised" in notes[0]
-    assert "the run had abacus" in notes[1]
+    assert "the run had 2.0.0: equal bits are not promised" in json.loads(seen.out)["notes"][0]
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="has other instructions")
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512"])
+def test_the_bits_of_another_processor_are_the_same(copy: Path, instructions: str) -> None:
+    trained_elsewhere(copy, processor="abacus", instructions=instructions)
+    seen = command("verify", copy)
+    assert (seen.code, json.loads(seen.out)["notes"]) == (0, [])
+    assert f"the same bits were computed on abacus ({instructions}) and on " in seen.err
+
+
+@pytest.mark.parametrize(
+    ("machine", "setting"), [({"instructions": "DEFAULT"}, ()), ({"instructions": "AVX512"}, ("  products: library",))]
+)
+def test_a_processor_whose_bits_are_others_is_said_in_words(
+    copy: Path, machine: dict[str, str], setting: tuple[str, ...]
+) -> None:
+    trained_elsewhere(copy, processor="abacus", **machine)
+    config = copy / "config.yaml"
+    for line in setting:
+        config.write_text(config.read_text().replace("  products: defined", line))
+    notes = json.loads(command("verify", copy).out)["notes"]
+    assert any("the run had abacus: equal bits are not promised" in note for note in notes)
 
 
 def test_a_run_in_the_fast_mode_needs_its_own_world_size(tmp_path: Path) -> None:

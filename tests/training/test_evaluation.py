@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.determinism.keyed_random import seeded
+from dist_train.determinism.products import Products
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import TrainingFault
@@ -31,6 +32,7 @@ class Scorer:
     """Scores three classes."""
 
     class_names = NAMES
+    products = Products()
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return class_probabilities(logits)

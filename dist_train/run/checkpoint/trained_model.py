@@ -70,6 +70,7 @@ def describe_model(config: JobConfig, class_names: Sequence[str]) -> dict[str, A
         **({"text": tree["text"]} if config.model.name in families.OF_TEXT else {}),
         "model": tree["model"],
         "train": {"precision": config.train.precision},
+        "runtime": {"products": config.runtime.products},
         "evaluation": {"batch_size": config.evaluation.batch_size, "metrics": config.evaluation.metrics},
         "calibration": tree["calibration"],
     }

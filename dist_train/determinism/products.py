@@ -1,0 +1,32 @@
+"""Matrix products of the modules whose passes are written out, so that the exact mode can have ones of its own."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+
+
+class Products:
+    """torch's own: as fast as its library is, rounded as that one likes on this processor.
+
+    Matrices are (rows, inner) and (inner, columns) of one type on one device, or batches of them with an axis in front.
+    """
+
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0) -> None:
+        """out = a @ (b * factor)."""
+        if out.ndim == 3:
+            out.baddbmm_(a, b, beta=0, alpha=factor)
+        else:
+            out.addmm_(a, b, beta=0, alpha=factor)
+
+    def add(self, a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0) -> None:
+        """out += a @ (b * factor)."""
+        if out.ndim == 3:
+            out.baddbmm_(a, b, alpha=factor)
+        else:
+            out.addmm_(a, b, alpha=factor)
+
+    def of_torch(self) -> AbstractContextManager[object]:
+        """Inside the block, what torch's modules and autograd multiply is multiplied in this way."""
+        return nullcontext()

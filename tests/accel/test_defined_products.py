@@ -1,0 +1,135 @@
+"""Products whose bits are defined: library and kernel against a reference in fractions, in any shape and memory."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dist_train.accel import defined_products
+from dist_train.accel.defined_products import FOLD, DefinedProducts
+
+SIZES = st.sampled_from([1, 2, 3, 5, 15, 16, 17, 33, 64])
+INNER = st.sampled_from([0, 1, 3, 4, 50, 127, 128, 129, 300])
+SCALES = st.sampled_from([1.0, 1e-20, 1e18, 1e-38])
+
+
+def bits(numbers: Tensor) -> Any:
+    return numbers.detach().contiguous().numpy().view(np.int32)
+
+
+def nearest(exact: Fraction) -> np.float32:
+    """The float32 number nearest to a fraction, the even one of two."""
+    near = np.float32(float(exact))
+    candidates = [near, *(np.nextafter(near, np.float32(to)) for to in (-np.inf, np.inf))]
+    return min(candidates, key=lambda c: (abs(Fraction(float(c)) - exact), int(c.view(np.int32)) & 1))
+
+
+def reference(a: Tensor, b: Tensor, row: int, column: int, start: float) -> np.float32:
+    """An element of start + a @ b, rounded after each step as the definition says."""
+    total = np.float32(start)
+    for begin in range(0, a.shape[1], FOLD):
+        part = np.float32(0)
+        for x, y in zip(a[row, begin : begin + FOLD].tolist(), b[begin : begin + FOLD, column].tolist(), strict=True):
+            part = nearest(Fraction(x) * Fraction(y) + Fraction(float(part)))
+        total = nearest(Fraction(float(total)) + Fraction(float(part)))
+    return total
+
+
+def matrix(rows: int, columns: int, seed: int, scale: float, layout: str) -> Tensor:
+    """Numbers of many sizes and both signs, in memory that is laid out in a way of its own."""
+    random = torch.Generator().manual_seed(seed)
+    wide = torch.randn(rows + 3, columns + 5, generator=random) * torch.logspace(-3, 3, columns + 5) * scale
+    inside = wide[2 : 2 + rows, 3 : 3 + columns]
+    if layout == "transposed":
+        return inside.t().contiguous().t()
+    return inside if layout == "inside" else inside.contiguous()
+
+
+LAYOUTS = st.sampled_from(["plain", "transposed", "inside"])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(SIZES, SIZES, INNER, SCALES, LAYOUTS, LAYOUTS, st.booleans(), st.integers(0, 999))
+def test_library_and_kernel_are_the_reference(
+    rows: int, columns: int, inner: int, scale: float, of_a: str, of_b: str, adds: bool, seed: int
+) -> None:
+    a, b = matrix(rows, inner, seed, scale, of_a), matrix(inner, columns, seed + 1, 1.0, of_b)
+    out = matrix(rows, columns, seed + 2, scale, "inside") if adds else torch.full((rows, columns), torch.nan)
+    by_kernel = out.clone()
+    start = out.clone() if adds else torch.zeros(rows, columns)
+    products = DefinedProducts()
+    (products.add if adds else products.multiply)(a, b, out)
+    defined_products._by_kernel(a, b, by_kernel, adds=adds)
+    np.testing.assert_array_equal(bits(out), bits(by_kernel))
+    for row, column in ((0, 0), (rows - 1, columns - 1), (rows // 2, columns // 3)):
+        if inner <= 129:
+            assert out[row, column].item() == reference(a, b, row, column, float(start[row, column]))
+
+
+def test_a_row_has_the_same_bits_in_any_company() -> None:
+    a, b = matrix(700, 200, 1, 1.0, "plain"), matrix(200, 48, 2, 1.0, "transposed")
+    whole = torch.empty(700, 48)
+    DefinedProducts().multiply(a, b, whole)
+    for begin, end in ((0, 1), (17, 19), (100, 115), (3, 300), (699, 700)):
+        part = torch.empty(end - begin, 48)
+        DefinedProducts().multiply(a[begin:end], b, part)
+        np.testing.assert_array_equal(bits(part), bits(whole[begin:end]))
+
+
+def test_batches_are_the_products_of_each() -> None:
+    random = torch.Generator().manual_seed(3)
+    a, b = torch.randn(4, 40, 150, generator=random), torch.randn(4, 20, 150, generator=random).transpose(1, 2)
+    for columns in (20, 2):
+        out, alone = torch.empty(4, 40, columns), torch.empty(40, columns)
+        DefinedProducts().multiply(a, b[..., :columns], out)
+        for index in range(4):
+            DefinedProducts().multiply(a[index], b[index][:, :columns], alone)
+            np.testing.assert_array_equal(bits(out[index]), bits(alone))
+
+
+def test_a_library_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = matrix(40, 100, 1, 1.0, "plain"), matrix(100, 32, 2, 1.0, "plain")
+    expected, found = torch.empty(40, 32), torch.empty(40, 32)
+    DefinedProducts().multiply(a, b, expected)
+
+    def backwards(a: Tensor, b: Tensor, out: Tensor, factor: float, *, adds: bool) -> None:
+        out.copy_(factor * (a.flip(-1) @ b.flip(-2)) + (out if adds else 0))
+
+    monkeypatch.setattr(defined_products, "_by_parts", backwards)
+    defined_products._library_meets.cache_clear()
+    DefinedProducts().multiply(a, b, found)
+    defined_products._library_meets.cache_clear()
+    np.testing.assert_array_equal(bits(found), bits(expected))
+
+
+def test_modules_and_autograd_multiply_as_defined() -> None:
+    random = torch.Generator().manual_seed(4)
+    linear, x = nn.Linear(150, 3), torch.randn(20, 150, generator=random, requires_grad=True)
+    products = DefinedProducts()
+    with products.of_torch():
+        out = linear(x)
+        of_x, of_weight = torch.autograd.grad(out.square().sum(), [x, linear.weight])
+    expected = linear.bias.detach().repeat(20, 1)
+    products.add(x.detach(), linear.weight.detach().t(), expected)
+    np.testing.assert_array_equal(bits(out), bits(expected))
+    gradient = 2 * expected
+    for found, a, b in ((of_x, gradient, linear.weight), (of_weight, gradient.t(), x)):
+        product = torch.empty_like(found)
+        products.multiply(a.detach(), b.detach(), product)
+        np.testing.assert_array_equal(bits(found), bits(product))
+
+
+def test_other_factors_and_other_types() -> None:
+    random = torch.Generator().manual_seed(5)
+    a, b, c = (torch.randn(20, 20, generator=random) for _ in range(3))
+    with DefinedProducts().of_torch():
+        torch.testing.assert_close(torch.addmm(c, a, b, beta=0.5, alpha=2.0), 0.5 * c + 2 * (a @ b))
+        wide = a.double() @ b.double()
+    torch.testing.assert_close(wide, torch.from_numpy(a.double().numpy() @ b.double().numpy()))
