@@ -82,7 +82,7 @@ def test_a_model_with_unkeyed_dropout_is_refused_at_its_first_step(
     collectives, config = Collectives(World()), load_config([*BUILTIN, "model.hidden_dim=8", *mode])
     task = load_task(config, collectives)
     plain = task.model
-    monkeypatch.setattr(task, "model", lambda: Unkeyed(plain()))
+    monkeypatch.setattr(task, "model", lambda device: Unkeyed(plain(device)))
     # The exact mode finds what the container computes itself before the first step.
     words = "step 1 has drawn from torch's global CPU generator|the forward of .* itself computes"
 
