@@ -26,7 +26,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkedFile:
-    """A file in chunks of `rows_of_chunk` rows, at most `most` and a multiple of `multiple_of`; the last one has fewer.
+    """A file in chunks of `rows_of_chunk` rows, a multiple of `multiple_of`, or at most `most`; the last one has fewer.
 
     The model reads `columns`; `keep` are columns that go into the output. Words of `missing_values` are missing cells
     of the former alone: a kept cell stays as it is, an empty one of a text file is null.
@@ -37,14 +37,15 @@ class ChunkedFile:
     keep: Sequence[str]
     missing_values: Sequence[str]
     multiple_of: int
-    most: int = _ROWS_OF_A_CHUNK
+    most: int | None = None
 
     @property
     def rows_of_chunk(self) -> int:
         """At most so many cells that a chunk of a wide table is no larger than that of a narrow one."""
         width = max(1, len(self.columns) + len(self.keep))
-        multiple = min(self.multiple_of, self.most)
-        return max(1, min(self.most, _CELLS_OF_A_CHUNK // width) // multiple) * multiple
+        most = self.most or _ROWS_OF_A_CHUNK
+        multiple = min(self.multiple_of, self.most or self.multiple_of)
+        return max(1, min(most, _CELLS_OF_A_CHUNK // width) // multiple) * multiple
 
     def check(self) -> int | None:
         """The number of rows, None where only reading them tells it.

@@ -212,8 +212,9 @@ class Predictor:
     def chunked(self, file: Path, keep: Sequence[str] = ()) -> ChunkedFile:
         """A CSV, JSON lines or Parquet file as the model reads it, with columns to carry over."""
         data, passes = self.config.data, self.config.evaluation.batch_size
-        most = [m.task.rows_of_chunk for m in self.members if isinstance(m.task, ScoresFewRows)]
-        return ChunkedFile(file, self.input_columns, keep, data.missing_values, passes, *most[:1])
+        first = self.members[0].task
+        most = first.rows_of_chunk if isinstance(first, ScoresFewRows) else None
+        return ChunkedFile(file, self.input_columns, keep, data.missing_values, passes, most)
 
     def scored_split(self, split: str, file: Path | None = None) -> tuple[Tensor | None, Source] | None:
         """The model's own probabilities of the rows of a split, or of another file, and those rows.

@@ -121,8 +121,8 @@ def make_job(
     if change is not None:
         plain = task.model
 
-        def changed() -> nn.Module:
-            model: nn.Module = plain()
+        def changed(device: torch.device | None) -> nn.Module:
+            model: nn.Module = plain(device)
             change(model)
             return model
 
