@@ -22,7 +22,6 @@ import torch
 from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.accel.compiled import compiled
@@ -100,30 +99,10 @@ def _product(a: Tensor, b: Tensor, out: Tensor, factor: float, *, adds: bool) ->
         return
     if out.dtype != torch.float32:
         (Products().add if adds else Products().multiply)(a, b, out, factor)
-    elif min(out.shape[-2:]) < _FEWEST_FOR_LIBRARY:
-        _padded(a, b, out, factor, adds=adds)
-    else:
-        _wide_product(a, b, out, factor, adds=adds)
-
-
-def _padded(a: Tensor, b: Tensor, out: Tensor, factor: float, *, adds: bool) -> None:
-    """A product with rows and columns of zeros beside it, as many as the library needs to keep to the definition."""
-    *_, rows, columns = out.shape
-    more_rows, more_columns = max(0, _FEWEST_FOR_LIBRARY - rows), max(0, _FEWEST_FOR_LIBRARY - columns)
-    if more_rows:
-        a = pad(a, (0, 0, 0, more_rows))
-    if more_columns:
-        b = pad(b, (0, more_columns))
-    wide = pad(out, (0, more_columns, 0, more_rows)) if adds else out.new_empty((*a.shape[:-1], b.shape[-1]))
-    _wide_product(a, b, wide, factor, adds=adds)
-    out.copy_(wide[..., :rows, :columns])
-
-
-def _wide_product(a: Tensor, b: Tensor, out: Tensor, factor: float, *, adds: bool) -> None:
-    if factor != 1 and not _library_meets(out.dtype, factor, *_layout(a, b, out)):
-        b, factor = b * factor, 1.0
-    if _library_meets(out.dtype, factor, *_layout(a, b, out)):
+    elif _library_meets(out.dtype, factor, *_layout(a, b, out)):
         _by_parts(a, b, out, factor, adds=adds)
+    elif factor != 1:
+        _product(a, b * factor, out, 1.0, adds=adds)
     elif out.ndim == 3:
         for of_a, of_b, of_out in zip(a, b, out, strict=True):
             _by_kernel(of_a, of_b, of_out, adds=adds)
@@ -166,6 +145,8 @@ def _library_meets(
     dtype: torch.dtype, factor: float, of_a: Axes, of_b: Axes, stride_a: Axes, stride_b: Axes, stride_out: Axes
 ) -> bool:
     """Whether the library has the bits of the definition for such matrices; of a batch, for the first one."""
+    if min(of_a[-2], of_b[-1]) < _FEWEST_FOR_LIBRARY:
+        return False
     random = torch.Generator().manual_seed(0)
     a, b, out = (
         _drawn(shape, stride, dtype, random)
