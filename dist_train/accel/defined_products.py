@@ -35,13 +35,12 @@ _FEWEST_FOR_LIBRARY = 16
 
 
 def _fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:  # noqa: ARG001
-    """a * b + c, rounded once: float32 or float64."""
-    kind = types.float64 if types.float64 in (a, b, c) else types.float32
+    """a * b + c, rounded once; float32."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
         return builder.fma(*values)
 
-    return kind(kind, kind, kind), generate
+    return types.float32(types.float32, types.float32, types.float32), generate
 
 
 fma: Any = intrinsic(_fma)
@@ -49,11 +48,11 @@ fma: Any = intrinsic(_fma)
 
 @compiled
 def multiply_into(a: Array, b: Array, out: Array, adds: bool) -> None:
-    """The definition: out (+)= a @ b; (m, k), (k, n), (m, n), each contiguous, of one type."""
+    """The definition: out (+)= a @ b; (m, k), (k, n), (m, n), each contiguous, float32."""
     rows, inner = a.shape
     columns = b.shape[1]
-    none = out.dtype.type(0)
-    part = np.empty(columns, out.dtype)
+    none = np.float32(0)
+    part = np.empty(columns, np.float32)
     for row in range(rows):
         if not adds:
             for column in range(columns):
@@ -99,7 +98,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, factor: float, *, adds: bool) ->
         return
     if out.dtype != torch.float32:
         (Products().add if adds else Products().multiply)(a, b, out, factor)
-    elif _library_meets(out.dtype, factor, *_layout(a, b, out)):
+    elif _library_meets(factor, *_layout(a, b, out)):
         _by_parts(a, b, out, factor, adds=adds)
     elif factor != 1:
         _product(a, b * factor, out, 1.0, adds=adds)
@@ -141,15 +140,13 @@ def _layout(a: Tensor, b: Tensor, out: Tensor) -> tuple[Axes, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _library_meets(
-    dtype: torch.dtype, factor: float, of_a: Axes, of_b: Axes, stride_a: Axes, stride_b: Axes, stride_out: Axes
-) -> bool:
+def _library_meets(factor: float, of_a: Axes, of_b: Axes, stride_a: Axes, stride_b: Axes, stride_out: Axes) -> bool:
     """Whether the library has the bits of the definition for such matrices; of a batch, for the first one."""
     if min(of_a[-2], of_b[-1]) < _FEWEST_FOR_LIBRARY:
         return False
     random = torch.Generator().manual_seed(0)
     a, b, out = (
-        _drawn(shape, stride, dtype, random)
+        _drawn(shape, stride, random)
         for shape, stride in ((of_a, stride_a), (of_b, stride_b), ((*of_a[:-1], of_b[-1]), stride_out))
     )
     first = (lambda x: x[0]) if out.ndim == 3 else (lambda x: x)
@@ -162,18 +159,16 @@ def _library_meets(
     return True
 
 
-def _drawn(shape: Axes, stride: Axes, dtype: torch.dtype, random: torch.Generator) -> Tensor:
+def _drawn(shape: Axes, stride: Axes, random: torch.Generator) -> Tensor:
     """Numbers that lie in memory as a tensor of these strides does; along an axis of stride 0 they are the same."""
     sizes = [1 if step == 0 else size for size, step in zip(shape, stride, strict=True)]
-    return torch.empty_strided(sizes, stride, dtype=dtype).normal_(generator=random).expand(shape)
+    return torch.empty_strided(sizes, stride, dtype=torch.float32).normal_(generator=random).expand(shape)
 
 
 def _bits(numbers: Tensor) -> Array:
-    array = numbers.contiguous().numpy()
-    return array.view(np.int32 if array.dtype == np.float32 else np.int64)
+    return numbers.contiguous().numpy().view(np.int32)
 
 
-_DTYPES = (torch.float32, torch.float64)
 _ATEN = torch.ops.aten
 _OPERATIONS = {_ATEN.mm.default, _ATEN.bmm.default, _ATEN.addmm.default, _ATEN.baddbmm.default}
 

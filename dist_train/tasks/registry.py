@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
 from dist_train.config.schema import JobConfig
@@ -25,47 +27,35 @@ class TaskType(Protocol):
 _TypeOfTask = TypeVar("_TypeOfTask", bound=TaskType)
 
 
-class _Text:
-    """The task `text`, which is imported when it is asked for: it imports transformers."""
+@dataclass(frozen=True)
+class _Imported:
+    """A task of a module that is imported when the task is asked for: those of texts import transformers."""
 
-    @staticmethod
-    def load(config: JobConfig, collectives: Collectives, fitted: Description | None = None) -> Task:
+    module: str
+    name: str
+
+    def load(self, config: JobConfig, collectives: Collectives, fitted: Description | None = None) -> Task:
         """As TaskType."""
-        from dist_train.tasks.text import TextTask
+        return self._type().load(config, collectives, fitted)
 
-        return TextTask.load(config, collectives, fitted)
-
-    @staticmethod
-    def restore(config: JobConfig, collectives: Collectives, fitted: Description, fingerprint: str) -> Task:
+    def restore(self, config: JobConfig, collectives: Collectives, fitted: Description, fingerprint: str) -> Task:
         """As TaskType."""
-        from dist_train.tasks.text import TextTask
+        return self._type().restore(config, collectives, fitted, fingerprint)
 
-        return TextTask.restore(config, collectives, fitted, fingerprint)
-
-
-class _Instruction:
-    """The task `instruction`, likewise."""
-
-    @staticmethod
-    def load(config: JobConfig, collectives: Collectives, fitted: Description | None = None) -> Task:
-        """As TaskType."""
-        from dist_train.tasks.instruction import InstructionTask
-
-        return InstructionTask.load(config, collectives, fitted)
-
-    @staticmethod
-    def restore(config: JobConfig, collectives: Collectives, fitted: Description, fingerprint: str) -> Task:
-        """As TaskType."""
-        from dist_train.tasks.instruction import InstructionTask
-
-        return InstructionTask.restore(config, collectives, fitted, fingerprint)
+    def _type(self) -> TaskType:
+        found: TaskType = getattr(import_module(self.module), self.name)
+        return found
 
 
 _TASKS: Registry[TaskType] = Registry(
     "task",
     "task.name",
     "dist_train.tasks",
-    {"tabular": TabularTask, "text": _Text, "instruction": _Instruction},
+    {
+        "tabular": TabularTask,
+        "text": _Imported("dist_train.tasks.text", "TextTask"),
+        "instruction": _Imported("dist_train.tasks.instruction", "InstructionTask"),
+    },
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dist_train.config.rules import dropout_pair, given_class_weights, problems_of
-from dist_train.config.schema import JobConfig, ModelConfig, TrainConfig
+from dist_train.config.schema import JobConfig, ModelConfig, RuntimeConfig, TrainConfig
 from dist_train.errors import UserError
 
 
@@ -25,6 +25,11 @@ def test_one_dropout_probability_means_both(value: Any, pair: tuple[float, float
 )
 def test_another_dropout_is_refused(value: Any) -> None:
     assert [p for p in problems_of(JobConfig(model=ModelConfig(dropout=value))) if p.startswith("model.dropout: ")]
+
+
+def test_shards_and_the_exact_mode_are_refused_together() -> None:
+    sharded = JobConfig(runtime=RuntimeConfig(fsdp=True), train=TrainConfig(virtual_ranks=4))
+    assert [problem.partition(":")[0] for problem in problems_of(sharded)] == ["runtime.fsdp"]
 
 
 @pytest.mark.parametrize(("batch", "passes", "fits"), [(8, 4, True), (8, 5, False), (2, 1, True), (3, 2, False)])

@@ -11,11 +11,10 @@ import polars as pl
 import pytest
 import torch
 
-import dist_train
 from dist_train import load
+from dist_train.commands.sample import TABLE
 from tests.cli.in_process import command
 
-BUILTIN = Path(dist_train.__file__).parent / "data" / "datasets" / "credit_card_risk.parquet"
 JOB = [
     "data.path=builtin:credit_card_risk", "data.target=risk_tier", "data.split_column=split", "runtime.device=cpu",
     "wandb.mode=disabled", "train.virtual_ranks=4", "train.max_steps=30", "train.global_batch_size=250",
@@ -47,7 +46,7 @@ INSTRUCTIONS = torch.backends.cpu.get_cpu_capability()
 def test_a_run_and_its_scores(family: str, tmp_path: Path) -> None:
     done = command("train", *JOB, f"run.dir={tmp_path}", "run.name=run", *FAMILIES[family])
     assert done.code == 0, done.err
-    scores = load(tmp_path / "run").predict_proba(pl.read_parquet(BUILTIN)[:1000])
+    scores = load(tmp_path / "run").predict_proba(pl.read_parquet(TABLE)[:1000])
     found = {
         "weights_sha256": json.loads((tmp_path / "run" / "summary.json").read_text())["weights_sha256"],
         "scores_sha256": hashlib.sha256(np.ascontiguousarray(scores).tobytes()).hexdigest(),

@@ -14,12 +14,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-import dist_train
+from dist_train.commands.sample import TABLE
 from tests.cli.in_process import command
 from tests.commands import run
 from tests.resume.jobs import finish, tiny_job, write_table
 
-BUILTIN = Path(dist_train.__file__).parent / "data" / "datasets" / "credit_card_risk.parquet"
 MORE = ("train.virtual_ranks=2", "train.max_steps=12", "train.class_weights=balanced", "model.hidden_dim=64")
 SWITCHES = [
     {"MKL_CBWR": "COMPATIBLE"},  # MKL without fused multiply-adds: its products are not used
@@ -66,7 +65,7 @@ def test_ten_thousand_rows_have_the_same_scores_in_any_company(
     family: str, mode: tuple[str, ...], tmp_path: Path
 ) -> None:
     table = tmp_path / "clients.parquet"
-    pl.read_parquet(BUILTIN)[:10_000].write_parquet(table)
+    pl.read_parquet(TABLE)[:10_000].write_parquet(table)
     run_dir = tmp_path / "run"
     arguments = ["data.path=builtin:credit_card_risk", "data.target=risk_tier", "data.split_column=split"]
     arguments += [
