@@ -127,9 +127,14 @@ def _by_kernel(a: Tensor, b: Tensor, out: Tensor, *, adds: bool) -> None:
     if out.shape[1] < out.shape[0]:  # the columns are what vector instructions work on
         a, b, out = b.t(), a.t(), out.t()
     result = out if out.is_contiguous() else out.contiguous()
-    multiply_into(a.contiguous().numpy(), b.contiguous().numpy(), result.numpy(), adds)
+    multiply_into(_read(a), _read(b), result.numpy(), adds)
     if result is not out:
         out.copy_(result)
+
+
+def _read(numbers: Tensor) -> Array:
+    """A view. The memory stays resizable, as it does not by `numpy()`: fully_shard frees gathered weights so."""
+    return np.from_dlpack(numbers.detach().contiguous())
 
 
 Axes = tuple[int, ...]

@@ -133,3 +133,10 @@ def test_other_factors_and_other_types() -> None:
         torch.testing.assert_close(torch.addmm(c, a, b, beta=0.5, alpha=2.0), 0.5 * c + 2 * (a @ b))
         wide = a.double() @ b.double()
     torch.testing.assert_close(wide, torch.from_numpy(a.double().numpy() @ b.double().numpy()))
+
+
+def test_what_is_multiplied_can_be_freed_by_its_owner() -> None:
+    a, b, out = torch.ones(3, 30), torch.ones(30, 20), torch.empty(3, 20)
+    DefinedProducts().multiply(a, b, out)
+    for numbers in (a, b):
+        numbers.untyped_storage().resize_(0)
