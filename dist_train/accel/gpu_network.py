@@ -125,6 +125,21 @@ class Inbox:
         self.numbers = torch.zeros((places, self.header + index_length), dtype=torch.int64, device=device)
         self.cursor = torch.zeros((), dtype=torch.int64, device=device)
         self.results = torch.zeros((places, gpu_sums.RESULT_SIZE), dtype=torch.float64, device=device)
+        self._transfers = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def receive(self, message: Tensor) -> None:
+        """Take the host's numbers of the first steps, (steps, ...) in pinned memory where a GPU has the inbox.
+
+        They travel to the GPU beside the kernels that are under way, and are put in their place behind these.
+        """
+        if self._transfers is not None:
+            work = torch.cuda.current_stream()
+            with torch.cuda.stream(self._transfers):
+                message = message.to(self.numbers.device, non_blocking=True)
+            work.wait_stream(self._transfers)
+            message.record_stream(work)
+        self.numbers[: len(message)].copy_(message)
+        self.cursor.zero_()
 
     @property
     def index(self) -> Index:

@@ -34,6 +34,9 @@ _WARM_UP_STEPS = 1
 _MAX_SHAPES = 3
 # Steps in the longer one of a shape's two graphs: one launch of the host for all of them.
 _STEPS_OF_A_GRAPH = 8
+# Rows of the steps that are put off, from which on a GPU that has nothing to do is sent them: to send steps takes the
+# host as long as to prepare some of them, which smaller batches do not get back.
+_ROWS_FOR_AN_IDLE_GPU = 1 << 16
 
 Shape = tuple[tuple[int, ...], int]
 """Rows of this rank's slices, and rows of all ranks."""
@@ -53,8 +56,8 @@ class FusedSteps:
     """What `EagerStep.compute` does, in the kernels of `accel/gpu_network`; all but dropout's masks agree to rounding.
 
     A step is the same bits on any number of ranks that hold the same slices. While `hold` is on a step is put off until
-    `settle`, which sends all of them off with one copy; their results are in tensors of the host, once they are no
-    longer under way. Steps aside for micro-batches and other rows than the kernels know.
+    `settle`, which sends all of them off with one copy, or until the GPU has nothing to do; their results are in tensors
+    of the host, once they are no longer under way. Steps aside for micro-batches and other rows than the kernels know.
     """
 
     averages = True
@@ -72,8 +75,13 @@ class FusedSteps:
         self._shapes: dict[Shape, _StepsOfShape] = {}
         self._held = False
         self._put_off: list[_PutOff] = []
+        self._sent = 0
+        """Steps of `_results` that have been sent off before `settle` asked for it."""
         self._renew_results()
         self._arrived: torch.cuda.Event | None = None
+        """When the steps that were settled last are computed."""
+        self._busy: torch.cuda.Event | None = None
+        """When the steps that were sent off last are computed."""
 
     def _renew_results(self) -> None:
         """Memory for the results of the steps that are put off next."""
@@ -88,21 +96,19 @@ class FusedSteps:
 
     def hold(self, *, on: bool) -> None:
         """Put steps off from now on, or do so no more; those that were and not computed are dropped."""
-        self._held, self._put_off = on, []
+        self._held, self._put_off, self._sent = on, [], 0
 
     def settle(self, *, wait: bool) -> int | None:
         """Send off what was put off; how many of these steps are under way, None where there was nothing."""
-        sent, self._put_off = self._put_off, []
-        if sent:
-            former, results = self._arrived, self._results
-            self._send(sent, results)
+        count = self._sent + len(self._put_off)
+        if count:
+            former = self._arrived
+            self._send_all()
+            self._arrived, self._sent = self._busy, 0
             self._renew_results()
-            if self._on_gpu:
-                self._arrived = torch.cuda.Event()
-                self._arrived.record()
             if not wait:
                 self._wait_for(former)
-                return len(sent)
+                return count
         elif not wait or self._arrived is None:
             return None
         self._wait_for(self._arrived)
@@ -124,9 +130,12 @@ class FusedSteps:
             return self._eager.compute(batches, lr, vote)
         self._put_off.append(_PutOff(batches[0], float(lr), float(vote)))
         if self._held:
-            if len(self._put_off) > MAX_STEPS:
+            place = self._sent + len(self._put_off) - 1
+            if place >= MAX_STEPS:
                 raise AssertionError("a caller that holds steps settles them")
-            return self._views[len(self._put_off) - 1]
+            if len(self._put_off) * batches[0].global_rows >= _ROWS_FOR_AN_IDLE_GPU and self._idle():
+                self._send_all()
+            return self._views[place]
         sent, self._put_off = self._put_off, []
         result = self._steps_of(sent[0]).send(sent)[0].clone()
         return result[:3], result[3], result[4] == 1
@@ -139,6 +148,21 @@ class FusedSteps:
     @property
     def _slices(self) -> int:
         return len(self._context.gradients or [()])
+
+    def _idle(self) -> bool:
+        """Whether a GPU has computed all that it was sent; a CPU has whenever it is asked."""
+        return self._on_gpu and (self._busy is None or bool(self._busy.query()))
+
+    def _send_all(self) -> None:
+        """Send off what is put off."""
+        if not self._put_off:
+            return
+        sent, self._put_off = self._put_off, []
+        self._send(sent, self._results[self._sent :])
+        self._sent += len(sent)
+        if self._on_gpu:
+            self._busy = torch.cuda.Event()
+            self._busy.record()
 
     def _send(self, sent: list[_PutOff], results: Tensor) -> None:
         """In their order, all those of a shape that follow each other at once."""
@@ -232,8 +256,7 @@ class _StepsOfShape:
         message = torch.empty((count, inbox.numbers.shape[1]), dtype=torch.int64, pin_memory=inbox.numbers.is_cuda)
         message[:, : inbox.header] = torch.tensor([self._fused.numbers_of(one) for one in steps])
         torch.stack([one.batch.index for one in steps], out=message[:, inbox.header :])
-        inbox.numbers[:count].copy_(message, non_blocking=True)
-        inbox.cursor.zero_()
+        inbox.receive(message)
         self._fused.network.read_weights()
         done = 0
         while done < count:

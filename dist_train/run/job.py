@@ -33,7 +33,7 @@ from dist_train.run.split_record import write_kept_files, write_split
 from dist_train.run.tracking.trackers import NullTrackers, Trackers
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
-from dist_train.system.machine import pin_arithmetic
+from dist_train.system.machine import pin_arithmetic, use_deterministic_kernels
 from dist_train.tasks.base import Task
 from dist_train.tasks.registry import load_task
 from dist_train.training.loop import Ending
@@ -59,6 +59,8 @@ def train(
     if config.train.virtual_ranks:
         require_world_size(config.train.virtual_ranks, world.size)
         pin_arithmetic(world.device)
+    else:
+        use_deterministic_kernels(world.device, strict=False)
     folder = RunFolder(path_of_run(config))
     attempt = Attempt.from_environment(environ)
     limit, timeout = config.run.time_limit_minutes, config.runtime.timeout_seconds

@@ -70,13 +70,23 @@ def pin_arithmetic(device: torch.device) -> None:
     ranks that share a machine. What torch cannot do deterministically raises RuntimeError from then on.
     """
     torch.set_num_threads(1)
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # Else each torch.empty is filled by a kernel; nothing here reads what it has not written.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cuda.matmul.allow_tf32 = False
+    use_deterministic_kernels(device, strict=True)
+
+
+def use_deterministic_kernels(device: torch.device, *, strict: bool) -> None:
+    """Have a GPU take kernels that compute the same bits every time, so that a run is the same after a kill.
+
+    An embedding of few categories, for one, else adds up its gradient by atomics, in the order in which threads come.
+    What torch cannot do deterministically raises RuntimeError if `strict`, else it warns. A CPU needs nothing.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    # Else each torch.empty is filled by a kernel; nothing here reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def use_one_thread_for_tokens() -> None:

@@ -32,6 +32,7 @@ import triton.language as tl  # isort: skip
 from triton.runtime import interpreter  # isort: skip
 
 from dist_train.accel import gpu_layers, gpu_network  # isort: skip
+from dist_train.execution import fused as fused_steps  # isort: skip
 
 pytestmark = needs_interpreter
 
@@ -211,6 +212,23 @@ def test_steps_sent_off_together_are_the_same_bits_as_one_by_one(tmp_path: Path)
     assert_same(make_job(arguments, recorder).take_held(13), make_job(arguments, Repeater()).take(13))
     assert recorder.recordings == 2
     assert recorder.runs == 4  # eight steps; one before the epoch's end, two after it
+
+
+def test_a_gpu_that_has_nothing_to_do_is_sent_what_is_put_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of thirteen steps of 16 rows the first two go together, the next two as well, and the rest when it is asked for."""
+    arguments = [*write_numbers(tmp_path / "table.parquet", 164, 6), *SMALL]
+    expected, job = make_job(arguments, Repeater()).take(13), make_job(arguments, Repeater())
+    idle, sent, send = iter([True, True]), [], fused_steps.FusedSteps._send
+
+    def counted(own: Any, steps: list[Any], results: torch.Tensor) -> None:
+        sent.append(len(steps))
+        send(own, steps, results)
+
+    monkeypatch.setattr(fused_steps, "_ROWS_FOR_AN_IDLE_GPU", 32)
+    monkeypatch.setattr(fused_steps.FusedSteps, "_idle", lambda _: next(idle, False))
+    monkeypatch.setattr(fused_steps.FusedSteps, "_send", counted)
+    assert_same(job.take_held(13), expected)
+    assert sent == [2, 2, 9]
 
 
 def poisoned(arguments: list[str], step: int) -> Job:
