@@ -12,6 +12,8 @@ from dist_train.determinism.keyed_random import permutation
 
 # Blocks whose rows are mixed with each other. A batch is drawn from so many places of the table.
 WINDOW_BLOCKS = 64
+# That make the orders of epochs in advance.
+MOST_THREADS = 4
 
 
 class Order(Protocol):
@@ -33,7 +35,7 @@ class FullOrder:
         self._seed = seed
         self._kept: tuple[int, Tensor] | None = None
         self._ahead = ahead
-        self._threads = ThreadPoolExecutor(ahead, "order of an epoch") if ahead else None
+        self._threads = ThreadPoolExecutor(min(ahead, MOST_THREADS), "order of an epoch") if ahead else None
         self._coming: dict[int, Future[Tensor]] = {}
 
     def rows(self, epoch: int, begin: int, end: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import groupby
@@ -56,8 +57,9 @@ class FusedSteps:
     """What `EagerStep.compute` does, in the kernels of `accel/gpu_network`; all but dropout's masks agree to rounding.
 
     A step is the same bits on any number of ranks that hold the same slices. While `hold` is on a step is put off until
-    `settle`, which sends all of them off with one copy, or until the GPU has nothing to do; their results are in tensors
-    of the host, once they are no longer under way. Steps aside for micro-batches and other rows than the kernels know.
+    `settle`, which sends all of them off with one copy, or until the GPU has nothing to do; their results are in
+    tensors of the host once they are no longer under way, until `settle` was called twice more. Steps aside for
+    micro-batches and other rows than the kernels know.
     """
 
     averages = True
@@ -76,19 +78,20 @@ class FusedSteps:
         self._held = False
         self._put_off: list[_PutOff] = []
         self._sent = 0
-        """Steps of `_results` that have been sent off before `settle` asked for it."""
-        self._renew_results()
+        """Steps of the first block that have been sent off before `settle` asked for it."""
+        self._blocks = deque(self._memory_for_results() for _ in range(3))
+        """Of the steps that are put off, of those under way, and of those before."""
         self._arrived: torch.cuda.Event | None = None
         """When the steps that were settled last are computed."""
         self._busy: torch.cuda.Event | None = None
         """When the steps that were sent off last are computed."""
 
-    def _renew_results(self) -> None:
-        """Memory for the results of the steps that are put off next."""
-        self._results = torch.zeros((MAX_STEPS, 5), dtype=torch.float64, pin_memory=self._on_gpu)
-        totals, norms, finite = self._results[:, :3], self._results[:, 3], self._results[:, 4]
+    def _memory_for_results(self) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """Of MAX_STEPS steps: all of it, and of each step its totals, norm, and whether they were finite."""
+        results = torch.zeros((MAX_STEPS, 5), dtype=torch.float64, pin_memory=self._on_gpu)
+        totals, norms, finite = results[:, :3], results[:, 3], results[:, 4]
         # All at once: to make a view takes longer than to take one out of a list.
-        self._views = list(zip(totals.unbind(), norms.unbind(), finite.unbind(), strict=True))
+        return results, list(zip(totals.unbind(), norms.unbind(), finite.unbind(), strict=True))
 
     @property
     def _on_gpu(self) -> bool:
@@ -105,7 +108,7 @@ class FusedSteps:
             former = self._arrived
             self._send_all()
             self._arrived, self._sent = self._busy, 0
-            self._renew_results()
+            self._blocks.rotate()
             if not wait:
                 self._wait_for(former)
                 return count
@@ -135,7 +138,8 @@ class FusedSteps:
                 raise AssertionError("a caller that holds steps settles them")
             if len(self._put_off) * batches[0].global_rows >= _ROWS_FOR_AN_IDLE_GPU and self._idle():
                 self._send_all()
-            return self._views[place]
+            totals, norm, finite = self._blocks[0][1][place]
+            return totals, norm, finite
         sent, self._put_off = self._put_off, []
         result = self._steps_of(sent[0]).send(sent)[0].clone()
         return result[:3], result[3], result[4] == 1
@@ -158,7 +162,7 @@ class FusedSteps:
         if not self._put_off:
             return
         sent, self._put_off = self._put_off, []
-        self._send(sent, self._results[self._sent :])
+        self._send(sent, self._blocks[0][0][self._sent :])
         self._sent += len(sent)
         if self._on_gpu:
             self._busy = torch.cuda.Event()

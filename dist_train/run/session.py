@@ -39,8 +39,8 @@ from dist_train.training.step import EagerStep, Step
 STEPS_AHEAD = 8
 # Rows of the steps that are computed together on the CPU: some milliseconds, after which a vote to stop is seen.
 ROWS_AHEAD = 1024
-# Epochs whose order is made in advance, of tables of so many rows at most: 8 bytes a row and epoch.
-EPOCHS_AHEAD = 2
+# Epochs whose order is made in advance, at least and at most, of tables of no more rows: 8 bytes a row and epoch.
+EPOCHS_AHEAD = 2, 8
 ROWS_OF_SHORT_EPOCHS = 1 << 22
 # Of the steps in which only this package's code takes part, the generator guard compares every so many.
 STEPS_BETWEEN_GUARDS = 50
@@ -232,8 +232,14 @@ def _sampler(config: JobConfig, rows: Source, collectives: Collectives) -> Posit
         classes=rows.targets.cpu() if train.class_sampling else None,
         lengths=rows.lengths if isinstance(rows, Ragged) else None,
         sort_batches=config.text.sort_batches,
-        epochs_ahead=EPOCHS_AHEAD if collectives.device.type == "cuda" and len(rows) <= ROWS_OF_SHORT_EPOCHS else 0,
+        epochs_ahead=epochs_ahead(len(rows)) if collectives.device.type == "cuda" else 0,
     )
+
+
+def epochs_ahead(num_rows: int) -> int:
+    """Epochs whose order is made in advance on a GPU: as many as the steps have that are put off and under way."""
+    least, most = EPOCHS_AHEAD
+    return min(most, max(least, 2 * ROWS_AHEAD_ON_GPU // num_rows)) if num_rows <= ROWS_OF_SHORT_EPOCHS else 0
 
 
 def build_loop(

@@ -35,7 +35,8 @@ class Intervals:
     """When what happens, in optimizer steps. `evaluate_steps` None: at the end of each epoch.
 
     `steps_ahead` may be sent off to a GPU before it is known how the one before them has ended, so that it never waits
-    for the host, or be computed together on the CPU. A line, an evaluation and a checkpoint wait for all.
+    for the host, or be computed together on the CPU. An evaluation and a checkpoint wait for all; a line is written
+    once its step is known to be computed, and has the speed of the steps that are by then.
     """
 
     total_steps: int
@@ -47,6 +48,16 @@ class Intervals:
 
 
 @dataclass(frozen=True)
+class _Line:
+    """What a line of metrics has of a step before its numbers are known."""
+
+    record: Record
+    learning_rate: float
+    timed: bool
+    """Whether steps were taken by this process that its speed may be measured by."""
+
+
+@dataclass(frozen=True)
 class _PendingStep:
     """A step that has been sent off; `numbers` gives its totals, gradient norm and whether all were finite."""
 
@@ -55,6 +66,7 @@ class _PendingStep:
     batches: list[Batch]
     rows: int
     numbers: Callable[[], list[float]]
+    line: _Line | None
 
 
 class Loop:
@@ -94,7 +106,8 @@ class Loop:
         self._under_way = 0
         """Steps that were put off, have been sent off, and are not known to be computed: the first of `_pending`."""
         self._clock = time.perf_counter()
-        self._samples_at_line = self.progress.samples(self.feed.num_rows)
+        self._rows_timed = 0
+        """Of the steps since the speed was measured last."""
         self._seconds_at_line = self.progress.train_seconds
         self._steps_taken = 0
         """By this process."""
@@ -120,35 +133,41 @@ class Loop:
             self.collectives.heartbeat.at_step(progress.step + 1)
             outcome = self.step(batches, progress.step, wants_stop=self.wants_stop())
             numbers = self.collectives.async_to_host(outcome.totals, outcome.grad_norm, outcome.finite)
+            epoch = progress.position.epoch
             progress.step += 1
-            self._pending.append(_PendingStep(progress.step, progress.position.epoch, batches, outcome.rows, numbers))
             progress.position = position
             progress.evaluation_due = self._evaluation_due()
             self._steps_taken += 1
+            line = self._line(outcome) if self._line_due() else None
+            self._pending.append(_PendingStep(progress.step, epoch, batches, outcome.rows, numbers, line))
             stop = self._drain(0 if self._must_synchronize() else self.intervals.steps_ahead)
             if self._steps_taken == WARMUP_STEPS:
                 self._restart_speed()
-            if self._line_due():
-                self._log(outcome)
             if self._evaluate_and_checkpoint(stop=stop):
                 return Ending.STOPPED
         return Ending.FINISHED if self._finished() else Ending.EARLY_STOP
 
     def _drain(self, keep: int) -> bool:
-        """Find out how steps have ended, of all but the `keep` last ones, and count them; true on a vote to stop.
+        """Find out how steps have ended, of all but the `keep` last ones, and log them; true on a vote to stop.
 
         TrainingFault where a loss or gradient was not finite. On a vote all steps are waited for.
         """
         stop = False
+        lines: list[tuple[_Line, float, float]] = []
         keep = self._settled(keep)
         while len(self._pending) > keep:
             sent = self._pending.popleft()
             loss, weight, votes, norm, finite = sent.numbers()
             if not finite:
+                self._log(lines)
                 raise TrainingFault(self._describe_nonfinite(sent, loss / (weight or 1.0), norm))
             self.meter.add(loss, weight)
+            self._rows_timed += sent.rows
+            if sent.line is not None:
+                lines.append((sent.line, self.meter.take_loss(), norm))
             if votes > 0:
                 stop, keep = True, self._settled(0)
+        self._log(lines)
         return stop
 
     def _settled(self, keep: int) -> int:
@@ -165,7 +184,7 @@ class Loop:
 
     def _must_synchronize(self) -> bool:
         warmed_up = self._steps_taken == WARMUP_STEPS
-        return warmed_up or self._line_due() or self.progress.evaluation_due or self._save_due()
+        return warmed_up or self.progress.evaluation_due or self._save_due()
 
     def _line_due(self) -> bool:
         return self._finished() or self.progress.step % self.intervals.log_steps == 0
@@ -213,26 +232,34 @@ class Loop:
         self.track(self._record("valid") | metrics)
         return self.progress.note_validation(value)
 
-    def _log(self, outcome: StepResult) -> None:
+    def _line(self, outcome: StepResult) -> _Line:
+        """Of the step that was just sent off."""
+        return _Line(self._record("train"), outcome.learning_rate, self._steps_taken > WARMUP_STEPS)
+
+    def _log(self, lines: list[tuple[_Line, float, float]]) -> None:
+        """Lines whose steps are computed, each with its mean loss and gradient norm."""
+        if not lines:
+            return
         self._update_clock()
-        samples = self.progress.samples(self.feed.num_rows) - self._samples_at_line
         seconds = self.progress.train_seconds - self._seconds_at_line
-        self.track(
-            self._record("train")
-            | {
-                "loss": self.meter.take_loss(),
-                "learning_rate": outcome.learning_rate,
-                "grad_norm": float(outcome.grad_norm),
-                # Of the steps since the line before, the first ones of the process left out; None: there are no others.
-                "samples_per_second": samples / max(seconds, 1e-9) if self._steps_taken > WARMUP_STEPS else None,
-            }
-        )
+        speed = self._rows_timed / max(seconds, 1e-9)
+        for line, loss, norm in lines:
+            self.track(
+                line.record
+                | {
+                    "loss": loss,
+                    "learning_rate": line.learning_rate,
+                    "grad_norm": norm,
+                    # Of the steps since the lines before, the process's first ones left out; None: there are no others.
+                    "samples_per_second": speed if line.timed else None,
+                }
+            )
         self._restart_speed()
 
     def _restart_speed(self) -> None:
         """Measure the speed from here on."""
         self._update_clock()
-        self._samples_at_line = self.progress.samples(self.feed.num_rows)
+        self._rows_timed = 0
         self._seconds_at_line = self.progress.train_seconds
 
     def _record(self, split: str) -> Record:

@@ -215,7 +215,7 @@ def test_steps_sent_off_together_are_the_same_bits_as_one_by_one(tmp_path: Path)
 
 
 def test_a_gpu_that_has_nothing_to_do_is_sent_what_is_put_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of thirteen steps of 16 rows the first two go together, the next two as well, and the rest when it is asked for."""
+    """Of thirteen steps of 16 rows the first two go together, so do the next two, and the rest when it is asked for."""
     arguments = [*write_numbers(tmp_path / "table.parquet", 164, 6), *SMALL]
     expected, job = make_job(arguments, Repeater()).take(13), make_job(arguments, Repeater())
     idle, sent, send = iter([True, True]), [], fused_steps.FusedSteps._send

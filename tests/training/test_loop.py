@@ -228,6 +228,22 @@ def test_steps_sent_ahead_change_nothing_that_is_recorded() -> None:
     assert seen[0] == seen[1]
 
 
+def test_a_line_waits_for_no_step_after_its_own() -> None:
+    """With three steps under way, each line is written after the fourth step from its own has been sent off."""
+    rig = Rig(collectives=Patient())
+    sent: list[int] = []
+
+    class Lines(list[Any]):
+        def append(self, line: Any) -> None:
+            sent.append(len(rig.step.taken))
+            super().append(line)
+
+    rig.lines = Lines()
+    rig.run(total_steps=12, log_steps=2, steps_ahead=3)
+    assert rig.logged("train", "step") == [2, 4, 6, 8, 10, 12]
+    assert sent == [2, 7, 9, 11, 12, 12]  # all are waited for after the second step, and at the end
+
+
 def test_a_bad_step_is_named_although_others_were_sent_after_it() -> None:
     rig = Rig(losses=[1, 1, 1, 1, 1, math.nan, 1, 1, 1, 1, 1, 1], collectives=Patient())
     with pytest.raises(TrainingFault, match=r"step 6 \(epoch 2\): the loss is nan.* rows 11, 12, .*and more"):
