@@ -53,6 +53,10 @@ class TrainingFault(Exception):
         super().__init__(printable(message))
 
 
+class ComputationFault(TrainingFault):
+    """A rank has computed wrongly, or its memory has changed; the message names it."""
+
+
 class PeerFailed(TrainingFault):
     """Another rank has failed, and says by what itself."""
 

@@ -82,14 +82,15 @@ class FusedMembers(nn.Module):
 
     def work_for(self, x: Tensor) -> Workspace:
         """Memory for so many rows: that of the pass before, unless that is in use or of another size."""
-        workspace = self._spare.pop() if self._spare else None
+        workspace = self._spare.pop() if self._spare and not self.context.elsewhere else None
         if workspace is None or workspace.num_rows != len(x) or workspace.dtype != x.dtype:
             workspace = Workspace(len(x), self.layers, x)
         return workspace
 
     def give_back(self, workspace: Workspace) -> None:
         """The next pass may have the memory."""
-        self._spare[:] = [workspace]
+        if not self.context.elsewhere:
+            self._spare[:] = [workspace]
 
 
 class Block:

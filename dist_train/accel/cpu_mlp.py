@@ -74,7 +74,7 @@ class FusedSequential(nn.Sequential):
         """Memory for slices of such lengths: that of the step before, unless the lengths differ or it is in use."""
         lengths, dtype = [len(part) for part in parts], parts[0].dtype
         first = self.layers[0].linear.weight.data_ptr()  # parameters may have been moved
-        workspace = self._spare.pop() if self._spare else None
+        workspace = self._spare.pop() if self._spare and not self.context.elsewhere else None
         if (
             workspace is None
             or workspace.lengths != lengths
@@ -86,7 +86,8 @@ class FusedSequential(nn.Sequential):
 
     def give_back(self, workspace: Workspace) -> None:
         """The next step may have the memory."""
-        self._spare[:] = [workspace]
+        if not self.context.elsewhere:
+            self._spare[:] = [workspace]
 
 
 class _Fused(torch.autograd.Function):

@@ -86,6 +86,7 @@ ADDED: dict[str, Any] = {
     "text.sort_batches": 16,
     "text.baselines": False,
     "runtime.fsdp": False,
+    "runtime.audit_every_steps": None,
     "train.gradient_checkpointing": False,
 }
 """Key that came after format 1 -> what a run that lacks it was trained with: the key's first default, or a function of

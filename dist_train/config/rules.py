@@ -130,6 +130,12 @@ def _broken(c: JobConfig) -> Iterator[tuple[str, str]]:
         yield "runtime.timeout_seconds", f"must be at most a year, {_YEAR_SECONDS}, is {c.runtime.timeout_seconds}"
     if c.runtime.device == "cpu" and c.runtime.backend == "nccl":
         yield "runtime.backend", "nccl needs GPUs, but runtime.device is cpu: use gloo or auto"
+    yield from at_least("runtime.audit_every_steps", c.runtime.audit_every_steps, 1)
+    if c.runtime.audit_every_steps is not None and c.train.virtual_ranks is None:
+        yield (
+            "runtime.audit_every_steps",
+            "only the exact mode is audited: set train.virtual_ranks, or this to null",
+        )
     if c.runtime.fsdp and c.train.virtual_ranks is not None:
         yield "runtime.fsdp", "the exact mode needs all parameters on each rank: set train.virtual_ranks to null"
     if not c.wandb.project.strip():

@@ -73,7 +73,6 @@ class PositionSampler(DistributedSampler[int]):
         self.global_batch_size = global_batch_size
         self.accumulation_steps = accumulation_steps
         self.slices_of_a_rank = (num_slices or world_size) // world_size
-        self._own = range(rank * self.slices_of_a_rank, (rank + 1) * self.slices_of_a_rank)
         self.position = position
         self._order: Order
         if classes is not None:
@@ -102,8 +101,10 @@ class PositionSampler(DistributedSampler[int]):
             return Position(position.epoch + 1, 0)
         return Position(position.epoch, stop)
 
-    def shares(self, position: Position) -> list[MicroBatchIndices]:
-        """This rank's part of the optimizer step that starts at `position`, one share for each pass."""
+    def shares(self, position: Position, rank: int | None = None) -> list[MicroBatchIndices]:
+        """A rank's part of the optimizer step that starts at `position`, one share for each pass; None: this rank's."""
+        first_slice = (self.rank if rank is None else rank) * self.slices_of_a_rank
+        slices = range(first_slice, first_slice + self.slices_of_a_rank)
         stop = position.rows + self.global_batch_size
         if stop + 1 >= self.num_rows:
             stop = self.num_rows
@@ -111,7 +112,7 @@ class PositionSampler(DistributedSampler[int]):
         passes = max(1, min(self.accumulation_steps, (stop - position.rows) // 2))
         shares = []
         for first, last in split_evenly(position.rows, stop, passes):
-            own = split_evenly(first, last, self.num_replicas * self.slices_of_a_rank, self._own)
+            own = split_evenly(first, last, self.num_replicas * self.slices_of_a_rank, slices)
             begin, end = own[0][0], own[-1][1]
             lengths = tuple([stop - start for start, stop in own])
             rows = self._order.rows(position.epoch, begin, end)

@@ -270,6 +270,10 @@ class Feed:
             position = self.sampler.step_end(position)
             yield [self.rows.gather(share) for share in shares], position
 
+    def of_rank(self, position: Position, rank: int) -> list[Batch]:
+        """What a rank trains on in the optimizer step that starts at `position`."""
+        return [self.rows.gather(share) for share in self.sampler.shares(position, rank)]
+
 
 def resident(
     inputs: Inputs,

@@ -53,7 +53,7 @@ class ModelContext:
     Where `gradients` is set, modules that compute slice by slice add to it in their backward pass instead of handing
     sums to autograd. `visit_all_parameters`: autograd must come to each parameter all the same, since
     DistributedDataParallel waits for its hooks. `products` are those of passes that are written out, and of modules
-    that compute slice by slice.
+    that compute slice by slice. While `elsewhere` is set, a pass takes other memory than the one before it.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -61,6 +61,7 @@ class ModelContext:
         self.products = Products()
         self.gradients: SliceGradients | None = None
         self.visit_all_parameters = False
+        self.elsewhere = False
         self._batch: BatchContext | None = None
         self._used: dict[Stream, None] = {}
 

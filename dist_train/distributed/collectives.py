@@ -33,6 +33,13 @@ class Transport(Protocol):
         """(...) -> (world, ...), in rank order."""
 
 
+class Tape(Protocol):
+    """Takes down what an `all_gather` gives, or says it."""
+
+    def all_gather(self, own: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the ranks have gathered, (...) -> (world, ...); `gather` does it."""
+
+
 class Collectives:
     """Collectives over the ranks of `world`. All ranks must make the same calls in the same order.
 
@@ -41,7 +48,7 @@ class Collectives:
 
     `wants_stop` says whether this process was asked to stop; None, on all ranks alike: the job cannot be stopped.
     `heartbeat` records every collective. `transport`, None on all ranks or on none, is tried first by `all_reduce` and
-    `all_gather`.
+    `all_gather`. Every `all_gather` goes through the `tape`, where there is one.
     """
 
     def __init__(self, world: World, wants_stop: Callable[[], bool] | None = None) -> None:
@@ -51,9 +58,10 @@ class Collectives:
         self.device = world.device
         # Whether a collective is a kernel on the GPU among others, so that nobody waits for it on the host.
         self.runs_on_device = world.device.type == "cuda" and (world.size == 1 or world.backend == "nccl")
-        self.heartbeat = Heartbeat(internal=("collectives", "broadcast"))
+        self.heartbeat = Heartbeat(internal=("collectives", "broadcast", "tape"))
         self._wants_stop = wants_stop
         self.transport: Transport | None = None
+        self.tape: Tape | None = None
 
     @classmethod
     def of_default_group(cls, device: torch.device) -> Collectives:
@@ -81,6 +89,9 @@ class Collectives:
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Same-shaped tensors of all ranks, stacked in rank order: (...) -> (world, ...)."""
+        return self._gathered(tensor) if self.tape is None else self.tape.all_gather(tensor, self._gathered)
+
+    def _gathered(self, tensor: Tensor) -> Tensor:
         if self.size == 1:
             return tensor.unsqueeze(0)
         transport = self.transport_for(tensor)

@@ -43,6 +43,11 @@ class MovingAverage:
         self._buffers = [(average, buffers[name]) for name, average in module.named_buffers()]
         self._updates = torch.zeros((), dtype=torch.int64, device=parameters.zeros(0).device)
 
+    @property
+    def values(self) -> list[Tensor]:
+        """The averages of the trainable parameters, in as few tensors as they are in."""
+        return [average for average, _ in self._pairs]
+
     @torch.no_grad()
     def update(self, finite: Tensor | bool) -> None:
         """Follow the weights as they are now; where `finite` is false, nothing changes.

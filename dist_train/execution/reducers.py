@@ -111,6 +111,11 @@ class SliceReducer:
         """The modules leave the gradients of their slices."""
         loss.sum().backward()
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Of each slice of this rank what is to be added up: (slices, numbers) and (slices, size)."""
+        return self._sums, self._flat
+
     def finish(self) -> tuple[Tensor, Tensor]:
         """Gather every slice's part and add them up, the same bits on every rank and for every world size."""
         return self._collectives.ordered_sum(self._sums), self._collectives.ordered_sum(self._flat)

@@ -18,7 +18,7 @@ from dist_train.distributed.slurm import Attempt
 from dist_train.distributed.stopping import LAUNCHER_DIED, Launcher, StopRequest
 from dist_train.distributed.supervision import watched
 from dist_train.distributed.world import World, process_group
-from dist_train.errors import LauncherDied, Stopped, os_errors_as_faults
+from dist_train.errors import ComputationFault, LauncherDied, Stopped, os_errors_as_faults
 from dist_train.risk.figures import require_matplotlib
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.run_folder import RunFolder
@@ -192,7 +192,12 @@ class Job:
 
         loop = build_loop(config, session, collectives, save=save, track=trackers.track, wants_stop=self._stop.wanted)
         with heartbeat.phase("training"):
-            ending = loop.run()
+            try:
+                ending = loop.run()
+            except ComputationFault as fault:
+                if collectives.is_main:
+                    folder.add_to_report(f"{config.run.name}\n{fault}")
+                raise
         collectives.run_on_all(lambda: os_errors_as_faults(trackers.end_training, "metrics.jsonl"))
         if ending is Ending.STOPPED:
             raise Stopped

@@ -17,6 +17,7 @@ from dist_train.determinism.recompute import recompute_layers
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
+from dist_train.execution.audit.step import AuditedStep
 from dist_train.execution.average import MovingAverage
 from dist_train.execution.base import MAX_STEPS, GuardedStep, bind
 from dist_train.execution.choose import choose_execution
@@ -113,9 +114,10 @@ class Session:
             average=self.average,
         )
         step = self.execution.step(eager)
+        self.audit = self._audited(step, eager) if config.runtime.audit_every_steps else None
         # Steps that can be put off are this package's own code, and the guard takes as long as a small one.
         every = STEPS_BETWEEN_GUARDS if self.execution.deferred is not None else 1
-        self.step: Step = GuardedStep(step, GeneratorGuard(collectives.device), every)
+        self.step: Step = GuardedStep(self.audit or step, GeneratorGuard(collectives.device), every)
         self._tensors: dict[str, Stateful] = {
             "model.pth": self.model,
             "optimizer.pth": self.optimizer,
@@ -123,6 +125,19 @@ class Session:
         }
         if self.average:
             self._tensors["average.pth"] = self.average
+
+    def _audited(self, step: Step, eager: EagerStep) -> AuditedStep:
+        if eager.collectives.device.type != "cpu":
+            raise UserError("runtime.audit_every_steps: steps on a GPU are not audited: set it to null, or use the CPU")
+        return AuditedStep(
+            step,
+            eager,
+            self.model,
+            self.execution.context,
+            every=self.config.runtime.audit_every_steps or 1,
+            seed=self.config.run.seed,
+            batches_of=lambda rank: self.feed.of_rank(self.progress.position, rank),
+        )
 
     @property
     def scored(self) -> nn.Module:
@@ -157,11 +172,19 @@ class Session:
         return evaluate(self.scored, rows, self.task, self.config.evaluation.batch_size, collectives)
 
     def tensor_parts(self) -> Parts:
-        """All tensors of a checkpoint, whole on rank 0; called by all ranks."""
+        """All tensors of a checkpoint, whole on rank 0; called by all ranks.
+
+        Raises:
+            ComputationFault: an audit has found that a rank holds others than it ought to.
+        """
+        if self.audit:
+            self.audit.require_intact()
         return {name: dict(part.state_dict()) for name, part in self._tensors.items()}
 
     def restore(self, parts: Parts) -> None:
         """Take over a checkpoint's tensors and progress; UserError when they are not those of this model."""
+        if self.audit:
+            self.audit.forget()
         for name, part in self._tensors.items():
             if name not in parts:
                 raise UserError(f"the checkpoint has no part {name}: it was written with train.ema_decay off")

@@ -97,19 +97,7 @@ class EagerStep:
         if device.type != "cpu" and not isinstance(lr, Tensor):
             # A number of the GPU's memory, as it is when the step is recorded: the kernel is another one.
             lr = torch.full((), lr, device=device)
-        # Of each slice: loss, weight, and the vote to stop.
-        sums = torch.zeros((len(batches[0].context.slices), 3), dtype=torch.float64, device=self.collectives.device)
-        losses, weights, votes = sums.unbind(1)
-        votes += vote
-        self.reducer.begin(sums)
-        for index, batch in enumerate(batches):
-            with self.reducer.backward_of(last=index == len(batches) - 1):
-                with self._precision():
-                    logits = self.forward(batch.inputs, replace(batch.context, global_rows=batch.global_rows))
-                    loss, weight = self.objective(logits, batch.targets, batch.context.slices, *weights_of(batch))
-                losses += loss.detach()
-                weights += weight
-                self.reducer.backward(loss)
+        self.accumulate(batches, vote, self.reducer)
         totals, gradients = self.reducer.finish()
         sum_of_losses, sum_of_weights, _ = self._numbers(totals)
         # The sum over rows becomes the mean over weights; where they are all 0 so are the gradients.
@@ -125,6 +113,22 @@ class EagerStep:
         if self.average is not None:
             self.average.update(finite)
         return totals, norm, finite
+
+    def accumulate(self, batches: Sequence[Batch], vote: float | Tensor, reducer: GradientReducer) -> None:
+        """Forward and backward pass of each batch: the reducer then has what it is to sum over ranks."""
+        # Of each slice: loss, weight, and the vote to stop.
+        sums = torch.zeros((len(batches[0].context.slices), 3), dtype=torch.float64, device=self.collectives.device)
+        losses, weights, votes = sums.unbind(1)
+        votes += vote
+        reducer.begin(sums)
+        for index, batch in enumerate(batches):
+            with reducer.backward_of(last=index == len(batches) - 1):
+                with self._precision():
+                    logits = self.forward(batch.inputs, replace(batch.context, global_rows=batch.global_rows))
+                    loss, weight = self.objective(logits, batch.targets, batch.context.slices, *weights_of(batch))
+                losses += loss.detach()
+                weights += weight
+                reducer.backward(loss)
 
     def _numbers(self, tensor: Tensor) -> Sequence[Number]:
         """What is in a small tensor: on the CPU plain numbers, which Python handles faster; on a GPU nobody waits."""

@@ -10,6 +10,11 @@ from typing import Literal, NamedTuple
 State = Literal["running", "stopped", "gone", "unknown"]
 
 
+def host_name() -> str:
+    """What reports call this host."""
+    return socket.gethostname()
+
+
 class Process(NamedTuple):
     """A process. `started` is when it began, in the kernel's own count; None: /proc does not say."""
 
@@ -21,7 +26,7 @@ class Process(NamedTuple):
     def of(cls, number: int) -> Process:
         """The process of this host that has a number now."""
         fields = _stat(number)
-        return cls(socket.gethostname(), number, fields[19] if fields else None)
+        return cls(host_name(), number, fields[19] if fields else None)
 
     def state(self) -> State:
         """What has become of it; only its own host can tell."""

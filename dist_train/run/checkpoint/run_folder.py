@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from dist_train.config.load import read_config
@@ -51,6 +53,11 @@ class RunFolder:
         """
         if self.held:
             self.held.confirm()
+
+    def add_to_report(self, text: str) -> None:
+        """Append to the fault report, where that is possible: the command says the same on stderr."""
+        with suppress(OSError), self.fault.open("a") as stream:
+            stream.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def move_aside(self) -> Path | None:
         """Rename an older run out of the way, to the first free `<name>.old-N`; None when there is nothing to move."""
