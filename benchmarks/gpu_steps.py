@@ -1,6 +1,7 @@
 """Steps of the default network on a GPU: its kernels, the loop around them, blocks of rows to choose among.
 
     python -m benchmarks.gpu_steps             # microseconds of a step, rows per second, twenty epochs of 2^20 rows
+    python -m benchmarks.gpu_steps --loops     # the loop around the steps alone
     python -m benchmarks.gpu_steps --blocks    # each kernel of the largest batch with several blocks
 
 float32 is TF32x3, as in training. Needs a GPU. Kernels are compiled first, which takes a minute.
@@ -108,12 +109,18 @@ def main() -> None:
     """Print what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", action="store_true")
+    parser.add_argument("--loops", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: torch sees no GPU", file=sys.stderr)
         sys.exit(2)
     print(torch.cuda.get_device_name())
-    compare_blocks() if arguments.blocks else measure_steps()
+    if arguments.blocks:
+        compare_blocks()
+        return
+    if not arguments.loops:
+        measure_steps()
+    measure_loops()
 
 
 def compare_blocks() -> None:
@@ -126,11 +133,15 @@ def compare_blocks() -> None:
 
 
 def measure_steps() -> None:
-    """Steps of each batch size, then rows per second of the loop, then the epochs."""
+    """The kernels of a step at each batch size."""
     for rows in workload.BATCH_SIZES:
         modes = {"fast": (1, "tf32x3"), "exact, V = 8": (8, "tf32x3"), "bf16": (1, "bf16")}
         took = {name: microseconds(Kernels(rows, *mode).steps, 1) / STEPS_OF_A_GRAPH for name, mode in modes.items()}
         print(f"kernels, {rows} rows: " + ", ".join(f"{name} {us:.1f} us" for name, us in took.items()), flush=True)
+
+
+def measure_loops() -> None:
+    """Rows per second of the loop at each batch size, then the epochs."""
     device = torch.device("cuda", 0)
     collectives = Collectives(World(device=device))
     data = workload.dataset(workload.NUM_ROWS, device)
@@ -139,9 +150,11 @@ def measure_steps() -> None:
             config = workload.configuration(rows, *more)
             ours = contestants.Ours(Session(config, TabularTask(config, data, collectives), collectives), collectives)
             ours(0.2)
-            rates = sorted(ours(0.3) for _ in range(3))
-            print(f"loop, {rows} rows {' '.join(more)}: {rates[1]:,.0f} rows/s ({rates[0]:,.0f} to {rates[2]:,.0f})")
-    run_epochs(8192, collectives)
+            rates = sorted(ours(0.5) for _ in range(3))
+            span = f"{rates[0]:,.0f} to {rates[2]:,.0f}"
+            print(f"loop, {rows} rows {' '.join(more)}: {rates[1]:,.0f} rows/s ({span})", flush=True)
+    for batch in (1024, 8192):
+        run_epochs(batch, collectives)
 
 
 def run_epochs(batch: int, collectives: Collectives) -> None:
