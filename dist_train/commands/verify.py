@@ -8,6 +8,8 @@ A run in the exact mode (train.virtual_ranks=V) is replayed on any number of ran
 mode is replayed on as many ranks as it was trained on. Of an ensemble each member is replayed, and their mean is made
 again. The run may be finished or still running; nothing in its folder is changed. The data are read from the path in
 the run's configuration, relative to the current folder.
+Before the replay the folder is compared with its witness.jsonl, a hash chain of the states; of a run that an earlier
+version has trained there is none.
 A report goes to stderr, one line of JSON to stdout. Exit code 0: all agree; 1: the first step that differs is named.
 """
 
@@ -25,7 +27,7 @@ from dist_train.system.console import log, print_json
 
 if TYPE_CHECKING:
     from dist_train.run.ensemble_verification import EnsembleReport
-    from dist_train.run.verification import Report
+    from dist_train.run.replay import Report
 
 
 def main(program: str, argv: Sequence[str]) -> None:
@@ -94,9 +96,12 @@ def _range(text: str) -> tuple[int, int | None]:
 
 
 def _show(report: Report) -> None:
-    log.info("replayed the steps %d to %d on %s", report.first_step + 1, report.last_step, report.machine["device"])
-    log.info("processor %s, torch %s", report.machine["processor"], report.machine["torch"])
-    log.info("data sha256 %s", report.data_sha256)
+    if report.witness_lines:
+        log.info("witness.jsonl has %d lines, head %s", report.witness_lines, report.witness_head)
+    if report.last_step > report.first_step:
+        log.info("replayed the steps %d to %d on %s", report.first_step + 1, report.last_step, report.machine["device"])
+        log.info("processor %s, torch %s", report.machine["processor"], report.machine["torch"])
+        log.info("data sha256 %s", report.data_sha256)
     if report.weights_sha256:
         log.info("weights sha256 %s", report.weights_sha256)
     for note in report.notes:

@@ -110,6 +110,15 @@ _COMPATIBLE = (
 )  # fmt: skip
 
 
+# Keys that no result depends on: names, places, patience, output, and what is computed to the same bits. All of
+# runtime.* is among them but runtime.products.
+_WITHOUT_RESULT = (
+    "run.name", "run.dir", "run.resume", "run.force", "run.time_limit_minutes", "data.path", "text.hub_dataset",
+    "text.baselines", "train.gradient_checkpointing", "checkpoint.keep", "runtime.", "log.tensorboard", "log.mlflow",
+    "log.curves", "report.", "wandb.",
+)  # fmt: skip
+
+
 def require_format(kind: str, number: Any, source: str) -> None:
     """Raises UserError where this version does not read artefacts of this kind and format number."""
     supported = FORMATS[kind]
@@ -201,6 +210,25 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
             continue
         (compatible if key.startswith(_COMPATIBLE) else incompatible).append(line)
     return incompatible, compatible
+
+
+def settings_of(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved configuration, of an older version as well, without the keys that no result depends on."""
+    return {
+        section: {name: value for name, value in values.items() if _counts(f"{section}.{name}")}
+        for section, values in migrated(tree).items()
+        if section not in ("report", "wandb")
+    }
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Keys that differ in two configurations and that results depend on; `before` may be of an older version."""
+    old, new = dict(_flat(settings_of(before))), dict(_flat(settings_of(now)))
+    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+
+
+def _counts(key: str) -> bool:
+    return key == "runtime.products" or not key.startswith(_WITHOUT_RESULT)
 
 
 def _flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

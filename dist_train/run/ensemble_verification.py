@@ -18,7 +18,8 @@ from dist_train.run.checkpoint.state import Parts, with_digests
 from dist_train.run.checkpoint.trained_model import CALIBRATION, ENSEMBLE, config_of_model, read_trained_model
 from dist_train.run.ensemble import OUT_OF_FOLD, Scores, parts_of_member, scores_of_members
 from dist_train.run.members import ensemble_parts
-from dist_train.run.verification import Report, first_difference, first_different_tensor, verify
+from dist_train.run.replay import Report, first_difference, first_different_tensor
+from dist_train.run.verification import verify
 from dist_train.system.console import log
 
 _MADE_OF_MEMBERS = ("members", "data_sha256", "weights_sha256")

@@ -62,8 +62,12 @@ def export_best(
     folder: RunFolder,
     checkpoints: Checkpoints,
     world: World,
+    witness: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Score the best weights, commit `model/`, write the summary and return it on every rank."""
+    """Score the best weights, commit `model/`, write the summary and return it on every rank.
+
+    `witness` describes the chain of states that the run has written, on rank 0.
+    """
     best = session.progress.best_step
     if best is not None and best != session.progress.step:
         # The weights alone: no rank but 0 reads the moments.
@@ -88,6 +92,7 @@ def export_best(
             step=best or session.progress.step,
             data_sha256=session.task.fingerprint,
             positive_class=class_names[positive],
+            witness=witness,
             calibration=calibration,
             unsaved=unsaved,
         )

@@ -22,13 +22,14 @@ from dist_train.errors import ComputationFault, LauncherDied, Stopped, os_errors
 from dist_train.risk.figures import require_matplotlib
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.run_folder import RunFolder
-from dist_train.run.checkpoint.state import pack_json
+from dist_train.run.checkpoint.state import pack_json, weights_sha256
+from dist_train.run.checkpoint.witness import Witness, settings_line
 from dist_train.run.dry_run import DryRunReport, profile_session
 from dist_train.run.ensemble import Ensemble
 from dist_train.run.export import checkpoint_parts, export_best
 from dist_train.run.reporting import report_once
 from dist_train.run.resume import as_it_began, begin_writing, changes_since, finished_line, matching_task, open_run
-from dist_train.run.session import Session, build_loop
+from dist_train.run.session import Session, build_loop, scored_weights
 from dist_train.run.split_record import write_kept_files, write_split
 from dist_train.run.tracking.trackers import NullTrackers, Trackers
 from dist_train.system.console import log
@@ -38,6 +39,7 @@ from dist_train.tasks.base import Task
 from dist_train.tasks.registry import load_task
 from dist_train.training.loop import Ending
 from dist_train.training.plan import Plan
+from dist_train.training.protocols import Save
 
 
 def train(
@@ -180,16 +182,8 @@ class Job:
             lambda: os_errors_as_faults(lambda: self._open_trackers(session, state), "metrics.jsonl")
         )
 
-        def save(step: int) -> None:
-            tensors = session.tensor_parts()
-
-            def write() -> None:
-                folder.confirm()  # before the trackers' own error, which would say less
-                parts = checkpoint_parts(config, session, tensors, trackers.state_dict(), world, self.variables)
-                checkpoints.write(step, parts, session.progress.best_step)
-
-            collectives.on_rank_zero(lambda: os_errors_as_faults(write, f"the checkpoint of step {step}"))
-
+        witness = self._open_witness(session)
+        save = self._saving(session, trackers, witness)
         loop = build_loop(config, session, collectives, save=save, track=trackers.track, wants_stop=self._stop.wanted)
         with heartbeat.phase("training"):
             try:
@@ -203,7 +197,7 @@ class Job:
             raise Stopped
         log.info("%s after %d steps", ending.value, session.progress.step)
         with heartbeat.phase("exporting the model"):
-            summary = export_best(config, session, collectives, folder, checkpoints, world)
+            summary = export_best(config, session, collectives, folder, checkpoints, world, witness.description())
             trackers.track_summary(summary)
         return summary
 
@@ -221,6 +215,33 @@ class Job:
             environ=self.variables,
         )
         return self._stack.enter_context(trackers)
+
+    def _open_witness(self, session: Session) -> Witness:
+        witness = Witness(self.folder.witness, self.folder.metrics)
+        step, kept = session.progress.step, session.saves_here
+        settings = settings_line(self.config, session.task.fingerprint, self.world.size)
+        self.collectives.on_rank_zero(
+            lambda: os_errors_as_faults(lambda: witness.begin(step, settings, kept=kept), "witness.jsonl")
+        )
+        return witness
+
+    def _saving(self, session: Session, trackers: Trackers | NullTrackers, witness: Witness) -> Save:
+        """What writes a checkpoint, and before it the line of the chain; called by all ranks."""
+
+        def save(step: int) -> None:
+            tensors = session.tensor_parts()
+
+            def write() -> None:
+                self.folder.confirm()  # before the trackers' own error, which would say less
+                ended = trackers.state_dict()
+                parts = checkpoint_parts(self.config, session, tensors, ended, self.world, self.variables)
+                # A line without a checkpoint is cut off when the run goes on; a checkpoint without one would lack it.
+                witness.add(step, parts, weights_sha256(scored_weights(parts)), ended["metrics"]["bytes"])
+                self.checkpoints.write(step, parts, session.progress.best_step)
+
+            self.collectives.on_rank_zero(lambda: os_errors_as_faults(write, f"the checkpoint of step {step}"))
+
+        return save
 
     def _already_finished(self, session: Session) -> bool:
         line = self.collectives.on_rank_zero(lambda: self._finished_line(session))

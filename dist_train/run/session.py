@@ -166,6 +166,13 @@ class Session:
         """Whether there are steps to come."""
         return self.progress.trains_on(self.total_steps, self.config.train.early_stopping_patience)
 
+    @property
+    def saves_here(self) -> bool:
+        """Whether a run that nobody stops has a checkpoint of the step where this one stands, as it stands."""
+        progress = self.progress
+        due = progress.step % self.config.checkpoint.every_steps == 0
+        return not progress.evaluation_due and (due or progress.best_step == progress.step or not self.trains_on)
+
     def score(self, split: str, collectives: Collectives) -> dict[str, Any] | None:
         """Metrics of the scored model on a split, the same on every rank; None when the split has no rows."""
         rows = self.task.splits[split]

@@ -34,7 +34,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_folder_is_as_promised(run_dir: Path) -> None:
     assert {p.name for p in run_dir.iterdir()} == {
         "config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "model", "wandb", "lock", "split.json",
-        "split.parquet",
+        "split.parquet", "witness.jsonl",
     }  # fmt: skip
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_00000071", "step_00000075"]
     assert {p.name for p in (run_dir / "model").iterdir()} >= {"model.pth", "task.json"}

@@ -18,9 +18,11 @@ from dist_train.distributed.world import World
 from dist_train.run.checkpoint.commit import commit
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import encode_parts, read_parts, weights_sha256
-from dist_train.run.verification import Evidence
+from dist_train.run.checkpoint.witness import linked, read_chain
+from dist_train.run.evidence import Evidence
 from tests.cli.in_process import command, command_on_ranks
 from tests.resume.jobs import finish, folder_of, tiny_job, write_table
+from tests.run.forging import forge_chain, write_chain
 
 STEPS = 24
 
@@ -166,6 +168,42 @@ def altered_row(run_dir: Path, split: str) -> None:
     table.write_text("\n".join(lines) + "\n")
 
 
+def edit_settings(before: str, after: str) -> Callable[[Path], None]:
+    def alter(run_dir: Path) -> None:
+        file = run_dir / "config.yaml"
+        assert before in file.read_text()
+        file.write_text(file.read_text().replace(before, after))
+
+    return alter
+
+
+def edit_witness(number: int, name: str, value: Any) -> Callable[[Path], None]:
+    def alter(run_dir: Path) -> None:
+        lines = [json.loads(line) for line in (run_dir / "witness.jsonl").read_text().splitlines()]
+        lines[number][name] = value
+        write_chain(run_dir, lines)
+
+    return alter
+
+
+def without_lines(number: int) -> Callable[[Path], None]:
+    def alter(run_dir: Path) -> None:
+        lines = (run_dir / "witness.jsonl").read_text().splitlines(keepends=True)
+        del lines[number]
+        (run_dir / "witness.jsonl").write_text("".join(lines))
+
+    return alter
+
+
+def another_chain(run_dir: Path) -> None:
+    """A chain that is sound in itself, of other lines."""
+    lines, head = [], ""
+    for line in read_chain(run_dir / "witness.jsonl") or []:
+        lines.append(linked(head, line | {"format": 1, "metrics_sha256": line.get("metrics_sha256", "0")}))
+        head = lines[-1]["head"]
+    write_chain(run_dir, lines)
+
+
 @pytest.mark.parametrize(
     ("alter", "named"),
     [
@@ -187,6 +225,7 @@ def test_what_was_altered_is_named_with_its_step(copy: Path, alter: Callable[[Pa
     number = 0 if "grad_norm" in named else 4
     line = json.loads((copy / "metrics.jsonl").read_text().splitlines()[number])
     alter(copy)
+    forge_chain(copy)
     seen = command("verify", copy)
     assert seen.code == 1
     assert seen.err.count("error:") == 1
@@ -194,6 +233,47 @@ def test_what_was_altered_is_named_with_its_step(copy: Path, alter: Callable[[Pa
     if "{split}" in named:
         assert f"step {line['step']} differs" in seen.err
     assert json.loads(seen.out)["difference"] is not None
+
+
+@pytest.mark.parametrize(
+    ("alter", "named"),
+    [
+        (altered_tensor, "step 20 differs: the checkpoint's optimizer.pth is not that of witness.jsonl"),
+        (altered_weights, "the trained model's weights are not those of witness.jsonl"),
+        (altered_encoder, "the checkpoint's task.json is not that of witness.jsonl"),
+        (altered_progress, "step 20 differs: the checkpoint's progress is not that of witness.jsonl"),
+        (edit_line(4, lambda line: line | {"loss": line["loss"] * (1 + 2**-51)}), "of metrics.jsonl are not those of"),
+        (edit_line(4, lambda _: None), "of metrics.jsonl are not those of witness.jsonl"),
+        (edit_settings("lr: 0.05", "lr: 0.06"), "step 0 differs: optim.lr: the run's configuration is not that of"),
+        (edit_witness(3, "metrics_lines", 1), "witness.jsonl, line 4: the chain is broken: its head does not follow"),
+        (edit_witness(0, "data_sha256", "0"), "witness.jsonl, line 1: the chain is broken: its head does not follow"),
+        (edit_witness(3, "step", "four"), "witness.jsonl, line 4: is not a line of a chain"),
+        (without_lines(4), "witness.jsonl, line 5: the chain is broken: its head does not follow"),
+        (without_lines(-1), "the trained model's model.json does not name the head of witness.jsonl"),
+        (lambda run_dir: (run_dir / "witness.jsonl").unlink(), "there is no witness.jsonl, and the trained model's"),
+        (another_chain, "the trained model's model.json does not name the head of witness.jsonl"),
+    ],
+)  # fmt: skip
+def test_what_is_not_of_the_chain_is_named_without_a_replay(
+    copy: Path, alter: Callable[[Path], None], named: str
+) -> None:
+    alter(copy)
+    seen = command("verify", copy)
+    assert seen.code == 1
+    assert seen.err.count("error:") == 1
+    assert named in seen.err
+    assert "replayed" not in seen.err
+    assert named in f"step {json.loads(seen.out)['difference_step']} differs: {json.loads(seen.out)['difference']}"
+
+
+def test_a_run_without_a_chain_is_of_an_earlier_version(copy: Path) -> None:
+    (copy / "witness.jsonl").unlink()
+    parts = read_parts(copy / "model")
+    del parts["model.json"]["witness"]
+    commit(copy / "model", encode_parts(parts))
+    seen = command("verify", copy)
+    assert seen.code == 0, seen.err
+    assert json.loads(seen.out)["notes"] == ["there is no witness.jsonl: an earlier version has trained the run"]
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
@@ -258,6 +338,7 @@ def test_a_processor_whose_bits_are_others_is_said_in_words(
     config = copy / "config.yaml"
     for line in setting:
         config.write_text(config.read_text().replace("  products: defined", line))
+    forge_chain(copy)
     notes = json.loads(command("verify", copy).out)["notes"]
     assert any("the run had abacus: equal bits are not promised" in note for note in notes)
 
@@ -321,6 +402,7 @@ def _as_of_format_1(run_dir: Path) -> None:
     for split in ("valid", "test"):
         summary[split]["brier"] *= 2
     (run_dir / "summary.json").write_text(json.dumps(summary))
+    forge_chain(run_dir)
 
 
 def test_a_metric_that_was_redefined_is_said_in_words(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
+        self.witness = path / "witness.jsonl"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
         self.requeue = path / "requeue"

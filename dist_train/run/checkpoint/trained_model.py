@@ -35,13 +35,15 @@ def trained_model_parts(
     step: int,
     data_sha256: str,
     positive_class: str,
+    witness: Mapping[str, Any],
     calibration: Mapping[str, Any] | None = None,
     unsaved: Mapping[str, Tensor] | None = None,
 ) -> Parts:
     """Parts of `model/`. `task` is the task's description; `weights` are those of `step`.
 
     `unsaved` are the classifier's weights that are not kept, since they are those of a pretrained model; they are part
-    of `weights_sha256`. `positive_class` is the class that reasons and the report are about.
+    of `weights_sha256`. `positive_class` is the class that reasons and the report are about. `witness` has the `lines`
+    and the `head` of witness.jsonl.
     """
     parts: Parts = {
         "model.pth": dict(weights),
@@ -53,6 +55,7 @@ def trained_model_parts(
             "step": step,
             "data_sha256": data_sha256,
             "positive_class": positive_class,
+            "witness": dict(witness),
             "weights_sha256": weights_sha256({**weights, **(unsaved or {})}),
         },
     }
