@@ -33,7 +33,7 @@ from dist_train.run.session import Session, build_loop, scored_weights
 from dist_train.run.split_record import write_kept_files, write_split
 from dist_train.run.tracking.trackers import NullTrackers, Trackers
 from dist_train.system.console import log
-from dist_train.system.files import write_atomically
+from dist_train.system.files import with_path, write_atomically
 from dist_train.system.machine import pin_arithmetic, use_deterministic_kernels
 from dist_train.tasks.base import Task
 from dist_train.tasks.registry import load_task
@@ -236,7 +236,8 @@ class Job:
                 ended = trackers.state_dict()
                 parts = checkpoint_parts(self.config, session, tensors, ended, self.world, self.variables)
                 # A line without a checkpoint is cut off when the run goes on; a checkpoint without one would lack it.
-                witness.add(step, parts, weights_sha256(scored_weights(parts)), ended["metrics"]["bytes"])
+                with with_path(self.checkpoints.path(step)):  # whose disk it is
+                    witness.add(step, parts, weights_sha256(scored_weights(parts)), ended["metrics"]["bytes"])
                 self.checkpoints.write(step, parts, session.progress.best_step)
 
             self.collectives.on_rank_zero(lambda: os_errors_as_faults(write, f"the checkpoint of step {step}"))
