@@ -2,6 +2,7 @@
 
     dist-train verify runs/credit_risk                      # all of it, from the initial weights, on one process
     dist-train verify runs/credit_risk --steps 500:1000     # from the checkpoint at or before step 500
+    dist-train verify runs/credit_risk --challenge 5        # five random windows between checkpoints
     torchrun --standalone --nproc_per_node=4 -m dist_train verify runs/credit_risk
 
 A run in the exact mode (train.virtual_ranks=V) is replayed on any number of ranks that divides V. A run in the fast
@@ -9,7 +10,8 @@ mode is replayed on as many ranks as it was trained on. Of an ensemble each memb
 again. The run may be finished or still running; nothing in its folder is changed. The data are read from the path in
 the run's configuration, relative to the current folder.
 Before the replay the folder is compared with its witness.jsonl, a hash chain of the states; of a run that an earlier
-version has trained there is none.
+version has trained there is none. A challenge replays K windows, each from the checkpoint at its start to the next one
+that exists (checkpoint.keep), and says with which probability one altered window is found.
 A report goes to stderr, one line of JSON to stdout. Exit code 0: all agree; 1: the first step that differs is named.
 """
 
@@ -26,6 +28,9 @@ from dist_train.errors import TrainingFault, UserError
 from dist_train.system.console import log, print_json
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from dist_train.run.challenge import Challenge
     from dist_train.run.ensemble_verification import EnsembleReport
     from dist_train.run.replay import Report
 
@@ -35,8 +40,11 @@ def main(program: str, argv: Sequence[str]) -> None:
     parser = command_parser(program, __doc__)
     parser.add_argument("run_dir", type=path, help="run folder, e.g. runs/credit_risk")
     parser.add_argument("--steps", default="0:", help="A:B, replay the steps after A up to B (default: all)")
+    parser.add_argument("--challenge", type=int, metavar="K", help="replay K random windows between checkpoints")
+    parser.add_argument("--challenge-seed", type=int, metavar="SEED", help="draws the windows (default: a random one)")
     arguments = parser.parse_args(argv)
     first, last = _range(arguments.steps)
+    _check_challenge(arguments)
 
     from dist_train.config.members import is_ensemble
     from dist_train.distributed.collectives import Collectives
@@ -44,13 +52,14 @@ def main(program: str, argv: Sequence[str]) -> None:
     from dist_train.distributed.world import device_here, process_group, world_from_environment
     from dist_train.run.checkpoint.run_folder import opened_run
     from dist_train.run.ensemble_verification import verify_ensemble
-    from dist_train.run.verification import verify
+    from dist_train.run.verification import challenge, verify
     from dist_train.system.machine import pin_arithmetic
 
     folder, config = opened_run(arguments.run_dir)
     whole = is_ensemble(config)
-    if whole and (first, last) != (0, None):
-        raise UserError(f"--steps: {folder.path} is an ensemble: the steps are those of a member, a folder in it")
+    if whole and ((first, last) != (0, None) or arguments.challenge):
+        option = "--challenge" if arguments.challenge else "--steps"
+        raise UserError(f"{option}: {folder.path} is an ensemble: the steps are those of a member, a folder in it")
     world = world_from_environment(os.environ, device=device_here(config.runtime.device))
     if config.train.virtual_ranks:
         pin_arithmetic(world.device)
@@ -60,12 +69,25 @@ def main(program: str, argv: Sequence[str]) -> None:
         with watched(collectives, store, timeout_seconds=timeout, report_file=None):
             if whole:
                 of_members = verify_ensemble(folder, config, collectives)
+            elif arguments.challenge:
+                report = challenge(folder, config, collectives, arguments.challenge, arguments.challenge_seed)
             else:
                 report = verify(folder, config, collectives, first, last)
     if whole:
         _end_of_ensemble(of_members, world.rank)
     else:
         _end_of_run(report, world.rank)
+
+
+def _check_challenge(arguments: Namespace) -> None:
+    if arguments.challenge is None:
+        if arguments.challenge_seed is not None:
+            raise UserError("--challenge-seed: draws the windows of --challenge K: give that too")
+        return
+    if arguments.challenge < 1:
+        raise UserError(f"--challenge {arguments.challenge}: must be at least 1 window")
+    if arguments.steps != "0:":
+        raise UserError("--challenge: draws windows of the whole run: leave --steps out")
 
 
 def _end_of_run(report: Report, rank: int) -> None:
@@ -98,8 +120,11 @@ def _range(text: str) -> tuple[int, int | None]:
 def _show(report: Report) -> None:
     if report.witness_lines:
         log.info("witness.jsonl has %d lines, head %s", report.witness_lines, report.witness_head)
-    if report.last_step > report.first_step:
+    if report.challenge:
+        _show_challenge(report.challenge)
+    elif report.last_step > report.first_step:
         log.info("replayed the steps %d to %d on %s", report.first_step + 1, report.last_step, report.machine["device"])
+    if report.data_sha256:
         log.info("processor %s, torch %s", report.machine["processor"], report.machine["torch"])
         log.info("data sha256 %s", report.data_sha256)
     if report.weights_sha256:
@@ -108,10 +133,23 @@ def _show(report: Report) -> None:
         log.warning("%s", note)
     if report.difference is None:
         model = ", and the trained model and its metrics" if report.model_compared else ""
-        log.info("%d lines of metrics and %d checkpoints%s agree to the bit", report.lines, report.checkpoints, model)
+        states = f", {report.states} states of removed ones" if report.states else ""
+        log.info(
+            "%d lines of metrics and %d checkpoints%s%s agree to the bit",
+            report.lines, report.checkpoints, states, model,
+        )  # fmt: skip
         here, there = _processor(report.machine), _processor(report.trained_on)
         if report.trained_on and here != there:
             log.info("the same bits were computed on %s and on %s", there, here)
+
+
+def _show_challenge(challenge: Challenge) -> None:
+    listed = ", ".join(f"{start}:{end}" for start, end in challenge.drawn)
+    drawn = f"{len(challenge.drawn)} of {challenge.windows} windows, {challenge.steps} steps: {listed}"
+    log.info("replayed %s (--challenge-seed %d)", drawn, challenge.seed)
+    log.info("one altered window of %d is found with probability %.4g", challenge.windows, challenge.probability)
+    for start, end in challenge.differing:
+        log.warning("the window %d:%d differs", start, end)
 
 
 def _processor(machine: Mapping[str, str]) -> str:

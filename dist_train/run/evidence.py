@@ -91,6 +91,16 @@ class Evidence:
             return int(self.checkpoints[max(self.checkpoints)]["state.json"].get("format", 1))
         return int(self.model[DESCRIPTION]["format"]) if self.model else FORMATS["checkpoint"]
 
+    @property
+    def best_step(self) -> int:
+        """The step of the trained model; 0: there is none yet."""
+        return int(self.summary["best_step"] or self.summary["steps"]) if self.summary else 0
+
+    def starts(self, last: int) -> list[int]:
+        """Every step below `last` from which a replay can begin; all after the last change of the configuration."""
+        first = self.start(0, last)
+        return sorted({first, *(step for step in self.checkpoints if first <= step < last)})
+
     def start(self, first: int, last: int) -> int:
         """Where a replay of the steps after `first` can begin: at a sound checkpoint, or at 0.
 

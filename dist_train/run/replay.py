@@ -13,9 +13,10 @@ from dist_train.config.compatibility import redefined_metrics
 from dist_train.config.load import config_from_tree
 from dist_train.config.schema import JobConfig
 from dist_train.distributed.collectives import Collectives
+from dist_train.run.challenge import Challenge
 from dist_train.run.checkpoint.state import Parts, tensor_sha256, weights_sha256
 from dist_train.run.checkpoint.trained_model import CALIBRATION, DESCRIPTION, config_of_model, describe_model
-from dist_train.run.checkpoint.witness import OF_THE_CLOCK
+from dist_train.run.checkpoint.witness import OF_THE_CLOCK, progress_sha256, state_lines, tensors_sha256
 from dist_train.run.evidence import Evidence
 from dist_train.run.scoring import score_splits
 from dist_train.run.session import Session, build_loop, unsaved_weights
@@ -31,6 +32,8 @@ _OF_THE_EVALUATION = ("best_value", "best_step", "evaluations_without_gain", "re
 class Report:
     """What a replay found. `difference` is None when everything agreed.
 
+    Of `checkpoints` the tensors were compared one by one, of `states` the digests in witness.jsonl: their checkpoints
+    were removed. `challenge`: windows were replayed, not the steps from `first_step` to `last_step`.
     `witness_lines` of witness.jsonl follow from each other up to `witness_head`; none: the run has no such file.
     """
 
@@ -38,17 +41,30 @@ class Report:
     last_step: int
     lines: int = 0
     checkpoints: int = 0
+    states: int = 0
     model_compared: bool = False
     difference: str | None = None
     difference_step: int | None = None
     witness_lines: int = 0
     witness_head: str = ""
+    challenge: Challenge | None = None
     notes: list[str] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
     trained_on: dict[str, str] = field(default_factory=dict)
     data_sha256: str = ""
     weights_sha256: str = ""
     config: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, window: Report) -> None:
+        """Take over what the replay of a window has found."""
+        self.lines += window.lines
+        self.checkpoints += window.checkpoints
+        self.states += window.states
+        self.model_compared |= window.model_compared
+        self.weights_sha256 = window.weights_sha256 or self.weights_sha256
+        self.notes += [note for note in window.notes if note not in self.notes]
+        if window.difference is not None and window.difference_step is not None:
+            self.differ(window.difference_step, window.difference)
 
     def differ(self, step: int, what: str) -> None:
         """Note a difference; the first one of the earliest step counts."""
@@ -65,6 +81,9 @@ class Replay:
         self.report = report
         self.collectives = collectives
         self.pending = [x for x in evidence.lines if report.first_step < x["step"] <= report.last_step]
+        self.checkpoints = dict(evidence.checkpoints)
+        self.damaged = dict(evidence.damaged)
+        self.states = state_lines(evidence.chain or [])
         self.best_weights: dict[str, Tensor] | None = None
 
     def run(self, config: JobConfig) -> None:
@@ -106,16 +125,16 @@ class Replay:
     def compare_step(self) -> None:
         """The checkpoint of the step where the replay stands, where the run has kept one."""
         step = self.session.progress.step
-        summary = self.evidence.summary
-        if summary and step == (summary["best_step"] or summary["steps"]):
+        if step == self.evidence.best_step:
             self.best_weights = {n: t.detach().clone() for n, t in self.session.scored.state_dict().items()}
         if not self.report.first_step < step <= self.report.last_step:
             return
-        damage = self.evidence.damaged.pop(step, None)
+        damage = self.damaged.pop(step, None)
         if damage:
             self.report.differ(step, f"the checkpoint does not verify: {damage}")
-        recorded = self.evidence.checkpoints.pop(step, None)
+        recorded = self.checkpoints.pop(step, None)
         if recorded is None:
+            self._compare_with_chain(step)
             return
         self.report.checkpoints += 1
         replayed = self.session.tensor_parts()
@@ -134,6 +153,19 @@ class Replay:
             if name:
                 self.report.differ(step, f"the checkpoint's {name} is not what the replay has")
 
+    def _compare_with_chain(self, step: int) -> None:
+        """The state of a step whose checkpoint was removed."""
+        line = self.states.pop(step, None)
+        if line is None:
+            return
+        self.report.states += 1
+        replayed = {name: tensors_sha256(part) for name, part in self.session.tensor_parts().items()}
+        replayed["progress"] = progress_sha256(self.session.progress.state_dict())
+        recorded = {name: digest for name, digest in line["state"].items() if not name.endswith(".json")}
+        name = first_difference(recorded, replayed)
+        if name:
+            self.report.differ(step, f"the {name} of the state in witness.jsonl is not what the replay has")
+
     def compare_trained_model(self) -> None:
         """The trained model, its encoder, and the metrics that the summary claims for them."""
         report, summary = self.report, self.evidence.summary
@@ -142,7 +174,7 @@ class Replay:
             return
         if report.difference is not None:
             return
-        best = summary["best_step"] or summary["steps"]
+        best = self.evidence.best_step
         if self.best_weights is None:
             report.notes.append(f"the trained model is of step {best}, outside of what was replayed")
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import asdict
 
 from dist_train.config.schema import JobConfig
@@ -9,6 +10,7 @@ from dist_train.determinism.sliced_modules import require_world_size
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.run.chain import compare_chain
+from dist_train.run.challenge import Challenge, windows_between
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import Parts
@@ -16,6 +18,7 @@ from dist_train.run.evidence import Evidence
 from dist_train.run.replay import Replay, Report
 from dist_train.run.session import Session
 from dist_train.system.machine import describe_machine
+from dist_train.tasks.base import Task
 from dist_train.tasks.registry import description_in, load_task
 
 
@@ -30,35 +33,91 @@ def verify(
     """
     evidence = collectives.on_rank_zero(lambda: Evidence.of(folder))
     last = evidence.last_step if last is None else min(last, evidence.last_step)
+    report = _examined(folder, evidence, config, collectives, first, last)
+    if report.difference is not None:
+        return report
+    start = evidence.start(first, last)
+    session = _session(config, collectives, evidence, _parts_at(start, folder, evidence, collectives))
+    report.first_step, report.last_step = start, last
+    replay = Replay(evidence, session, report, collectives)
+    replay.run(config)
+    replay.compare_trained_model()
+    _compare_data(evidence, session.task, last, report)
+    return report
+
+
+def challenge(folder: RunFolder, config: JobConfig, collectives: Collectives, count: int, seed: int | None) -> Report:
+    """Replay `count` windows of a run, each from the checkpoint at its start; the same report on every rank.
+
+    A window ends where the next one begins: at a sound checkpoint. Together they have all steps, or those since the
+    configuration was changed on the way. The states of checkpoints that were removed are compared with their lines of
+    witness.jsonl. `seed` draws the windows; None: a random one. All of them are replayed, also after a difference.
+    """
+    evidence = collectives.on_rank_zero(lambda: Evidence.of(folder))
+    last = evidence.last_step
+    report = _examined(folder, evidence, config, collectives, 0, last)
+    if report.difference is not None:
+        return report
+    seed = collectives.on_rank_zero(lambda: secrets.randbits(32) if seed is None else seed)
+    report.challenge = Challenge.of(windows_between(evidence.starts(last), last), count, seed)
+    task: Task | None = None
+    for window in report.challenge.drawn:
+        parts = _parts_at(window[0], folder, evidence, collectives)
+        session = _session(config, collectives, evidence, parts, task)
+        task = session.task
+        of_window = Report(*window)
+        replay = Replay(evidence, session, of_window, collectives)
+        replay.run(config)
+        if window[0] < evidence.best_step <= window[1]:
+            replay.compare_trained_model()
+        session.close()
+        report.add(of_window)
+        if of_window.difference is not None:
+            report.challenge.differing.append(window)
+    if evidence.summary and not report.model_compared and report.difference is None:
+        report.notes.append(f"the trained model is of step {evidence.best_step}, outside of what was replayed")
+    assert task is not None
+    _compare_data(evidence, task, last, report)
+    return report
+
+
+def _examined(
+    folder: RunFolder, evidence: Evidence, config: JobConfig, collectives: Collectives, first: int, last: int
+) -> Report:
+    """A report of nothing replayed yet: machine, changes on the way, and what is not of the chain."""
     if last <= first:
         raise UserError(f"{folder.path}: nothing is recorded of the steps after {first} up to {last}")
     _check_world(config, evidence, collectives)
     report = Report(first, first, machine=describe_machine(collectives.device), config=asdict(config))
-    compare_chain(evidence, config, first, last, report)
-    if report.difference is not None:
-        return report
-    start = evidence.start(first, last)
-    stored = Checkpoints(folder.checkpoints, keep=1)
-    parts = collectives.on_rank_zero(lambda: stored.read(start)) if start in evidence.checkpoints else None
-    session = _session(config, collectives, evidence, parts)
-    report.first_step, report.last_step = start, last
-    report.data_sha256 = session.task.fingerprint
     for change in evidence.changes:
         report.notes.append(f"changed at step {change['step']}: {'; '.join(change['changes'])}")
     _compare_machine(report, evidence, config)
-    replay = Replay(evidence, session, report, collectives)
-    replay.run(config)
-    replay.compare_trained_model()
-    if evidence.origin and evidence.origin["data_sha256"] != session.task.fingerprint:
-        was = evidence.origin["data_sha256"]
-        report.differ(last, f"the data are not those of the run: SHA-256 {session.task.fingerprint}, the run had {was}")
+    compare_chain(evidence, config, first, last, report)
     return report
 
 
-def _session(config: JobConfig, collectives: Collectives, evidence: Evidence, parts: Parts | None) -> Session:
-    """The run as it stood. Preprocessing is fitted anew, unless the run went on with other data than it began with."""
+def _parts_at(start: int, folder: RunFolder, evidence: Evidence, collectives: Collectives) -> Parts | None:
+    """The checkpoint that a replay starts from, on every rank; None: it starts from the initial weights."""
+    stored = Checkpoints(folder.checkpoints, keep=1)
+    return collectives.on_rank_zero(lambda: stored.read(start)) if start in evidence.checkpoints else None
+
+
+def _compare_data(evidence: Evidence, task: Task, last: int, report: Report) -> None:
+    report.data_sha256 = task.fingerprint
+    if evidence.origin and evidence.origin["data_sha256"] != task.fingerprint:
+        was = evidence.origin["data_sha256"]
+        report.differ(last, f"the data are not those of the run: SHA-256 {task.fingerprint}, the run had {was}")
+
+
+def _session(
+    config: JobConfig, collectives: Collectives, evidence: Evidence, parts: Parts | None, task: Task | None = None
+) -> Session:
+    """The run as it stood. Preprocessing is fitted anew, unless the run went on with other data than it began with.
+
+    `task` is that of an earlier session of the same run.
+    """
     fitted = description_in(parts) if parts and evidence.changes else None
-    session = Session(config, load_task(config, collectives, fitted), collectives)
+    session = Session(config, task or load_task(config, collectives, fitted), collectives)
     if parts:
         session.restore(parts)
     return session

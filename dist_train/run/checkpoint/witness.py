@@ -167,15 +167,19 @@ def differing_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
 def state_digests(parts: Parts) -> dict[str, str]:
     """SHA-256 of each part of a checkpoint, and of its progress without the clock.
 
-    That of tensors is over their names and `tensor_sha256`; `parts` may hold these in the place of the tensors.
+    `parts` may hold the `tensor_sha256` of each tensor in its place.
     """
-    digests = {}
-    for name, part in parts.items():
-        if name.endswith(".pth"):
-            part = {key: value if isinstance(value, str) else tensor_sha256(value) for key, value in part.items()}
-        if name != "state.json":
-            digests[name] = _sha256(part)
+    digests = {
+        name: tensors_sha256(part) if name.endswith(".pth") else _sha256(part)
+        for name, part in parts.items()
+        if name != "state.json"
+    }
     return digests | {"progress": progress_sha256(parts["state.json"]["progress"])}
+
+
+def tensors_sha256(part: Mapping[str, Any]) -> str:
+    """SHA-256 of the names of tensors and their `tensor_sha256`, which may be in their place."""
+    return _sha256({name: value if isinstance(value, str) else tensor_sha256(value) for name, value in part.items()})
 
 
 def progress_sha256(progress: Mapping[str, Any]) -> str:
