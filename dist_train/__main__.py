@@ -24,6 +24,7 @@ VERBS = {
     "compare": "compare finished runs: configurations, metrics, curves, differences with intervals",
     "sweep": "train a run for each line of a file, and compare them",
     "verify": "replay a run and compare every bit",
+    "sign": "sign a trained model with a private key",
     "prepare": "turn a table that is larger than memory into a store",
     "submit": "write, check and submit a Slurm job",
     "sample": "write a small table, its configuration and the default configurations into a folder",

@@ -3,6 +3,7 @@
     dist-train verify runs/credit_risk                      # all of it, from the initial weights, on one process
     dist-train verify runs/credit_risk --steps 500:1000     # from the checkpoint at or before step 500
     dist-train verify runs/credit_risk --challenge 5        # five random windows between checkpoints
+    dist-train verify runs/credit_risk --public-key public.pem
     torchrun --standalone --nproc_per_node=4 -m dist_train verify runs/credit_risk
 
 A run in the exact mode (train.virtual_ranks=V) is replayed on any number of ranks that divides V. A run in the fast
@@ -12,6 +13,7 @@ the run's configuration, relative to the current folder.
 Before the replay the folder is compared with its witness.jsonl, a hash chain of the states; of a run that an earlier
 version has trained there is none. A challenge replays K windows, each from the checkpoint at its start to the next one
 that exists (checkpoint.keep), and says with which probability one altered window is found.
+--public-key checks the signature of model/ before anything else.
 A report goes to stderr, one line of JSON to stdout. Exit code 0: all agree; 1: the first step that differs is named.
 """
 
@@ -29,6 +31,7 @@ from dist_train.system.console import log, print_json
 
 if TYPE_CHECKING:
     from argparse import Namespace
+    from pathlib import Path
 
     from dist_train.run.challenge import Challenge
     from dist_train.run.ensemble_verification import EnsembleReport
@@ -42,6 +45,7 @@ def main(program: str, argv: Sequence[str]) -> None:
     parser.add_argument("--steps", default="0:", help="A:B, replay the steps after A up to B (default: all)")
     parser.add_argument("--challenge", type=int, metavar="K", help="replay K random windows between checkpoints")
     parser.add_argument("--challenge-seed", type=int, metavar="SEED", help="draws the windows (default: a random one)")
+    parser.add_argument("--public-key", type=path, metavar="FILE", help="check first that `sign` has signed model/")
     arguments = parser.parse_args(argv)
     first, last = _range(arguments.steps)
     _check_challenge(arguments)
@@ -60,6 +64,7 @@ def main(program: str, argv: Sequence[str]) -> None:
     if whole and ((first, last) != (0, None) or arguments.challenge):
         option = "--challenge" if arguments.challenge else "--steps"
         raise UserError(f"{option}: {folder.path} is an ensemble: the steps are those of a member, a folder in it")
+    signed_by = _signed_by(folder.model, arguments.public_key)
     world = world_from_environment(os.environ, device=device_here(config.runtime.device))
     if config.train.virtual_ranks:
         pin_arithmetic(world.device)
@@ -74,8 +79,10 @@ def main(program: str, argv: Sequence[str]) -> None:
             else:
                 report = verify(folder, config, collectives, first, last)
     if whole:
+        of_members.signed_by = signed_by
         _end_of_ensemble(of_members, world.rank)
     else:
+        report.signed_by = signed_by
         _end_of_run(report, world.rank)
 
 
@@ -88,6 +95,17 @@ def _check_challenge(arguments: Namespace) -> None:
         raise UserError(f"--challenge {arguments.challenge}: must be at least 1 window")
     if arguments.steps != "0:":
         raise UserError("--challenge: draws windows of the whole run: leave --steps out")
+
+
+def _signed_by(model: Path, public_key: Path | None) -> str:
+    """SHA-256 of the public key that has signed the model; an empty text: nobody asks."""
+    if public_key is None:
+        return ""
+    from dist_train.run.checkpoint.signature import check_signature
+
+    digest = check_signature(model, public_key)
+    log.info("every file of %s is signed with the key of SHA-256 %s", model, digest)
+    return digest
 
 
 def _end_of_run(report: Report, rank: int) -> None:

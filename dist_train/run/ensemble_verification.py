@@ -35,6 +35,7 @@ class EnsembleReport:
     members: dict[str, Report]
     model_compared: bool = False
     weights_sha256: str = ""
+    signed_by: str = ""
     difference: str | None = None
 
 

@@ -34,6 +34,7 @@ class Report:
 
     Of `checkpoints` the tensors were compared one by one, of `states` the digests in witness.jsonl: their checkpoints
     were removed. `challenge`: windows were replayed, not the steps from `first_step` to `last_step`.
+    `signed_by`: SHA-256 of the public key whose signature of `model/` was checked.
     `witness_lines` of witness.jsonl follow from each other up to `witness_head`; none: the run has no such file.
     """
 
@@ -48,6 +49,7 @@ class Report:
     witness_lines: int = 0
     witness_head: str = ""
     challenge: Challenge | None = None
+    signed_by: str = ""
     notes: list[str] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
     trained_on: dict[str, str] = field(default_factory=dict)

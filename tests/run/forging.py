@@ -47,7 +47,8 @@ def forge_chain(run_dir: Path) -> None:
                 shutil.rmtree(checkpoint)
         else:
             config = read_config(run_dir / "config.yaml")
-            line["config"] = settings_line(config, "", 1)["config"]
+            data_sha256 = json.loads((run_dir / "summary.json").read_text())["data_sha256"]
+            line |= settings_line(config, data_sha256, line.get("world_size", 1))
         first = line["metrics_lines"]
         forged.append(linked(forged[-1]["head"] if forged else "", line))
     write_chain(run_dir, forged)
