@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ensemble, exact_mode, scaling, texts, throughput, timings, two_ranks, workload
+from benchmarks import audit, ensemble, exact_mode, scaling, texts, throughput, timings, two_ranks, workload
 from benchmarks.report import RESULTS, Report
 
 CPU = torch.device("cpu")
@@ -31,6 +31,7 @@ def main() -> None:
         "tabm": lambda: ensemble.compare(report, arguments.batch or ensemble.BATCH_SIZES, rounds, seconds),
         "two_ranks": lambda: two_ranks.compare(report, rounds, seconds),
         "exact_mode": lambda: exact_mode.compare(report, rounds, seconds / 2),
+        "audit": lambda: audit.compare(report, rounds, seconds / 2),
         "texts": lambda: texts.compare(report, min(rounds, 3)),
         "timings": lambda: timings.measure(report, rounds),
         "dry_run": lambda: timings.compare_dry_run(report),

@@ -41,13 +41,14 @@ def compare(report: Report, rounds: int, seconds: float) -> None:
 def _measure(collectives: Collectives, batch_size: int, rounds: int, seconds: float) -> dict[str, list[float]]:
     """Seconds of a step in each mode, the same number of turns on every rank."""
     racers = {
-        mode: partial(Ours(_session(collectives, batch_size, *keys), collectives).seconds_per_step, seconds)
+        mode: partial(Ours(session_of(collectives, batch_size, *keys), collectives).seconds_per_step, seconds)
         for mode, keys in MODES.items()
     }
     return take_turns(racers, rounds)
 
 
-def _session(collectives: Collectives, batch_size: int, *keys: str) -> Session:
+def session_of(collectives: Collectives, batch_size: int, *keys: str) -> Session:
+    """The default job at a batch size; it never evaluates and never saves."""
     config = load_config(
         [
             "configs/credit_risk.yaml", f"train.global_batch_size={batch_size}", *keys,

@@ -68,7 +68,7 @@ class FusedMembers(nn.Module):
         self.trained = [p for layer in layers for p in _parameters_of(layer)]
         output = cast(Any, self.output)
         self.trained += [output.weight, output.bias]
-        self._spare: list[Workspace] = []  # at most one
+        self._spare: dict[bool, Workspace] = {}  # one for each place of `context.elsewhere`
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the members."""
@@ -82,15 +82,14 @@ class FusedMembers(nn.Module):
 
     def work_for(self, x: Tensor) -> Workspace:
         """Memory for so many rows: that of the pass before, unless that is in use or of another size."""
-        workspace = self._spare.pop() if self._spare and not self.context.elsewhere else None
+        workspace = self._spare.pop(self.context.elsewhere, None)
         if workspace is None or workspace.num_rows != len(x) or workspace.dtype != x.dtype:
             workspace = Workspace(len(x), self.layers, x)
         return workspace
 
     def give_back(self, workspace: Workspace) -> None:
         """The next pass may have the memory."""
-        if not self.context.elsewhere:
-            self._spare[:] = [workspace]
+        self._spare[self.context.elsewhere] = workspace
 
 
 class Block:

@@ -55,7 +55,8 @@ class FusedSequential(nn.Sequential):
         self.plain_forward = plain_forward
         # Kept, since walking through the modules takes longer than a kernel.
         self.trained = tuple(p for p in self.parameters() if p.requires_grad)
-        self._spare: list[Workspace] = []  # at most one; setting an attribute of a module takes as long as a kernel
+        # One for each place of `context.elsewhere`; setting an attribute of a module takes as long as a kernel.
+        self._spare: dict[bool, Workspace] = {}
 
     def forward(self, input: Tensor) -> Tensor:
         """Outputs of the rows."""
@@ -74,7 +75,7 @@ class FusedSequential(nn.Sequential):
         """Memory for slices of such lengths: that of the step before, unless the lengths differ or it is in use."""
         lengths, dtype = [len(part) for part in parts], parts[0].dtype
         first = self.layers[0].linear.weight.data_ptr()  # parameters may have been moved
-        workspace = self._spare.pop() if self._spare and not self.context.elsewhere else None
+        workspace = self._spare.pop(self.context.elsewhere, None)
         if (
             workspace is None
             or workspace.lengths != lengths
@@ -86,8 +87,7 @@ class FusedSequential(nn.Sequential):
 
     def give_back(self, workspace: Workspace) -> None:
         """The next step may have the memory."""
-        if not self.context.elsewhere:
-            self._spare[:] = [workspace]
+        self._spare[self.context.elsewhere] = workspace
 
 
 class _Fused(torch.autograd.Function):

@@ -53,7 +53,8 @@ class ModelContext:
     Where `gradients` is set, modules that compute slice by slice add to it in their backward pass instead of handing
     sums to autograd. `visit_all_parameters`: autograd must come to each parameter all the same, since
     DistributedDataParallel waits for its hooks. `products` are those of passes that are written out, and of modules
-    that compute slice by slice. While `elsewhere` is set, a pass takes other memory than the one before it.
+    that compute slice by slice. While `elsewhere` is set, a pass works in other memory than otherwise; weights
+    and `gradients` are in other memory as well, the same for each such pass.
     """
 
     def __init__(self, seed: int = 0) -> None:

@@ -190,8 +190,6 @@ class Session:
 
     def restore(self, parts: Parts) -> None:
         """Take over a checkpoint's tensors and progress; UserError when they are not those of this model."""
-        if self.audit:
-            self.audit.forget()
         for name, part in self._tensors.items():
             if name not in parts:
                 raise UserError(f"the checkpoint has no part {name}: it was written with train.ema_decay off")
@@ -201,6 +199,8 @@ class Session:
                 raise UserError(
                     f"the checkpoint's {name} does not fit this model: {str(error).splitlines()[0]}"
                 ) from None
+        if self.audit:
+            self.audit.note()
         self.progress.load_state_dict(parts["state.json"]["progress"])
         if parts["state.json"]["progress"]["best_step"] is not None and self.progress.best_step is None:
             log.warning("the best step so far was chosen by another metric: the choice begins anew (train.select_by)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,14 @@ def test_another_dropout_is_refused(value: Any) -> None:
 def test_shards_and_the_exact_mode_are_refused_together() -> None:
     sharded = JobConfig(runtime=RuntimeConfig(fsdp=True), train=TrainConfig(virtual_ranks=4))
     assert [problem.partition(":")[0] for problem in problems_of(sharded)] == ["runtime.fsdp"]
+
+
+def test_only_the_exact_mode_is_audited() -> None:
+    audited = JobConfig(runtime=RuntimeConfig(audit_every_steps=100))
+    assert [problem.partition(":")[0] for problem in problems_of(audited)] == ["runtime.audit_every_steps"]
+    assert not problems_of(replace(audited, train=TrainConfig(virtual_ranks=4)))
+    never = JobConfig(runtime=RuntimeConfig(audit_every_steps=0), train=TrainConfig(virtual_ranks=4))
+    assert [problem.partition(":")[0] for problem in problems_of(never)] == ["runtime.audit_every_steps"]
 
 
 @pytest.mark.parametrize(("batch", "passes", "fits"), [(8, 4, True), (8, 5, False), (2, 1, True), (3, 2, False)])

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dist_train.determinism.batch_context import ModelContext
+from dist_train.determinism.batch_context import ModelContext, SliceGradients
 from dist_train.execution.audit.tape import PlayingTape
-from dist_train.execution.flat_parameters import ParameterLayout
+from dist_train.execution.flat_parameters import FlatParameters
 from dist_train.execution.reducers import SliceReducer
 from dist_train.training.protocols import Batch
 from dist_train.training.step import EagerStep
@@ -19,28 +19,41 @@ from dist_train.training.step import EagerStep
 class SecondComputation:
     """Computes slices of a step again: weights, gradients and what is between them are elsewhere than the first time.
 
-    Frozen weights and the rows of the table are not copied. Gradients, buffers and parameters are afterwards what they
-    were.
+    That memory is kept from one call to the next. Frozen weights and the rows of the table are not copied. Gradients,
+    buffers and parameters are afterwards what they were.
     """
 
-    def __init__(self, eager: EagerStep, model: nn.Module, context: ModelContext, parameters: ParameterLayout) -> None:
+    def __init__(self, eager: EagerStep, model: nn.Module, context: ModelContext, parameters: FlatParameters) -> None:
         self._eager = eager
         self._context = context
         self._layout = parameters
         self._buffers = list(model.buffers())
+        self._values = parameters.zeros()
+        self._views = parameters.views(self._values)
+        self._made: tuple[SliceReducer, SliceGradients | None, list[Tensor | None]] | None = None
 
     def parts(self, calls: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
         """What slices add to each `all_gather` of the step, (slices, ...), given what all ranks had gathered before."""
-        collectives, num_slices = self._eager.collectives, len(batches[0].context.slices)
-        tape = PlayingTape(calls)
+        collectives, tape = self._eager.collectives, PlayingTape(calls)
         with self._elsewhere(), torch.enable_grad():
-            reducer = SliceReducer(self._context, num_slices, self._layout, collectives)
+            reducer = self._reducer(len(batches[0].context.slices))
             collectives.tape = tape
             try:
                 self._eager.accumulate(batches, 0.0, reducer)
             finally:
                 collectives.tape = None
-        return [*tape.parts, *reducer.parts]
+            sums, gradients = reducer.parts
+        return [*tape.parts, sums, gradients.clone()]
+
+    def _reducer(self, num_slices: int) -> SliceReducer:
+        parameters = self._layout.parameters
+        if self._made is None:
+            made = SliceReducer(self._context, num_slices, self._layout, self._eager.collectives)
+            self._made = made, self._context.gradients, [parameter.grad for parameter in parameters]
+        reducer, self._context.gradients, grads = self._made
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        return reducer
 
     @contextmanager
     def _elsewhere(self) -> Iterator[None]:
@@ -48,8 +61,10 @@ class SecondComputation:
         buffers = [buffer.clone() for buffer in self._buffers]
         places = [(parameter.data, parameter.grad) for parameter in parameters]
         gradients = context.gradients
-        for parameter in parameters:
-            parameter.data = parameter.data.clone()
+        self._values.copy_(self._layout.values)
+        for parameter, view in zip(parameters, self._views, strict=True):
+            parameter.grad = None
+            parameter.data = view
         context.elsewhere = True
         try:
             yield

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+_MAX_NAMED = 4
+
 Digests = list[list[str]]
 """Of each call of `all_gather` in a step, of each slice: the SHA-256 of its part."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Testimony:
+class Statement:
     """What a rank says of a step.
 
     `received`: what it was given in each call, of all slices of all ranks. `computed`: slices that it has computed
@@ -40,27 +42,27 @@ class Verdict:
     certain: bool = True
 
 
-def judge(testimonies: Sequence[Testimony]) -> Verdict | None:
+def judge(statements: Sequence[Statement]) -> Verdict | None:
     """Who is wrong; None: nobody. Causes come before effects: memory, then calls in their order, then sums."""
-    alarms = {rank: said.alarm for rank, said in enumerate(testimonies) if said.alarm}
+    alarms = {rank: said.alarm for rank, said in enumerate(statements) if said.alarm}
     if alarms:
         names = dict.fromkeys(name for alarm in alarms.values() for name in alarm)
         return Verdict([*alarms], f"memory has changed that nobody wrote to: {', '.join(names)}")
-    for name in testimonies[0].state:
-        ranks, certain = _minority({rank: said.state[name] for rank, said in enumerate(testimonies)})
+    for name in statements[0].state:
+        ranks, certain = _minority({rank: said.state[name] for rank, said in enumerate(statements)})
         if ranks:
             return Verdict(ranks, f"its {name} are not those of the other ranks", certain)
-    for call in range(len(testimonies[0].received)):
-        verdict = _judge_call(testimonies, call)
+    for call in range(len(statements[0].received)):
+        verdict = _judge_call(statements, call)
         if verdict:
             return verdict
-    again = [rank for rank, said in enumerate(testimonies) if said.sums != said.sums_again]
+    again = [rank for rank, said in enumerate(statements) if said.sums != said.sums_again]
     if again:
         return Verdict(again, "the sums over all slices, made twice, are not the same bits")
-    ranks, certain = _minority({rank: said.sums for rank, said in enumerate(testimonies)})
+    ranks, certain = _minority({rank: said.sums for rank, said in enumerate(statements)})
     if ranks:
         return Verdict(ranks, "the sums over all slices are not those of the other ranks", certain)
-    objecting = [rank for rank, said in enumerate(testimonies) if said.objects]
+    objecting = [rank for rank, said in enumerate(statements) if said.objects]
     return Verdict(objecting, "a difference was found that is gone", certain=False) if objecting else None
 
 
@@ -74,37 +76,35 @@ def _minority(opinions: Mapping[int, str]) -> tuple[list[int], bool]:
     return list(opinions), False
 
 
-def _judge_call(testimonies: Sequence[Testimony], call: int) -> Verdict | None:
+def _judge_call(statements: Sequence[Statement], call: int) -> Verdict | None:
     """Who is wrong in a call, where all that was gathered before is the same on all ranks."""
-    slices_of_a_rank = len(testimonies[0].received[call]) // len(testimonies)
-    slices: dict[int, tuple[list[int], bool]] = {}
-    for index in range(len(testimonies[0].received[call])):
+    slices_of_a_rank = len(statements[0].received[call]) // len(statements)
+    found: dict[int, Verdict] = {}
+    for index in range(len(statements[0].received[call])):
         owner, place = divmod(index, slices_of_a_rank)
-        received = [said.received[call][index] for said in testimonies]
+        received = [said.received[call][index] for said in statements]
         computed: dict[int, list[str]] = {owner: [received[owner]]}
-        for rank, said in enumerate(testimonies):
+        for rank, said in enumerate(statements):
             for whose, digests in said.computed:
                 if whose == owner:
                     computed.setdefault(rank, []).append(digests[call][place])
-        ranks, certain = _wrong_in_slice(owner, received, computed)
-        if ranks:
-            slices[index] = ranks, certain
-    if not slices:
+        verdict = _judge_slice(owner, received, computed)
+        if verdict:
+            found[index] = verdict
+    if not found:
         return None
-    certain = all(sure for _, sure in slices.values())
-    ranks = sorted({rank for of_slice, _ in slices.values() for rank in of_slice})
+    ranks = sorted({rank for verdict in found.values() for rank in verdict.ranks})
     # Of a rank that is wrong, its own slices before those that it has computed for others.
-    own = [index for index in slices if index // slices_of_a_rank in ranks] or list(slices)
-    named = ", ".join(map(str, own[:4])) + (" and more" if len(own) > 4 else "")
-    last = len(testimonies[0].received) - 1
-    what = {last: "the gradient", last - 1: "the loss"}.get(call, f"what is summed over ranks in call {call + 1}")
-    return Verdict(ranks, f"slice {named}: {what} was computed by {_count(testimonies)} and differs", certain)
+    own = [index for index in found if index // slices_of_a_rank in ranks] or list(found)
+    last = len(statements[0].received) - 1
+    what = {last: "the gradient", last - 1: "the loss"}.get(call, f"sums of BatchNorm (call {call + 1})")
+    listed = ", ".join(map(str, own[:_MAX_NAMED])) + (" and more" if len(own) > _MAX_NAMED else "")
+    certain = all(verdict.certain for verdict in found.values())
+    return Verdict(ranks, f"{what} of slice {listed}: {found[own[0]].what}", certain)
 
 
-def _wrong_in_slice(
-    owner: int, received: Sequence[str], computed: Mapping[int, Sequence[str]]
-) -> tuple[list[int], bool]:
-    """Of a slice, who is wrong, and whether that is certain.
+def _judge_slice(owner: int, received: Sequence[str], computed: Mapping[int, Sequence[str]]) -> Verdict | None:
+    """Who is wrong in a slice.
 
     A rank that contradicts itself is wrong. Each other one that has computed the slice has a vote.
     """
@@ -112,13 +112,10 @@ def _wrong_in_slice(
     steady = {rank: values[0] for rank, values in computed.items() if rank not in fickle}
     against, certain = _minority(steady) if steady else ([], True)
     if fickle or against:
-        return [*fickle, *against], certain
+        how = "computed again it is another one" if fickle else "other ranks have computed another one"
+        return Verdict([*fickle, *against], how, certain)
     truth = steady[owner]
     misread = [rank for rank, value in enumerate(received) if value != truth]
-    if len(misread) == 1 and len(received) == 2:
-        return [0, 1], False  # the one may have sent it, or the other one read it wrongly
-    return ([owner], True) if len(misread) == len(received) - 1 > 0 else (misread, True)
-
-
-def _count(testimonies: Sequence[Testimony]) -> str:
-    return "three ranks" if len(testimonies) > 2 else "two ranks, twice each" if len(testimonies) == 2 else "one rank"
+    if len(misread) > 1 and len(misread) == len(received) - 1:
+        return Verdict([owner], "it was sent to the others as another one")
+    return Verdict(misread, f"it is not what rank {owner} has sent") if misread else None

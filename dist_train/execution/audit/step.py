@@ -13,10 +13,11 @@ from dist_train.determinism.batch_context import ModelContext
 from dist_train.determinism.keyed_random import permutation
 from dist_train.errors import ComputationFault
 from dist_train.execution.audit.again import SecondComputation
-from dist_train.execution.audit.judge import Digests, Testimony, Verdict, judge
-from dist_train.execution.audit.memory import RestingMemory
+from dist_train.execution.audit.judge import Digests, Statement, Verdict, judge
+from dist_train.execution.audit.memory import RestingMemory, words
 from dist_train.execution.audit.tape import RecordingTape
 from dist_train.execution.average import MovingAverage
+from dist_train.execution.flat_parameters import FlatParameters
 from dist_train.execution.optimizer import AdamW
 from dist_train.execution.reducers import SliceReducer
 from dist_train.training.protocols import Batch
@@ -80,6 +81,7 @@ class AuditedStep:
         reducer, optimizer = eager.reducer, eager.optimizer
         assert isinstance(reducer, SliceReducer)
         assert isinstance(optimizer, AdamW)
+        assert isinstance(optimizer.parameters, FlatParameters)
         eager.reducer = AuditedReducer(reducer, self._sound_alarm, self._audit)
         self.inner = inner
         self._collectives = eager.collectives
@@ -105,20 +107,38 @@ class AuditedStep:
         """
         self._step = step + 1
         self._alarm = self._buffers.changed()
-        self._tape = RecordingTape() if self._step % self._every == 0 else None
-        self._collectives.tape = self._tape
-        try:
-            result = self.inner(batches, step, wants_stop=wants_stop)
-        finally:
-            self._collectives.tape = None
-        self._resting.note()
-        self._buffers.note()
+        due = self._step % self._every == 0
+        result = self._take(batches, step, wants_stop=wants_stop, audited=due)
+        if not result.finite and not due and self._take(batches, step, wants_stop=wants_stop, audited=True).finite:
+            raise ComputationFault(
+                f"step {self._step}: loss or gradient was not finite, and was finite when it was computed again: "
+                f"a rank has computed wrongly, and nobody knows which; {_NOT_SAVED}"
+            )
+        self.note()
         return result
 
-    def forget(self) -> None:
-        """Somebody is going to write to the weights, as who restores a checkpoint."""
-        self._resting.forget()
-        self._buffers.forget()
+    def _take(self, batches: Sequence[Batch], step: int, *, wants_stop: bool, audited: bool) -> StepResult:
+        self._tape = self._collectives.tape = RecordingTape() if audited else None
+        try:
+            return self.inner(batches, step, wants_stop=wants_stop)
+        except ComputationFault:
+            raise
+        except Exception as error:
+            changed = self._alarm + self._resting.changed()
+            if changed:  # the last line is what the report of the watchdog says of this rank
+                error.add_note(f"the memory of this rank has changed before that: {', '.join(changed)}")
+            raise
+        finally:
+            self._collectives.tape = None
+
+    def note(self) -> None:
+        """What the ranks hold is as it ought to be, and rests: a step has ended, or a checkpoint was restored."""
+        self._resting.note()
+        self._buffers.note()
+
+    def changed(self) -> list[str]:
+        """What of it has changed by itself since then."""
+        return self._buffers.changed() + self._resting.changed()
 
     def require_intact(self) -> None:
         """Compare what the ranks hold alike, between two steps; called by all of them.
@@ -126,8 +146,7 @@ class AuditedStep:
         Raises:
             ComputationFault: the memory of a rank has changed, or is not that of the others.
         """
-        alarm = self._buffers.changed() + self._resting.changed()
-        self._decide(Testimony(host=host_name(), alarm=alarm, state=self._state()), "nothing was saved")
+        self._decide(Statement(host=host_name(), alarm=self.changed(), state=self._state()), _NOT_SAVED)
 
     def _sound_alarm(self, sums: Tensor) -> None:
         """Where this rank's memory has changed, tell the others, by a vote that is no number."""
@@ -141,7 +160,7 @@ class AuditedStep:
         if tape is not None and not alarmed:
             self._audit_calls(tape.calls, totals, gradients)
         elif alarmed:
-            self._decide(Testimony(host=host_name(), alarm=self._alarm), _NOT_TAKEN)
+            self._decide(Statement(host=host_name(), alarm=self._alarm), _NOT_TAKEN)
 
     def _audit_calls(self, calls: list[Tensor], totals: Tensor, gradients: Tensor) -> None:
         size, rank = self._collectives.size, self._collectives.rank
@@ -160,7 +179,7 @@ class AuditedStep:
         if self._all_agree(calls, totals, gradients, objects=objects):
             return
         computed += [parts_of(shift) for shift in more]
-        said = Testimony(
+        said = Statement(
             host=host_name(),
             state=self._state(),
             received=_digests([call.flatten(0, 1) for call in received]),
@@ -189,7 +208,7 @@ class AuditedStep:
     def _state(self) -> dict[str, str]:
         return {name: _digest(tensors) for name, tensors in self._held.items()}
 
-    def _decide(self, own: Testimony, consequence: str) -> None:
+    def _decide(self, own: Statement, consequence: str) -> None:
         said = self._collectives.all_gather_object(lambda: own)
         verdict = judge(said)
         if verdict is not None:
@@ -197,6 +216,7 @@ class AuditedStep:
 
 
 _NOT_TAKEN = "no rank has updated its weights by this step"
+_NOT_SAVED = "nothing was saved"
 
 
 def _message(step: int, verdict: Verdict, hosts: Sequence[str], consequence: str) -> str:
@@ -232,11 +252,7 @@ def _added_up(call: Tensor) -> Tensor:
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(_bytes(one), _bytes(other))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return one.shape == other.shape and torch.equal(words(one), words(other))
 
 
 def _digests(calls: Sequence[Tensor]) -> Digests:
@@ -250,6 +266,6 @@ def _digest(tensors: Iterable[Tensor]) -> str:
 def _sha256(tensors: Iterable[Tensor]) -> hashlib._Hash:
     found = hashlib.sha256()
     for tensor in tensors:
-        of_numpy: Any = _bytes(tensor).numpy()
+        of_numpy: Any = words(tensor).numpy()
         found.update(of_numpy)
     return found

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_train.distributed.collectives import Collectives
 from dist_train.errors import ComputationFault
 from dist_train.run.session import Session
-from dist_train.training.step import EagerStep
-from tests.dist.sessions import write_table
+from tests.dist.sessions import build, write_table
 
 EVERY = 3
 
@@ -61,15 +61,8 @@ def wrapped(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]
         setattr(owner, name, plain)
 
 
-def after_backward(flip: Callable[[Tensor], None]) -> Any:
-    """Gradients of slices, (slices, size), handed to `flip` after each computation of them."""
-
-    def wrap(plain: Any) -> Any:
-        def accumulate(self: EagerStep, batches: Any, vote: Any, reducer: Any) -> None:
-            plain(self, batches, vote, reducer)
-            inner = getattr(reducer, "_inner", reducer)
-            flip(inner.parts[1])
-
-        return accumulate
-
-    return wrapped(EagerStep, "accumulate", wrap)
+def honest(collectives: Collectives, arguments: list[str], count: int) -> tuple[int, str | None]:
+    """Steps taken, and the fault that has ended them."""
+    session = build(collectives, arguments)
+    fault = take_steps(session, count)
+    return session.progress.step, fault
