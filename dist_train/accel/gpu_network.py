@@ -18,6 +18,8 @@ from dist_train.determinism.keyed_random import INCREMENT
 _SIGNED_INCREMENT = INCREMENT - (1 << 64)
 # Of a program: columns where all pieces are added up, parameters of the sum of pieces, parameters of the update.
 _FEW_COLUMNS, _FEWER, _BLOCK = 16, 128, 1024
+# Classes up to which the last layer's products are sums of single ones.
+_FEW_CLASSES = 4
 
 
 class Block(NamedTuple):
@@ -49,6 +51,8 @@ TUNINGS = {
     1 << 62: Tuning(132, Block(64, 64, 4), Block(128, 32, 8), Block(64, 64, 4), Block(32, 64, 4), Block(64, 64, 4)),
 }
 """By the rows of all ranks up to which they are taken."""
+_UNITS_OF_TUNINGS, _CLASSES_OF_TUNINGS = 128, 16
+"""Units of the second hidden layer and classes, up to which they are taken as they are."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +268,7 @@ class Buffers:
     def second_linear(self, rows: Rows, index: Index) -> None:
         """From y1 to the loss, and back to dy2."""
         network, block, at = self.network, self._block(self.tiling.tuning.second), self._offset
+        block = self._of_all_units(block)
         second, last, loss = network.second, network.last, network.loss
         (threshold1, scale1, drops1), (threshold2, scale2, drops2) = network.drops
         gpu_layers.second_linear_and_loss[(self.pieces,)](
@@ -273,7 +278,7 @@ class Buffers:
             self.size, at(second.bias), at(last.weight), at(last.bias), self.slices.starts, threshold1, scale1,
             threshold2, scale2, loss.smoothing, **self.cut, DROPS1=drops1, DROPS2=drops2,
             OF_CLASSES=loss.class_weights is not None, OF_ROWS=rows.weights is not None,
-            FEW_CLASSES=network.classes <= 4, TRAINS_B2=at(second.bias) >= 0, TRAINS_W3=at(last.weight) >= 0,
+            FEW_CLASSES=network.classes <= _FEW_CLASSES, TRAINS_B2=at(second.bias) >= 0, TRAINS_W3=at(last.weight) >= 0,
             TRAINS_B3=at(last.bias) >= 0, NOW=gpu_sums.NOW_SIZE, INCREMENT=_SIGNED_INCREMENT, H=network.hidden,
             U=network.units, C=network.classes, BM=block.rows, BK=block.columns, BO=_power(network.units),
             BC=_power(network.classes), PRECISION=network.precision, num_warps=block.warps,
@@ -349,6 +354,14 @@ class Buffers:
     def _block(self, block: Block) -> Block:
         """No more columns than there are."""
         return block._replace(columns=min(block.columns, _power(self.network.hidden)))
+
+    def _of_all_units(self, block: Block) -> Block:
+        """Fewer rows and columns where there are many units and classes, which shared memory has to hold with them."""
+        network = self.network
+        narrower = max(1, _power(network.units) // _UNITS_OF_TUNINGS) * (_power(network.classes) // _CLASSES_OF_TUNINGS)
+        if narrower > 1 and network.classes > _FEW_CLASSES:
+            narrower *= 2  # the last layer's products are those of tensor cores, whose factors are there as well
+        return Block(max(16, block.rows // narrower), max(16, block.columns // narrower), block.warps)
 
     def _offset(self, parameter: Tensor | None) -> int:
         """Where a parameter's gradient begins; -1: it has none."""

@@ -1,16 +1,17 @@
 """Compile the kernels of a GPU's step for compute capability 9.0, without a GPU: what each takes of a processor.
 
-    python -m tests.accel.compiled_kernels [ROWS ...]
+    python -m tests.accel.compiled_kernels [ROWS ...] [--hidden UNITS] [--classes CLASSES]
 
 For each number of rows (of all ranks; 2048, 16384 and 65536 unless given) the kernels that a step of
-FinancialClassifier with 50 inputs, 256 and 128 units and 3 classes launches, as a table in Markdown.
+FinancialClassifier with 50 inputs launches, as a table in Markdown. Unless given otherwise it has 256 and 128 units and
+3 classes.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,7 +100,7 @@ def _usage(binary: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def compiled(sizes: tuple[int, ...]) -> dict[int, list[Kernel]]:
+def compiled(sizes: tuple[int, ...], hidden: int, classes: int) -> dict[int, list[Kernel]]:
     """The kernels of a step of so many rows, in the order of their launches."""
     kernels: dict[int, list[Kernel]] = {}
     current: list[Kernel] = []
@@ -107,7 +108,7 @@ def compiled(sizes: tuple[int, ...]) -> dict[int, list[Kernel]]:
         for name, kernel in list(vars(module).items()):
             if isinstance(kernel, triton.runtime.jit.JITFunction) and not name.startswith("_"):
                 setattr(module, name, Compiler(kernel, current))
-    model = convert_dropout(FinancialClassifier(50, 256, 3), ModelContext())
+    model = convert_dropout(FinancialClassifier(50, hidden, classes), ModelContext())
     flat = FlatParameters(model.parameters())
     offsets: dict[torch.Tensor, int] = {parameter: flat.offset_of(parameter) for parameter in flat.parameters}
     layers: Any = model.get_submodule("layers")
@@ -145,4 +146,9 @@ def table_of(kernels: dict[int, list[Kernel]]) -> str:
 
 
 if __name__ == "__main__":
-    print(table_of(compiled(tuple(map(int, sys.argv[1:])) or SIZES)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", type=int, default=SIZES)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--classes", type=int, default=3)
+    chosen = parser.parse_args()
+    print(table_of(compiled(tuple(chosen.rows), chosen.hidden, chosen.classes)))

@@ -18,9 +18,11 @@ KERNELS = 10
 
 # In a process of its own: here Triton may have been loaded with its interpreter.
 @pytest.mark.parametrize("rows", [2048, *(pytest.param(size, marks=pytest.mark.slow) for size in (16384, 65536))])
-def test_the_kernels_compile_and_fit_into_shared_memory(rows: int) -> None:
+@pytest.mark.parametrize(("hidden", "classes"), [(256, 3), pytest.param(1024, 64, marks=pytest.mark.slow, id="widest")])
+def test_the_kernels_compile_and_fit_into_shared_memory(rows: int, hidden: int, classes: int) -> None:
+    sizes = [str(rows), "--hidden", str(hidden), "--classes", str(classes)]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.accel.compiled_kernels", str(rows)],
+        [sys.executable, "-m", "tests.accel.compiled_kernels", *sizes],
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
