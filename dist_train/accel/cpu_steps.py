@@ -25,6 +25,7 @@ from dist_train.accel.cpu_kernels import (
     relu_dropout_backward,
     update_running_stats,
 )
+from dist_train.accel.defined_functions import exp_of, log_of
 
 Array = np.ndarray[Any, Any]
 
@@ -132,9 +133,9 @@ def cross_entropy(logits: Array, targets: Array, class_weights: Array, smoothing
             highest = max(highest, np.float64(logits[row, c]))
         norm = 0.0
         for c in range(classes):
-            powers[c] = np.exp(logits[row, c] - highest)
+            powers[c] = exp_of(logits[row, c] - highest)
             norm += powers[c]
-        log_norm = np.log(norm) + highest
+        log_norm = log_of(norm) + highest
         target = targets[row]
         whole = 0.0
         for c in range(classes):

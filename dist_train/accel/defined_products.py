@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.accel.compiled import compiled
+from dist_train.accel.defined_functions import softmax
 from dist_train.determinism.products import Products
 
 Array = np.ndarray[Any, Any]
@@ -91,6 +92,17 @@ class DefinedProducts(Products):
     def of_torch(self) -> AbstractContextManager[object]:
         """Inside the block, what torch's modules and autograd multiply is multiplied in this way."""
         return _OfTorch(self)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Softmax of `defined_functions`; of an ensemble, its members are added up in their order."""
+        found = torch.from_numpy(softmax(logits.detach().numpy()))
+        if found.ndim == 2:
+            return found
+        first, *others = found.unbind(1)
+        total = first.clone()
+        for member in others:
+            total += member
+        return total / (1 + len(others))
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, factor: float, *, adds: bool) -> None:

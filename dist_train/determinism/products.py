@@ -1,4 +1,7 @@
-"""Matrix products of the modules whose passes are written out, so that the exact mode can have ones of its own."""
+"""Matrix products of the modules whose passes are written out, and probabilities of what a model gives.
+
+The exact mode, and scores, can have ones of their own.
+"""
 
 from __future__ import annotations
 
@@ -30,3 +33,11 @@ class Products:
     def of_torch(self) -> AbstractContextManager[object]:
         """Inside the block, what torch's modules and autograd multiply is multiplied in this way."""
         return nullcontext()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits, (rows, classes) or (rows, members, classes) -> (rows, classes) float64.
+
+        Softmax over the classes; of an ensemble, the mean over its members.
+        """
+        probabilities = logits.double().softmax(-1)
+        return probabilities if probabilities.ndim == 2 else probabilities.mean(1)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dist_train.accel.defined_functions import exp, log, softmax
 from dist_train.config.compatibility import FORMATS, require_format
 
 Floats = npt.NDArray[np.float64]
@@ -49,7 +50,7 @@ class Temperature:
     def __call__(self, probabilities: Floats) -> Floats:
         if self.temperature == 1:
             return probabilities
-        return _softmax(_logits(probabilities) / self.temperature)
+        return softmax(_logits(probabilities) / self.temperature)
 
     def parameters(self) -> dict[str, Any]:
         """One number."""
@@ -66,7 +67,7 @@ class Vector:
     def __call__(self, probabilities: Floats) -> Floats:
         if self == Vector((1.0,) * len(self.scales), (0.0,) * len(self.scales)):
             return probabilities
-        return _softmax(_logits(probabilities) * np.array(self.scales) + np.array(self.biases))
+        return softmax(_logits(probabilities) * np.array(self.scales) + np.array(self.biases))
 
     def parameters(self) -> dict[str, Any]:
         """Two numbers for each class."""
@@ -179,12 +180,13 @@ def _temperature(logits: Floats, targets: Integers, weights: Floats) -> Temperat
     of_target = logits[np.arange(len(targets)), targets]
 
     def slope(log_beta: float) -> float:
-        expected = (_softmax(logits * np.exp(log_beta)) * logits).sum(1)
+        expected = (softmax(logits * exp(np.array(log_beta))) * logits).sum(1)
         return float((weights * (expected - of_target)).sum() / weights.sum())
 
     if slope(-_LOG_BETA) >= 0 or slope(_LOG_BETA) <= 0:
         return Temperature(1.0)
-    return Temperature(float(np.exp(-brentq(slope, -_LOG_BETA, _LOG_BETA, xtol=1e-14, rtol=1e-14))))
+    log_beta = brentq(slope, -_LOG_BETA, _LOG_BETA, xtol=1e-14, rtol=1e-14)
+    return Temperature(float(exp(np.array(-log_beta))))
 
 
 def _vector(logits: Floats, targets: Integers, weights: Floats) -> Vector:
@@ -200,7 +202,7 @@ def _vector(logits: Floats, targets: Integers, weights: Floats) -> Vector:
 
     def loss(parameters: Floats) -> tuple[float, Floats]:
         scales, biases = parameters[:classes], parameters[classes:]
-        predicted = _softmax(logits * scales + biases)
+        predicted = softmax(logits * scales + biases)
         errors = weights[:, None] * (predicted - hot)
         distance = np.concatenate([scales - 1, biases])
         slopes = np.concatenate([(errors * logits).sum(0), errors.sum(0)]) + distance
@@ -255,14 +257,9 @@ _PARAMETRIC: dict[str, Callable[[int], tuple[_Fit, Calibration, int]]] = {
 
 
 def _logits(probabilities: Floats) -> Floats:
-    return np.asarray(np.log(probabilities + SMALLEST))
-
-
-def _softmax(logits: Floats) -> Floats:
-    odds = np.exp(logits - logits.max(1, keepdims=True))
-    return np.asarray(odds / odds.sum(1, keepdims=True))
+    return log(probabilities + SMALLEST)
 
 
 def _log_loss(probabilities: Floats, targets: Integers, weights: Floats) -> float:
     own = np.maximum(probabilities[np.arange(len(targets)), targets], np.finfo(np.float64).tiny)
-    return float(-(weights * np.log(own)).sum() / weights.sum())
+    return float(-(weights * log(own)).sum() / weights.sum())

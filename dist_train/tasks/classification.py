@@ -15,7 +15,7 @@ from dist_train.config.rules import given_class_weights, named_positive_class
 from dist_train.config.schema import JobConfig
 from dist_train.determinism.products import Products
 from dist_train.distributed.collectives import Collectives
-from dist_train.training.loss import Objective, balanced_draws, balanced_weights, class_probabilities, objective_of
+from dist_train.training.loss import Objective, balanced_draws, balanced_weights, objective_of
 from dist_train.training.metrics import classification_metrics, registered_metrics
 from dist_train.training.precision import dtype_of
 from dist_train.training.protocols import Source
@@ -68,7 +68,7 @@ class Classification:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over the classes, mean over the members of an ensemble: (rows, classes) float64."""
-        return class_probabilities(logits)
+        return self.products.probabilities(logits)
 
     def metrics(self, probabilities: Tensor, targets: Tensor, weights: Tensor | None = None) -> dict[str, Any]:
         """`classification_metrics` of the rows, `objective` where it chooses the epoch, and the registered metrics."""

@@ -190,15 +190,6 @@ class RegisteredLoss:
         return losses
 
 
-def class_probabilities(logits: Tensor) -> Tensor:
-    """Logits, (rows, classes) or (rows, members, classes) -> (rows, classes) float64.
-
-    Softmax over the classes; of an ensemble, the mean over its members.
-    """
-    probabilities = logits.double().softmax(-1)
-    return probabilities if probabilities.ndim == 2 else probabilities.mean(1)
-
-
 def balanced_draws(targets: Tensor, num_classes: int) -> Tensor:
     """How often a row of each class is expected in an epoch of balanced draws, float64; 0 of a class without rows."""
     counts = torch.bincount(targets, minlength=num_classes).double()

@@ -18,7 +18,6 @@ from dist_train.distributed.world import World
 from dist_train.errors import TrainingFault
 from dist_train.models.financial_classifier import FinancialClassifier
 from dist_train.training.evaluation import evaluate, probabilities
-from dist_train.training.loss import class_probabilities
 from dist_train.training.metrics import classification_metrics
 from tests.ranks import on_ranks
 from tests.training.fakes import FakeRows
@@ -35,7 +34,7 @@ class Scorer:
     products = Products()
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        return class_probabilities(logits)
+        return Products().probabilities(logits)
 
     def metrics(self, probabilities: Tensor, targets: Tensor) -> dict[str, Any]:
         return classification_metrics(probabilities.numpy(), targets.numpy(), NAMES)
