@@ -26,6 +26,7 @@ FORMATS = {
     "classifier": 1,
     "calibration": 1,
     "report": 1,
+    "witness.jsonl": 1,
 }
 """The format that this version writes, by kind of artefact."""
 

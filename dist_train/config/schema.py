@@ -243,7 +243,7 @@ class CheckpointConfig:
     every_steps: int = 500
     """Optimizer steps between checkpoints."""
     keep: int = 2
-    """Newest checkpoints kept; the best one is kept beside them."""
+    """Newest checkpoints kept; the best one is kept beside them. Those that exist are the windows of `verify --challenge` (docs/witness.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

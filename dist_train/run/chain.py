@@ -57,7 +57,7 @@ def _compare_model(evidence: Evidence, claimed: Line | None, report: Report) -> 
     assert evidence.model is not None
     step = evidence.model[DESCRIPTION]["step"]
     heads = [line["head"] for line in evidence.chain]
-    if not claimed or claimed["head"] not in heads[claimed["lines"] - 1 : claimed["lines"]]:
+    if not claimed or claimed not in [{"lines": number, "head": head} for number, head in enumerate(heads, 1)]:
         report.differ(step, f"the trained model's {DESCRIPTION} does not name the head of witness.jsonl")
     state = state_lines(evidence.chain).get(step)
     if state is None or state["weights_sha256"] != evidence.model_sha256:

@@ -121,7 +121,7 @@ class Evidence:
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     records = []

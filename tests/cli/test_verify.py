@@ -195,6 +195,16 @@ def without_lines(number: int) -> Callable[[Path], None]:
     return alter
 
 
+def swapped_model(run_dir: Path) -> None:
+    """The trained model of another run, sound in itself, with its hash in the summary."""
+    parts: dict[str, Any] = read_parts(run_dir / "model")
+    parts["model.pth"]["layers.0.weight"] *= 2
+    digest = weights_sha256(parts["model.pth"])
+    parts["model.json"] |= {"weights_sha256": digest, "witness": {"lines": 9, "head": "0" * 64}}
+    commit(run_dir / "model", encode_parts(parts))
+    edit_summary(weights_sha256=digest)(run_dir)
+
+
 def another_chain(run_dir: Path) -> None:
     """A chain that is sound in itself, of other lines."""
     lines, head = [], ""
@@ -247,6 +257,13 @@ def test_what_was_altered_is_named_with_its_step(copy: Path, alter: Callable[[Pa
         (edit_settings("lr: 0.05", "lr: 0.06"), "step 0 differs: optim.lr: the run's configuration is not that of"),
         (edit_witness(3, "metrics_lines", 1), "witness.jsonl, line 4: the chain is broken: its head does not follow"),
         (edit_witness(0, "data_sha256", "0"), "witness.jsonl, line 1: the chain is broken: its head does not follow"),
+        (swapped_model, "the trained model's model.json does not name the head of witness.jsonl"),
+        (edit_witness(3, "state", {"model.pth": 1}), "witness.jsonl, line 4: is not a line of a chain"),
+        (edit_witness(3, "metrics_lines", -1), "witness.jsonl, line 4: is not a line of a chain"),
+        (edit_witness(0, "config", {"train": 3}), "witness.jsonl, line 1: is not a line of a chain"),
+        (edit_witness(0, "config", 3), "witness.jsonl, line 1: is not a line of a chain"),
+        (lambda run_dir: (run_dir / "witness.jsonl").write_bytes(b"\xff\n"), "witness.jsonl: cannot be read"),
+        (lambda run_dir: (run_dir / "witness.jsonl").write_bytes(b""), "witness.jsonl: is empty"),
         (edit_witness(3, "step", "four"), "witness.jsonl, line 4: is not a line of a chain"),
         (without_lines(4), "witness.jsonl, line 5: the chain is broken: its head does not follow"),
         (without_lines(-1), "the trained model's model.json does not name the head of witness.jsonl"),
@@ -264,6 +281,23 @@ def test_what_is_not_of_the_chain_is_named_without_a_replay(
     assert named in seen.err
     assert "replayed" not in seen.err
     assert named in f"step {json.loads(seen.out)['difference_step']} differs: {json.loads(seen.out)['difference']}"
+
+
+@pytest.mark.parametrize("claimed", ["no", {"lines": "no"}, {"head": 3}, {"lines": 10**30, "head": "0"}, [1]])
+def test_a_model_that_names_no_head_is_one_line(copy: Path, claimed: Any) -> None:
+    parts = read_parts(copy / "model")
+    parts["model.json"]["witness"] = claimed
+    commit(copy / "model", encode_parts(parts))
+    seen = command("verify", copy)
+    assert (seen.code, seen.err.count("error:")) == (1, 1)
+    assert "the trained model's model.json does not name the head of witness.jsonl" in seen.err
+
+
+def test_a_chain_of_a_later_version_is_refused(copy: Path) -> None:
+    edit_witness(0, "format", 2)(copy)
+    seen = command("verify", copy)
+    assert (seen.code, seen.err.count("\n")) == (2, 1)
+    assert "line 1: is a witness.jsonl of format 2; this version of dist_train reads the formats 1 to 1" in seen.err
 
 
 def test_a_run_without_a_chain_is_of_an_earlier_version(copy: Path) -> None:

@@ -68,6 +68,8 @@ def test_kills_and_stops_leave_it_as_it_would_have_been(table: Path, whole: Path
     assert run_job(arguments, 1, Trap(save=1, kind="os.mkdir")).killed  # between a line and its checkpoint
     assert _steps(run_dir) == [step for step in _steps(whole) if step <= 15]
     assert not (run_dir / "checkpoints" / "step_00000015").exists()
+    with (run_dir / "witness.jsonl").open("ab") as stream:
+        stream.write(b'{"step": 2')  # as a kill leaves a line that is being written
     finish(arguments, 1)
     assert witness(run_dir) == witness(whole)
 

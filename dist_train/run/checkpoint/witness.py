@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dist_train.config.compatibility import changed_settings, settings_of
+from dist_train.config.compatibility import FORMATS, changed_settings, require_format, settings_of
 from dist_train.config.schema import JobConfig
 from dist_train.run.checkpoint.state import Parts, tensor_sha256
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
 
-FORMAT = 1
 OF_THE_CLOCK = ("samples_per_second", "train_seconds")
 """Values of lines of metrics and of progress that are not the same in another run."""
 
@@ -62,10 +62,9 @@ class Witness:
         covered = lines[-1]["metrics_lines"] if lines else len(content)
         self._lines = lines
         self._offset = sum(map(len, content[:covered]))
-        if same:
-            self._write()
-        else:
-            self._append({"step": step, **settings, "metrics_lines": covered})
+        if not same:
+            self._link({"step": step, **settings, "metrics_lines": covered})
+        write_atomically(self._file, b"".join(canonical(line) + b"\n" for line in lines))
 
     def add(self, step: int, parts: Parts, weights: str, metrics_bytes: int) -> None:
         """Append the line of a checkpoint that is about to be written; metrics.jsonl has so many bytes.
@@ -74,8 +73,8 @@ class Witness:
         """
         with self._metrics.open("rb") as stream:
             stream.seek(self._offset)
-            lines = stream.read(metrics_bytes - self._offset).splitlines()
-        self._append(
+            lines = stream.read(max(metrics_bytes - self._offset, 0)).splitlines()
+        line = self._link(
             {
                 "step": step,
                 "state": state_digests(parts),
@@ -84,6 +83,10 @@ class Witness:
                 "metrics_sha256": metrics_sha256(map(json.loads, lines)),
             }
         )
+        with self._file.open("ab") as stream:  # what a kill leaves of a line is cut off by `begin`
+            stream.write(canonical(line) + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
         self._offset = metrics_bytes
 
     def description(self) -> dict[str, Any]:
@@ -101,12 +104,9 @@ class Witness:
             return lines[: states[-1] + 1]
         return [line for line in lines if "config" in line and line["step"] < step][:1]
 
-    def _append(self, line: Line) -> None:
+    def _link(self, line: Line) -> Line:
         self._lines.append(linked(self._lines[-1]["head"] if self._lines else "", line))
-        self._write()
-
-    def _write(self) -> None:
-        write_atomically(self._file, b"".join(canonical(line) + b"\n" for line in self._lines))
+        return self._lines[-1]
 
 
 def canonical(value: Any) -> bytes:
@@ -124,11 +124,14 @@ def linked(former_head: str, line: Line) -> Line:
 def read_chain(file: Path) -> list[Line] | None:
     """The lines, whose heads follow from each other; None: there is no such file.
 
+    A last line without an end is being written, or was when the run was killed: it is left out.
+
     Raises:
         BrokenChain: a line is not what was written.
+        UserError: the format is not one that this version reads.
     """
     try:
-        content = file.read_text().splitlines()
+        content = file.read_text().rpartition("\n")[0].splitlines()
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
@@ -138,11 +141,12 @@ def read_chain(file: Path) -> list[Line] | None:
         step = lines[-1]["step"] if lines else 0
         try:
             line = json.loads(text)
-            known = isinstance(line["step"], int) and isinstance(line["metrics_lines"], int) and "head" in line
-            known = known and isinstance(line.get("state", line.get("config")), dict)
-        except (ValueError, KeyError, TypeError):
+            known = _is_known(line) and (bool(lines) or "config" in line)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             known = False
-        if not known or (not lines and "config" not in line):
+        if known and "config" in line:
+            require_format("witness.jsonl", line["format"], f"{file}, line {number}")
+        if not known:
             raise BrokenChain(f"{file}, line {number}: is not a line of a chain", step)
         if linked(lines[-1]["head"] if lines else "", line) != line:
             raise BrokenChain(f"{file}, line {number}: the chain is broken: its head does not follow", line["step"])
@@ -152,9 +156,26 @@ def read_chain(file: Path) -> list[Line] | None:
     return lines
 
 
+def _is_known(line: Line) -> bool:
+    """Whether a line has what lines have; raises errors of many types where it has not."""
+    numbers: list[Any] = [line["step"], line["metrics_lines"]]
+    texts: list[Any] = [line["head"]]
+    if "config" in line:
+        settings_of(line["config"])
+        numbers.append(line["format"])
+        texts.append(line["data_sha256"])
+    else:
+        texts += [line["weights_sha256"], line["metrics_sha256"], *line["state"].values()]
+    return all(type(number) is int and number >= 0 for number in numbers) and all(isinstance(t, str) for t in texts)
+
+
 def settings_line(config: JobConfig, data_sha256: str, world_size: int) -> Line:
     """Settings that results depend on; in the fast mode the number of ranks is one of them."""
-    line = {"format": FORMAT, "data_sha256": data_sha256, "config": settings_of(json.loads(json.dumps(asdict(config))))}
+    line = {
+        "format": FORMATS["witness.jsonl"],
+        "data_sha256": data_sha256,
+        "config": settings_of(json.loads(json.dumps(asdict(config)))),
+    }
     return line if config.train.virtual_ranks else line | {"world_size": world_size}
 
 
