@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 NPROC ?= 2
-WORKERS ?= 2
+# Of pytest: tests wait for processes they start for a third of their time
+WORKERS ?= 3
 # A version of torch other than the pinned one
 TORCH ?=
 BIN := $(VENV)/bin

@@ -105,6 +105,7 @@ def test_two_hosts_train_to_the_bits_of_one(hosts: Hosts, table: Path, tmp_path:
     assert outcome(tmp_path / "two") == whole
 
 
+@pytest.mark.slow
 def test_a_cut_cable_ends_all_ranks_with_a_report_and_the_run_goes_on_elsewhere(
     hosts: Hosts, table: Path, tmp_path: Path, whole: dict[str, Any]
 ) -> None:

@@ -28,6 +28,7 @@ def _all_of(suspended: Job, number: signal.Signals) -> None:
         os.kill(process, number)
 
 
+@pytest.mark.slow
 def test_ranks_that_were_all_suspended_end_with_the_same_bits(
     table: Path, tmp_path: Path, uninterrupted: Whole
 ) -> None:

@@ -97,6 +97,7 @@ def test_a_second_interrupt_does_not_wait(table: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "requeue").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc, and the kernel's parent-death signal")
 def test_under_torchrun_a_stop_and_an_orphaned_job_are_mended_by_the_same_command(
     table: Path, tmp_path: Path, uninterrupted: Whole

@@ -16,6 +16,7 @@ from tests.slurm.submissions import preempt, submit
 WANDB = "wandb.mode=offline"
 
 
+@pytest.mark.slow
 @side_by_side
 def test_a_warning_of_the_time_limit(stage: Stage) -> None:
     """Two minutes before the limit, as the script asks, Slurm sends USR1."""
