@@ -32,10 +32,13 @@ class SecondComputation:
         self._views = parameters.views(self._values)
         self._made: tuple[SliceReducer, SliceGradients | None, list[Tensor | None]] | None = None
 
-    def parts(self, calls: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
-        """What slices add to each `all_gather` of the step, (slices, ...), given what all ranks had gathered before."""
+    def parts(self, calls: Sequence[Tensor], batches: Sequence[Batch], values: Tensor | None = None) -> list[Tensor]:
+        """What slices add to each `all_gather` of a step, (slices, ...), given what all ranks had gathered before.
+
+        `values`: the flat weights of that step; None: as they are now.
+        """
         collectives, tape = self._eager.collectives, PlayingTape(calls)
-        with self._elsewhere(), torch.enable_grad():
+        with self._elsewhere(self._layout.values if values is None else values), torch.enable_grad():
             reducer = self._reducer(len(batches[0].context.slices))
             collectives.tape = tape
             try:
@@ -56,12 +59,12 @@ class SecondComputation:
         return reducer
 
     @contextmanager
-    def _elsewhere(self) -> Iterator[None]:
+    def _elsewhere(self, values: Tensor) -> Iterator[None]:
         context, parameters = self._context, self._layout.parameters
         buffers = [buffer.clone() for buffer in self._buffers]
         places = [(parameter.data, parameter.grad) for parameter in parameters]
         gradients = context.gradients
-        self._values.copy_(self._layout.values)
+        self._values.copy_(values)
         for parameter, view in zip(parameters, self._views, strict=True):
             parameter.grad = None
             parameter.data = view

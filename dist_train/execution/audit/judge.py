@@ -20,7 +20,7 @@ class Statement:
     again, as the rank whose they are and what it has added to each call; in the order in which it has done so. `state`:
     digests of what every rank holds alike. `sums`: the digest of the sums that the step uses; `sums_again`: that of the
     same sums, made again from `received`. `alarm`: what of its memory has changed by itself. `objects`: whether it has
-    found a difference.
+    found a difference. `unlike_before`: whether it no longer computes what it once has, when all agreed on it.
     """
 
     host: str
@@ -31,6 +31,7 @@ class Statement:
     sums: str = ""
     sums_again: str = ""
     objects: bool = False
+    unlike_before: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ def _judge_call(statements: Sequence[Statement], call: int) -> Verdict | None:
     what = {last: "the gradient", last - 1: "the loss"}.get(call, f"sums of BatchNorm (call {call + 1})")
     listed = ", ".join(map(str, own[:_MAX_NAMED])) + (" and more" if len(own) > _MAX_NAMED else "")
     certain = all(verdict.certain for verdict in found.values())
+    unlike = [rank for rank in ranks if statements[rank].unlike_before]
+    if not certain and len(unlike) == 1:
+        return Verdict(unlike, f"{what} of slice {listed}: it no longer computes what it did in the audit before")
     return Verdict(ranks, f"{what} of slice {listed}: {found[own[0]].what}", certain)
 
 

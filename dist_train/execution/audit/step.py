@@ -60,7 +60,8 @@ class AuditedStep:
     compares byte for byte what they have added to every `all_gather` of the step: statistics and sums of BatchNorm,
     losses, gradients. Which rank it is depends on (seed, step); a rank alone computes its own slices. What all ranks
     hold alike (weights, moments, buffers, sums) is compared by SHA-256. Where anything differs the slices are computed
-    once more, by a third rank where there is one, and `judge` names the wrong one.
+    once more, by a third rank where there is one, and `judge` names the wrong one. Of two ranks that both stick to what
+    they say, the one is wrong that no longer computes what it has computed in the audit before.
 
     In every step a rank compares checksums of its weights, moments and buffers with those after its last update.
 
@@ -91,6 +92,9 @@ class AuditedStep:
         self._batches_of = batches_of
         self._step = 0
         self._tape: RecordingTape | None = None
+        self._weights = optimizer.parameters.values
+        self._known: tuple[list[Tensor], Sequence[Batch], Tensor, Digests] | None = None
+        """On two ranks, of the last audit: what was gathered, batches, weights, and what was computed from them."""
         self._held = _held_alike(optimizer, eager, model)
         frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
         written_by_forward = {"buffers": self._held["buffers"]}
@@ -177,6 +181,8 @@ class AuditedStep:
         objects = not all(map(_same_bytes, parts, [call[whose] for call in received]))
         objects |= not all(map(_same_bytes, (totals, gradients), sums_again))
         if self._all_agree(calls, totals, gradients, objects=objects):
+            if size == 2:
+                self._known = calls, self._batches_of(whose), self._weights.clone(), _digests(parts)
             return
         computed += [parts_of(shift) for shift in more]
         said = Statement(
@@ -187,8 +193,16 @@ class AuditedStep:
             sums=_digest([totals, gradients]),
             sums_again=_digest(sums_again),
             objects=objects,
+            unlike_before=self._is_unlike_before(),
         )
         self._decide(said, _NOT_TAKEN)
+
+    def _is_unlike_before(self) -> bool:
+        """Whether this rank no longer computes what it has computed in an audit in which both ranks agreed."""
+        if self._known is None:
+            return False
+        calls, batches, weights, digests = self._known
+        return _digests(_without_votes(self._again.parts(calls, batches, weights))) != digests
 
     def _shifts(self) -> list[int]:
         """How many ranks further those stand whose slices are computed again: at once, and where anything differs."""
@@ -223,8 +237,9 @@ def _message(step: int, verdict: Verdict, hosts: Sequence[str], consequence: str
     ranks = [f"rank {rank} (host {hosts[rank]})" for rank in verdict.ranks]
     joined = (" and " if verdict.certain else " or ").join(ranks)
     wrong = "are" if verdict.certain and len(ranks) > 1 else "is"
+    advice = "Leave the host out" if verdict.certain else "Test these hosts, or train on more ranks"
     return (
-        f"step {step}: {joined} {wrong} wrong: {verdict.what}; {consequence}. Leave the host out: "
+        f"step {step}: {joined} {wrong} wrong: {verdict.what}; {consequence}. {advice}: "
         "the same command continues from the last checkpoint"
     )
 

@@ -30,6 +30,9 @@ def said(received: list[str], *computed: tuple[int, str], **more: object) -> Sta
         # Each sticks to what it says: it may be either.
         ([said([GOOD, BAD], (1, GOOD), (0, GOOD), (1, GOOD)),
           said([GOOD, BAD], (0, BAD), (1, BAD), (0, BAD))], [0, 1], False),
+        # As before; rank 0 no longer computes what it did when both agreed.
+        ([said([GOOD, BAD], (1, GOOD), (0, GOOD), (1, GOOD), unlike_before=True),
+          said([GOOD, BAD], (0, BAD), (1, BAD), (0, BAD))], [0], True),
         # Rank 0 has read wrongly what rank 1 sent.
         ([said([GOOD, BAD], (1, GOOD), (0, GOOD), (1, GOOD)),
           said([GOOD, GOOD], (0, GOOD), (1, GOOD), (0, GOOD))], [0], True),
