@@ -55,6 +55,7 @@ def _add_onnx(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     add = parser.add_argument_group("engine onnx").add_argument
     return [
         add("--workers", type=int, default=1, help="processes that answer (default: 1)"),
+        add("--reasons", action="store_true", help="let a request ask for reasons; the model must be a run"),
         add("--name", help="name of the model in /v2/models (default: that of the run or file)"),
         add("--api-key-file", help="file of API keys, one a line"),
         add("--max-rows", type=int, default=10_000, help="most rows of a request (default: 10,000)"),
@@ -81,6 +82,8 @@ def _serve_onnx(arguments: argparse.Namespace) -> None:
     for name in ("workers", "max_rows", "max_bytes"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
+    if arguments.reasons and arguments.model.suffix.lower() == ".onnx":
+        raise UserError(f"--reasons: {arguments.model} has no gradients: name the run that it was exported from")
     if not arguments.rate >= 0:
         raise UserError(f"--rate {arguments.rate}: must be 0 or more")
 
@@ -97,6 +100,7 @@ def _serve_onnx(arguments: argparse.Namespace) -> None:
             rate=arguments.rate,
             contract=arguments.contract,
             workers=arguments.workers,
+            run=str(arguments.model) if arguments.reasons else None,
         )
         serve(settings, arguments.host, arguments.port, f"{__name__}:{worker.__name__}", os.environ)
 

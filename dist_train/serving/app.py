@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -17,6 +17,9 @@ from dist_train.serving.inference_protocol import from_tensors, metadata_of, to_
 from dist_train.serving.metrics import Metrics
 from dist_train.serving.onnx_model import BadRecord, OnnxModel
 from dist_train.serving.settings import Settings, api_keys
+
+if TYPE_CHECKING:
+    from dist_train.serving.reasons import Reasons
 
 _FEW_ROWS = 64
 """So many rows take less time than another thread needs to begin."""
@@ -46,10 +49,15 @@ def make_app(settings: Settings) -> FastAPI:
     metrics = Metrics(several=settings.workers > 1)
     app = FastAPI(title=f"dist_train: {settings.name}", version=__version__)
     scorer = _Scorer(model, settings, metrics)
+    reasons = None
+    if settings.run is not None:
+        from dist_train.serving.reasons import Reasons  # imports torch and polars, which a file alone does without
+
+        reasons = Reasons(Path(settings.run))
     keys = api_keys(settings.api_key_file)
     app.add_middleware(Guard, keys=keys, max_bytes=settings.max_bytes, rate=settings.rate, metrics=metrics)
     _add_errors(app)
-    _add_scoring(app, model, scorer)
+    _add_scoring(app, model, scorer, reasons)
     _add_protocol(app, model, scorer, settings.name)
 
     @app.get("/health")
@@ -89,7 +97,7 @@ class _Scorer:
         return self.model.probabilities(self.model.inputs(cells)).tolist(), problems
 
 
-def _add_scoring(app: FastAPI, model: OnnxModel, scorer: _Scorer) -> None:
+def _add_scoring(app: FastAPI, model: OnnxModel, scorer: _Scorer, reasons: Reasons | None) -> None:
     properties = {
         column.name: {"type": ["string", "number", "boolean", "null"]}
         if column.is_text
@@ -101,7 +109,8 @@ def _add_scoring(app: FastAPI, model: OnnxModel, scorer: _Scorer) -> None:
         "type": "object",
         "required": ["records"],
         "properties": {
-            "records": {"type": "array", "minItems": 1, "maxItems": scorer.settings.max_rows, "items": record}
+            "records": {"type": "array", "minItems": 1, "maxItems": scorer.settings.max_rows, "items": record},
+            "reasons": {"type": "integer", "minimum": 0, "maximum": reasons.most if reasons else 0},
         },
         "example": {"records": [model.example]},
     }
@@ -110,8 +119,7 @@ def _add_scoring(app: FastAPI, model: OnnxModel, scorer: _Scorer) -> None:
     async def score(request: Request) -> dict[str, Any]:
         """Probabilities and predicted class of each record; columns that the model does not have are ignored."""
         body = _object(await request.body())
-        if body.get("reasons"):
-            raise BadRecord("`reasons` are not computed by a server: `dist-train predict --reasons N` writes them")
+        number = _number_of_reasons(body.get("reasons", 0), reasons)
         records = body.get("records")
         if not isinstance(records, list):
             raise BadRecord("the body must be an object with the list `records`")
@@ -123,7 +131,23 @@ def _add_scoring(app: FastAPI, model: OnnxModel, scorer: _Scorer) -> None:
             }
             for row in probabilities
         ]
-        return {"predictions": predictions, "warnings": problems}
+        answer = {"predictions": predictions, "warnings": problems}
+        if reasons is None or number == 0:
+            return answer
+        names, cells = [column.name for column in model.columns], model.cells(records)
+        explained = await run_in_threadpool(reasons.of, names, cells, number)
+        for prediction, of_row in zip(predictions, explained, strict=True):
+            prediction |= of_row
+        return answer | {"reasons": reasons.described}
+
+
+def _number_of_reasons(wanted: object, reasons: Reasons | None) -> int:
+    if wanted and reasons is None:
+        raise BadRecord("`reasons` are computed where the server was started with a run and --reasons")
+    most = reasons.most if reasons else 0
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 <= wanted <= most:
+        raise BadRecord(f"`reasons` must be a whole number from 0 to {most}")
+    return wanted
 
 
 def _add_protocol(app: FastAPI, model: OnnxModel, scorer: _Scorer, name: str) -> None:

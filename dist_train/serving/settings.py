@@ -15,7 +15,10 @@ _SHORTEST_KEY = 16
 
 @dataclass(frozen=True)
 class Settings:
-    """`rate` is requests a second for each client and worker, 0: no limit; `contract` is warn, refuse or ignore."""
+    """`rate` is requests a second for each client and worker, 0: no limit; `contract` is warn, refuse or ignore.
+
+    `run` is the run that reasons are computed from; None: there are none.
+    """
 
     model: str
     name: str
@@ -25,6 +28,7 @@ class Settings:
     rate: float = 0.0
     contract: str = "warn"
     workers: int = 1
+    run: str | None = None
 
     def to_environment(self, environ: MutableMapping[str, str]) -> None:
         """For the workers, which are processes of their own."""

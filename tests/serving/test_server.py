@@ -64,6 +64,28 @@ def test_scores_are_those_of_the_predictor(plain: TestClient, model_of: Any) -> 
     ]
 
 
+def test_reasons_are_those_of_the_predictor(plain_onnx: Path, model_of: Any) -> None:
+    run = model_of("plain")
+    explaining = client(plain_onnx, run=str(run))
+    records = [RECORD, RECORD | {"income": None, "purpose": "boat", "age": 75}]
+    answer = explaining.post("/v1/score", json={"records": records, "reasons": 3}).json()
+    cells = [{name: None if value is None else str(value) for name, value in row.items()} for row in records]
+    frame = pl.DataFrame([row | {"owner": "true"} for row in cells])
+    numbers = dict.fromkeys(("income", "age", "flat", "limit"), pl.Float64)
+    explanation = load(run).explain(frame.with_columns(pl.col(name).cast(kind) for name, kind in numbers.items()))
+    for row, expected in zip(answer["predictions"], explanation.reasons(3).iter_rows(named=True), strict=True):
+        found = [(reason["column"], reason["effect"]) for reason in row["reasons"]]
+        pairs = [(expected[f"reason_{i}"], expected[f"effect_{i}"]) for i in (1, 2, 3)]
+        assert found == [pair for pair in pairs if pair[0] is not None]
+        whole = row["baseline_log_odds"] + sum(effect for _, effect in found) + row["other_effects"]
+        assert row["log_odds"] == pytest.approx(whole + row["reasons_error"])
+    assert answer["reasons"] == {"class": explanation.positive, "calibrated": explanation.calibrated}
+    assert "reasons" not in explaining.post("/v1/score", json={"records": records}).json()["predictions"][0]
+    for wrong in (-1, 8, True, "four"):
+        refused = explaining.post("/v1/score", json={"records": records, "reasons": wrong})
+        assert (refused.status_code, "whole number from 0 to 7" in refused.text) == (422, True)
+
+
 def test_the_open_inference_protocol(plain: TestClient) -> None:
     metadata = plain.get("/v2/models/risk").json()
     assert plain.get("/v2/models/risk/ready").json()["ready"] is True
@@ -92,7 +114,7 @@ def test_the_example_of_the_openapi_page_is_scored(plain: TestClient) -> None:
         (b'{"records": [{"income": NaN}]}', 400, "null is a missing cell"),
         (b"[" * 100_000, 400, "no JSON"),
         (b'{"records": []}', 422, "1 to 10,000 rows"),
-        (b'{"records": [], "reasons": 4}', 422, "`dist-train predict --reasons N` writes them"),
+        (b'{"records": [], "reasons": 4}', 422, "started with a run and --reasons"),
         (b'{"records": [3]}', 422, "row 0: must be an object"),
         (b'{"records": [{"income": 1}]}', 422, "null is a missing cell"),
         (json.dumps({"records": [RECORD | {"age": "secret"}]}).encode(), 422, "column 'age': must be a number"),
