@@ -35,7 +35,7 @@ class SecondComputation:
     def parts(self, calls: Sequence[Tensor], batches: Sequence[Batch], values: Tensor | None = None) -> list[Tensor]:
         """What slices add to each `all_gather` of a step, (slices, ...), given what all ranks had gathered before.
 
-        `values`: the flat weights of that step; None: as they are now.
+        `values`: the flat weights of that step; None: as they are now. The last two are good until the next call.
         """
         collectives, tape = self._eager.collectives, PlayingTape(calls)
         with self._elsewhere(self._layout.values if values is None else values), torch.enable_grad():
@@ -45,8 +45,7 @@ class SecondComputation:
                 self._eager.accumulate(batches, 0.0, reducer)
             finally:
                 collectives.tape = None
-            sums, gradients = reducer.parts
-        return [*tape.parts, sums, gradients.clone()]
+        return [*tape.parts, *reducer.parts]
 
     def _reducer(self, num_slices: int) -> SliceReducer:
         parameters = self._layout.parameters

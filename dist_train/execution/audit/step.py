@@ -100,8 +100,10 @@ class AuditedStep:
         written_by_forward = {"buffers": self._held["buffers"]}
         others = {name: tensors for name, tensors in self._held.items() if name not in written_by_forward}
         self._buffers = RestingMemory(written_by_forward)
-        self._resting = RestingMemory(others | {"frozen weights": frozen})
+        self._resting = RestingMemory(others)
+        self._frozen = RestingMemory({"frozen weights": frozen})
         self._alarm: list[str] = []
+        self._frozen.note()
 
     def __call__(self, batches: Sequence[Batch], step: int, *, wants_stop: bool) -> StepResult:
         """Take the step.
@@ -118,7 +120,7 @@ class AuditedStep:
                 f"step {self._step}: loss or gradient was not finite, and was finite when it was computed again: "
                 f"a rank has computed wrongly, and nobody knows which; {_NOT_SAVED}"
             )
-        self.note()
+        self._note()
         return result
 
     def _take(self, batches: Sequence[Batch], step: int, *, wants_stop: bool, audited: bool) -> StepResult:
@@ -128,7 +130,7 @@ class AuditedStep:
         except ComputationFault:
             raise
         except Exception as error:
-            changed = self._alarm + self._resting.changed()
+            changed = self._alarm + self._changed_weights()
             if changed:  # the last line is what the report of the watchdog says of this rank
                 error.add_note(f"the memory of this rank has changed before that: {', '.join(changed)}")
             raise
@@ -137,12 +139,20 @@ class AuditedStep:
 
     def note(self) -> None:
         """What the ranks hold is as it ought to be, and rests: a step has ended, or a checkpoint was restored."""
+        self._frozen.note()
+        self._note()
+
+    def _note(self) -> None:
         self._resting.note()
         self._buffers.note()
 
     def changed(self) -> list[str]:
         """What of it has changed by itself since then."""
-        return self._buffers.changed() + self._resting.changed()
+        return self._buffers.changed() + self._changed_weights()
+
+    def _changed_weights(self) -> list[str]:
+        """The same without the buffers, which a forward pass writes to."""
+        return self._resting.changed() + self._frozen.changed()
 
     def require_intact(self) -> None:
         """Compare what the ranks hold alike, between two steps; called by all of them.
@@ -154,7 +164,7 @@ class AuditedStep:
 
     def _sound_alarm(self, sums: Tensor) -> None:
         """Where this rank's memory has changed, tell the others, by a vote that is no number."""
-        self._alarm += self._resting.changed()
+        self._alarm += self._changed_weights()
         if self._alarm:
             sums[:, _VOTE] = torch.nan
 
@@ -174,22 +184,24 @@ class AuditedStep:
             whose = (rank + shift) % size
             return whose, _without_votes(self._again.parts(calls, self._batches_of(whose)))
 
-        computed = [parts_of(first)]
+        whose, parts = parts_of(first)
         received = _without_votes(calls)
         sums_again = [_added_up(call) for call in calls[-2:]]
-        whose, parts = computed[0]
         objects = not all(map(_same_bytes, parts, [call[whose] for call in received]))
         objects |= not all(map(_same_bytes, (totals, gradients), sums_again))
         if self._all_agree(calls, totals, gradients, objects=objects):
             if size == 2:
                 self._known = calls, self._batches_of(whose), self._weights.clone(), _digests(parts)
             return
-        computed += [parts_of(shift) for shift in more]
+        computed = [(whose, _digests(parts))]
+        for shift in more:
+            whose, parts = parts_of(shift)
+            computed.append((whose, _digests(parts)))
         said = Statement(
             host=host_name(),
             state=self._state(),
             received=_digests([call.flatten(0, 1) for call in received]),
-            computed=[(whose, _digests(parts)) for whose, parts in computed],
+            computed=computed,
             sums=_digest([totals, gradients]),
             sums_again=_digest(sums_again),
             objects=objects,
