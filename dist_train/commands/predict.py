@@ -19,6 +19,10 @@ Files of any size are scored in bounded memory. Every number of ranks writes the
 is whole; until then its rows lie beside it, in .partial- files. The same command continues them after the process was
 killed, where input and model are unchanged.
 
+The input may be a store of `dist-train prepare`, of the same columns as the model's: the output then has `row`, the
+number of the row in the table that was prepared, and its scores. A store holds no cells: nothing can be kept, explained
+or looked at for drift, and the probabilities of all its rows are held in memory.
+
 With --url a server computes (texts, `serve --engine vllm`): it must have the trained model of the run. Tokens,
 calibration and output are those of this process; probabilities agree to about 1e-6 with what it computes itself.
 
@@ -52,7 +56,7 @@ def main(program: str, argv: Sequence[str]) -> None:
     """Parse the arguments and run the command."""
     parser = command_parser(program, __doc__)
     parser.add_argument("run_dir", type=path, help="run folder, e.g. runs/credit_risk, or a trained model")
-    parser.add_argument("input", type=path, help="CSV, JSON lines or Parquet file")
+    parser.add_argument("input", type=path, help="CSV, JSON lines or Parquet file, or a store")
     parser.add_argument("output", type=path, help="CSV or Parquet file to write")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (default: best)")
     parser.add_argument("--uncalibrated", action="store_true", help="the model's own probabilities")
@@ -77,13 +81,25 @@ def main(program: str, argv: Sequence[str]) -> None:
     if output.suffix.lower() not in _KINDS:
         raise UserError(f"{output}: the name must end in .csv or .parquet")
 
+    from dist_train.data.store import is_store
     from dist_train.data.table import locate
     from dist_train.run.predictor import open_predictor
     from dist_train.run.score_file import score_file
     from dist_train.system.console import log
 
+    from_store = is_store(arguments.input)
+    for option in ("keep", "reasons", "refuse_unfamiliar", "drift", "url"):
+        if from_store and getattr(arguments, option):
+            raise UserError(f"--{option.replace('_', '-')}: {arguments.input} is a store, which holds no cells")
     calibrated = False if arguments.uncalibrated else None
     with open_predictor(arguments.run_dir, arguments.checkpoint, os.environ, calibrated=calibrated) as predictor:
+        if from_store:
+            from dist_train.run.score_store import score_store
+
+            rows = score_store(predictor, arguments.input, output)
+            if rows is not None:
+                log.info("%d rows scored into %s", rows, output)
+            return
         if arguments.url:
             _compute_at(arguments.url, arguments.run_dir, predictor)
         reasons, wanted = arguments.reasons, arguments.reasons_for

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import polars as pl
+from torch import Tensor
 
 from dist_train import __version__
 from dist_train.data.chunks import ChunkedFile
@@ -77,6 +78,13 @@ def score_file(
     return opened[0].rows, opened[0].unfamiliar
 
 
+def scores_of(predicted: Tensor, class_names: Sequence[str]) -> pl.DataFrame:
+    """`probability_<class>` for each class and `predicted_class`, of probabilities (rows, classes)."""
+    columns = {f"probability_{name}": predicted[:, i].numpy() for i, name in enumerate(class_names)}
+    winners = [class_names[i] for i in predicted.argmax(1).tolist()]
+    return pl.DataFrame(columns).with_columns(pl.Series("predicted_class", winners, dtype=pl.String))
+
+
 def _require_familiar(unfamiliar: Unfamiliar, source: Path) -> None:
     lines = unfamiliar.lines()
     if lines:
@@ -99,11 +107,7 @@ def _identity(predictor: Predictor, rows: ChunkedFile) -> dict[str, object]:
 
 def _append(partial: PartialScores, predictor: Predictor, scored: Scored | None) -> None:
     assert scored is not None  # on rank 0
-    predicted, class_names = scored.probabilities, predictor.class_names
-    columns = {f"probability_{name}": predicted[:, i].numpy() for i, name in enumerate(class_names)}
-    winners = [class_names[i] for i in predicted.argmax(1).tolist()]
-    scores = pl.DataFrame(columns).with_columns(pl.Series("predicted_class", winners, dtype=pl.String))
-    found = [scored.kept, scores]
+    found = [scored.kept, scores_of(scored.probabilities, predictor.class_names)]
     if scored.reasons is not None:
         found.append(reasons_table(scored.reasons, predictor.input_columns))
     partial.append(pl.concat(found, how="horizontal"), scored.unfamiliar)

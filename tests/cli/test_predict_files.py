@@ -22,7 +22,7 @@ from dist_train.run import partial_scores
 from dist_train.run.partial_scores import PartialScores
 from tests.cli.conftest import Trained
 from tests.cli.in_process import CommandResult, command
-from tests.cli.tables import clients
+from tests.cli.tables import clients, run_arguments
 from tests.ranks import in_processes
 
 ROWS = 7000  # four chunks of 2,048 rows
@@ -84,6 +84,26 @@ def test_two_ranks_write_the_bytes_of_one(trained: Trained, tmp_path: Path) -> N
         for outcome in predict_on_ranks(trained.folder, tmp_path / "in.csv", two, "--keep", "client"):
             assert outcome.code == 0, outcome.err
         assert (tmp_path / f"two.{kind}").read_bytes() == (tmp_path / f"one.{kind}").read_bytes()
+
+
+def test_a_store_has_the_scores_of_its_file_on_any_number_of_ranks(trained: Trained, tmp_path: Path) -> None:
+    keys = [argument for argument in run_arguments(trained.folder, trained.csv) if argument.startswith("data.")]
+    prepared = command("prepare", trained.csv, tmp_path / "store", *[key for key in keys if "data.path" not in key])
+    assert prepared.code == 0, prepared.err
+    scored(trained, trained.csv, tmp_path / "file.parquet")
+    scored(trained, tmp_path / "store", tmp_path / "store.parquet")
+    found = pl.read_parquet(tmp_path / "store.parquet")
+    assert found["row"].to_list() == list(range(found.height))
+    assert found.drop("row").equals(pl.read_parquet(tmp_path / "file.parquet"))
+    for outcome in predict_on_ranks(trained.folder, tmp_path / "store", tmp_path / "two.parquet"):
+        assert outcome.code == 0, outcome.err
+    assert (tmp_path / "two.parquet").read_bytes() == (tmp_path / "store.parquet").read_bytes()
+    refused = command("predict", trained.folder, tmp_path / "store", tmp_path / "no.csv", "--keep", "age")
+    assert (refused.code, "--keep: " in refused.err, "is a store, which holds no cells" in refused.err) == (
+        2,
+        True,
+        True,
+    )
 
 
 def test_columns_are_carried_over_as_they_stand(trained: Trained, tmp_path: Path) -> None:
