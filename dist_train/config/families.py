@@ -106,6 +106,27 @@ class ResNetConfig(FeatureKeys):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RealMLPConfig(FeatureKeys):
+    """RealMLP: a multilayer perceptron with scaled inputs and parametric activations (Holzmüller, Grinsztajn and Steinwart 2024). Its weights bear a learning rate ten times that of other families; `configs/realmlp.yaml` has one."""
+
+    blocks: int = 3
+    """Hidden layers."""
+    width: int = 256
+    """Units of a hidden layer."""
+    activation: Literal["selu", "mish"] = "selu"
+    """Function of a hidden layer, which each unit mixes with the identity by a learned share."""
+    dropout: float = 0.15
+    """Dropout probability after each hidden layer."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Key and text of each value that cannot be."""
+        yield from super().problems()
+        for key in ("blocks", "width"):
+            yield from size(key, getattr(self, key))
+        yield from probability("dropout", self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """A pretrained Transformer with a classification head, for the task `text` (docs/text.md)."""
 
@@ -168,7 +189,12 @@ class CausalConfig(TransformerConfig):
                 yield "answers", f"must not be empty, is for the class {name!r}"
 
 
-BUILT_IN: dict[str, type[Any] | None] = {DEFAULT: None, "tabm": TabMConfig, "resnet": ResNetConfig}
+BUILT_IN: dict[str, type[Any] | None] = {
+    DEFAULT: None,
+    "tabm": TabMConfig,
+    "resnet": ResNetConfig,
+    "realmlp": RealMLPConfig,
+}
 """Block of each family of this package, None where the keys of `model` are its own. Its module has the same name."""
 
 OF_TEXT: dict[str, type[Any] | None] = {"transformer": TransformerConfig, "causal_lm": CausalConfig}

@@ -20,6 +20,7 @@ FAMILIES: dict[str, list[str]] = {
     "financial_classifier with embeddings": ["model.hidden_dim=8", "model.embedding_dim=3"],
     "tabm": ["model.tabm.members=4", "model.tabm.width=8"],
     "resnet": ["model.resnet.width=8"],
+    "realmlp": ["model.realmlp.width=8"],
 }
 """Name of the family, and the keys of a small model of it."""
 

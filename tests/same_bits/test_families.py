@@ -18,6 +18,10 @@ FAMILIES = {
         "data.numeric_transform=quantile",
     ],
     "resnet": ["model.name=resnet", "model.resnet.width=8", "model.resnet.category_widths={region: 3}"],
+    "realmlp": [
+        "model.name=realmlp", "model.realmlp.width=8", "model.realmlp.activation=mish",
+        "model.realmlp.numeric_embedding=periodic", "data.numeric_transform=quantile",
+    ],
 }  # fmt: skip
 
 

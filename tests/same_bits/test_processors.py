@@ -60,7 +60,7 @@ AS_AVX2 = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "NU
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [(), ("train.virtual_ranks=4",)], ids=["fast", "exact"])
-@pytest.mark.parametrize("family", ["financial_classifier", "tabm", "resnet"])
+@pytest.mark.parametrize("family", ["financial_classifier", "tabm", "resnet", "realmlp"])
 def test_ten_thousand_rows_have_the_same_scores_in_any_company(
     family: str, mode: tuple[str, ...], tmp_path: Path
 ) -> None:
