@@ -93,6 +93,9 @@ ADDED: dict[str, Any] = {
 """Key that came after format 1 -> what a run that lacks it was trained with: the key's first default, or a function of
 the configuration that gives it."""
 
+ADDED_TO_FAMILIES: dict[str, Any] = {"numeric_bins_by": "quantiles"}
+"""The same for keys of `families.FeatureKeys`, which each block that has `numeric_embedding` got."""
+
 REDEFINED_METRICS = {"brier": (2, 2, "of two classes it is now scikit-learn's brier_score_loss, half of what it was")}
 """Metric -> (first format with its present definition, number of classes that it changed for, the change in words)."""
 
@@ -161,6 +164,10 @@ def migrated(tree: Mapping[str, Any]) -> dict[str, Any]:
     for name, default in ADDED.items():
         section, _, key = name.partition(".")
         copy.setdefault(section, {}).setdefault(key, default(copy) if callable(default) else default)
+    for block in copy.get("model", {}).values():
+        if isinstance(block, dict) and "numeric_embedding" in block:
+            for key, former in ADDED_TO_FAMILIES.items():
+                block.setdefault(key, former)
     return copy
 
 

@@ -31,6 +31,8 @@ class FeatureKeys:
     """Values that each number becomes."""
     numeric_bins: int = 16
     """Pieces of the piecewise linear functions, at most 32; fewer where quantiles coincide."""
+    numeric_bins_by: Literal["quantiles", "target"] = "quantiles"
+    """Where the pieces meet: at evenly spaced quantiles, or at splits of a decision tree of the column on the target, fitted to the training rows and kept with the model (docs/training.md). A prepared table has no such splits."""
     numeric_frequencies: int = 16
     """Sines and cosines of each number, for `periodic`."""
     numeric_frequency_scale: float = 0.1
@@ -254,6 +256,14 @@ def block_of(model: ModelConfig) -> Any:
     """The block of the chosen family: the `model` section itself where the family has no block."""
     block = _blocks().get(model.name)
     return model if block is None else getattr(model, model.name, None) or block()
+
+
+def target_bins(model: ModelConfig) -> int | None:
+    """Bins of each numeric column that the chosen family wants fitted by the target; None: it wants none."""
+    keys = block_of(model)
+    if not isinstance(keys, FeatureKeys) or keys.numeric_embedding != "piecewise_linear":
+        return None
+    return keys.numeric_bins if keys.numeric_bins_by == "target" else None
 
 
 def complete_config(contents: Iterable[Mapping[Any, Any]]) -> JobConfig:

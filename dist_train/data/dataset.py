@@ -24,6 +24,7 @@ from dist_train.data.split import SPLITS
 from dist_train.data.spool import Spool, read_in_memory, with_numbers
 from dist_train.data.store import Settings, Store, is_store
 from dist_train.data.table import TRAINED_ON, ColumnKinds, locate, no_number, require_names
+from dist_train.data.target_bins import with_target_edges
 from dist_train.data.weights import require_some_weight
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
@@ -63,8 +64,12 @@ def load_dataset(
     seed: int,
     dtype: torch.dtype,
     spec: FeatureSpec | None = None,
+    target_bins: int | None = None,
 ) -> Dataset:
     """Read the table, fit a spec to the training rows unless one is given, and encode all splits.
+
+    `target_bins`: bins of each numeric column that are to be fitted by the target, at most; None: none. A store has
+    none.
 
     Raises:
         UserError: the table, or the configuration for it, has a mistake.
@@ -89,6 +94,8 @@ def load_dataset(
             log.info("%s", remark)
         with heartbeat.phase("encoder fitting"):
             spec = fit_table(table.spool, split, data, table.class_names, collectives, source=table.source)
+            if target_bins:
+                spec = with_target_edges(spec, table.spool, split, target_bins, collectives, source=table.source)
     fitted = spec
     with heartbeat.phase("encoding the data"):
         splits = collectives.run_on_all(lambda: encoded_rows(table, split, fitted, SPLITS, collectives.device, dtype))

@@ -21,6 +21,9 @@ NUM_QUANTILES = 33
 NUM_TRANSFORM_QUANTILES = 257
 """The same where the column is encoded by its quantiles."""
 
+_KEPT_APART = ("bins", "target_edges")
+"""Fields of a numeric column that are kept beside the columns, where earlier releases skip them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NumericColumn:
@@ -32,6 +35,7 @@ class NumericColumn:
     or none where there were no values or the spec was written before they were kept.
     `bins` counts the training rows as `data/drift.py` does, (bins + 1,): those between two edges, and the missing ones
     last; it is empty where the spec was written before they were kept.
+    `target_edges` are the edges of bins by the target (`data/target_bins.py`), where a model asks for them, else none.
     """
 
     name: str
@@ -41,6 +45,7 @@ class NumericColumn:
     quantiles: tuple[float, ...] = ()
     transform: str = "robust"
     bins: tuple[int, ...] = ()
+    target_edges: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +151,7 @@ class FeatureSpec:
         content = {
             "format": FORMATS["feature spec"] if self.readings else FORMAT_WITHOUT_READINGS,
             "numeric": [
-                {name: value for name, value in vars(column).items() if name != "bins"}
+                {name: value for name, value in vars(column).items() if name not in _KEPT_APART}
                 | {"quantiles": list(column.quantiles)}
                 for column in self.numeric
             ],
@@ -157,8 +162,11 @@ class FeatureSpec:
             "class_names": list(self.class_names),
         }
         readings = [{**vars(reading), "parts": list(reading.parts)} for reading in self.readings]
-        bins = {column.name: list(column.bins) for column in self.numeric if column.bins}  # earlier releases skip them
-        return content | ({"readings": readings} if readings else {}) | ({"bins": bins} if bins else {})
+        apart = {
+            key: {column.name: list(getattr(column, key)) for column in self.numeric if getattr(column, key)}
+            for key in _KEPT_APART
+        }
+        return content | {key: value for key, value in {"readings": readings, **apart}.items() if value}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> FeatureSpec:
@@ -168,11 +176,11 @@ class FeatureSpec:
             UserError: a later release wrote it.
         """
         require_format("feature spec", content.get("format"), "the model's preprocessing")
-        bins = content.get("bins", {})
         return cls(
             numeric=tuple(
                 NumericColumn(
-                    **{**column, "quantiles": tuple(column["quantiles"]), "bins": tuple(bins.get(column["name"], ()))}
+                    **{**column, "quantiles": tuple(column["quantiles"])}
+                    | {key: tuple(content.get(key, {}).get(column["name"], ())) for key in _KEPT_APART}
                 )
                 for column in content["numeric"]
             ),
@@ -194,7 +202,12 @@ class FeatureSpec:
         """This spec without the quantiles and counts of columns for which the other one has none."""
         pairs = zip(self.numeric, other.numeric, strict=True)
         numeric = (
-            replace(one, quantiles=one.quantiles if two.quantiles else (), bins=one.bins if two.bins else ())
+            replace(
+                one,
+                quantiles=one.quantiles if two.quantiles else (),
+                bins=one.bins if two.bins else (),
+                target_edges=one.target_edges if two.target_edges else (),
+            )
             for one, two in pairs
         )
         words = zip(self.categorical, other.categorical, strict=True)

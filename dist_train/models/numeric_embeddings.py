@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dist_train.config.families import FeatureKeys
 from dist_train.data.scaling import scaled
 from dist_train.data.spec import FeatureSpec, NumericColumn
+from dist_train.errors import UserError
 
 # Narrower bins are joined: beyond the outermost knots a function goes on with the slope of its last bin.
 NARROWEST_BIN = 2.0**-7
@@ -43,20 +44,25 @@ class NumericEmbeddings(nn.Module):
         return numeric if self.embeddings is None else cast(Tensor, self.embeddings(numeric).flatten(1))
 
 
-def bin_edges(column: NumericColumn, num_bins: int) -> Tensor:
+def bin_edges(column: NumericColumn, num_bins: int, by: str = "quantiles") -> Tensor:
     """Knots of a column in the units of its encoded numbers, (edges,) float32, increasing: 2 to `num_bins` + 1.
 
-    They are the quantiles at evenly spaced fractions of the training rows. Two that are nearer than NARROWEST_BIN are
-    one. A column that holds one number or none has one bin, from -1 to 1. Where a spec has no quantiles, the knots are
-    evenly spaced from -3 to 3.
+    They are the quantiles at evenly spaced fractions of the training rows, or the edges by the target. Two that are
+    nearer than NARROWEST_BIN are one. A column that holds one number or none has one bin, from -1 to 1. Where a spec
+    has no quantiles, the knots are evenly spaced from -3 to 3.
+
+    Raises:
+        UserError: the column was fitted without edges by the target.
     """
     if column.scale == 0:
         return torch.tensor([-1.0, 1.0])
     if not column.quantiles:
         return torch.linspace(-3, 3, num_bins + 1)
-    fractions = np.linspace(0, 1, num_bins + 1)
-    known = np.asarray(column.quantiles)
-    chosen = np.interp(fractions, np.linspace(0, 1, len(known)), known)
+    if by == "target":
+        chosen = _edges_by_target(column)
+    else:
+        known = np.asarray(column.quantiles)
+        chosen = np.interp(np.linspace(0, 1, num_bins + 1), np.linspace(0, 1, len(known)), known)
     found = scaled(torch.from_numpy(chosen), column).tolist()
     edges = found[:1]
     for edge in found[1:]:
@@ -65,11 +71,20 @@ def bin_edges(column: NumericColumn, num_bins: int) -> Tensor:
     return torch.tensor(edges)
 
 
+def _edges_by_target(column: NumericColumn) -> np.ndarray[Any, Any]:
+    if not column.target_edges:
+        raise UserError(
+            f"numeric_bins_by=target: column {column.name!r} was encoded without bins by the target, as those of a "
+            "prepared table are: give the files that it was made of, or set numeric_bins_by=quantiles"
+        )
+    return np.asarray(column.target_edges)
+
+
 def _piecewise_linear(spec: FeatureSpec, keys: FeatureKeys) -> Any:
     # Imported here: it loads scikit-learn, for which a model without these modules must not wait.
     import rtdl_num_embeddings as rtdl
 
-    bins = [bin_edges(column, keys.numeric_bins) for column in spec.numeric]
+    bins = [bin_edges(column, keys.numeric_bins, keys.numeric_bins_by) for column in spec.numeric]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The .* feature has just two bin edges")
         module = rtdl.PiecewiseLinearEmbeddings(bins, keys.numeric_width, activation=False, version="B")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dist_train.config.auto import TableSize, with_auto_values
 from dist_train.config.compatibility import FORMATS, require_format
+from dist_train.config.families import target_bins
 from dist_train.config.rules import require_columns_of_model, split_seed
 from dist_train.config.schema import DataConfig, JobConfig, ReportConfig
 from dist_train.data.dataset import (
@@ -83,6 +84,7 @@ class TabularTask(Classification):
             seed=split_seed(config),
             dtype=dtype_of(config.train.precision),
             spec=_spec_of(fitted) if fitted else None,
+            target_bins=target_bins(config.model),
         )
         require_columns_of_model(config.report, dataset.spec.names)
         return cls(with_auto_values(config, _size_of(dataset)), dataset, collectives)
