@@ -48,8 +48,8 @@ class TangentLinear(nn.Module):
 
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(num_outputs, num_inputs))
-        self.bias = nn.Parameter(torch.randn(num_outputs))
+        self.weight = nn.Parameter(nn.init.normal_(torch.empty(num_outputs, num_inputs)))
+        self.bias = nn.Parameter(nn.init.normal_(torch.empty(num_outputs)))
         self.factor = num_inputs**-0.5
 
     def forward(self, x: Tensor) -> Tensor:
