@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 
 import polars as pl
@@ -63,6 +65,11 @@ def read_header(file: Path) -> list[str]:
     """Names of the columns."""
     with _mistakes(file):
         names = _header_of(file)
+    if _kind_of(file) is Kind.CSV and _are_cells(names):
+        raise UserError(
+            f"{file}: its first line holds numbers alone ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}): "
+            "it seems to have no header: write the names of the columns into a line above"
+        )
     _check_names(names, file)
     return names
 
@@ -220,6 +227,19 @@ def _reason(error: BaseException) -> str:
     """First line of a library's message, without the control characters that a damaged file may bring into it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return "".join(c if c.isprintable() else "?" for c in lines[0])[:_MAX_REASON]
+
+
+def _are_cells(names: Sequence[str]) -> bool:
+    """Whether all names are numbers, and not such as programs number columns with: whole, rising or without gaps."""
+    try:
+        found = [float(name) for name in names]
+    except ValueError:
+        return False
+    if not found or not all(map(isfinite, found)):
+        return False
+    rising = all(one < two for one, two in pairwise(found))
+    without_gaps = sorted(found) == [min(found) + place for place in range(len(found))]
+    return not (all(map(str.isdecimal, names)) and (rising or without_gaps))
 
 
 def _check_names(names: Sequence[str], file: Path) -> None:

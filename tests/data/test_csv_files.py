@@ -118,6 +118,21 @@ def test_the_separator_is_the_one_that_cuts_every_row_alike(name: str, tmp_path:
     assert read_table(tmp_path / "t.csv", MISSING).columns == names
 
 
+@pytest.mark.parametrize("line", ["0.94,-1.4,46,1", "46,2,2,1", "5.1", "700,12,3", "1e3,4,5"])
+def test_a_file_without_a_header_line_is_refused(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text(f"{line}\n{line}\n")
+    with pytest.raises(UserError, match=r"t\.csv: its first line holds numbers alone.*write the names of the columns"):
+        read_header(file)
+
+
+@pytest.mark.parametrize("line", ["0,1,2,3", "64,61,62,63", "2019,2021,2025", "0,1,y", "1.5,rate"])
+def test_numbers_that_may_name_columns_are_names(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text(f"{line}\n{line}\n")
+    assert read_header(file) == line.split(",")
+
+
 def test_names_that_differ_by_spaces_alone_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a, a\n1,2\n")
     with pytest.raises(UserError, match="two columns are named 'a'"):
