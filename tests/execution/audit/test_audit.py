@@ -49,7 +49,6 @@ def check(outcomes: list[Outcome], world: int) -> None:
 @pytest.mark.parametrize(
     ("world", "count"),
     [
-        pytest.param(1, 12, marks=pytest.mark.slow),
         (3, 12),
         pytest.param(1, 60, marks=pytest.mark.slow),
         pytest.param(2, 70, marks=pytest.mark.slow),
