@@ -1,4 +1,4 @@
-"""What the exact mode costs beside the fast mode: V = 8 on the default job, taking turns in the same processes.
+"""What the exact mode costs beside the fast mode: V = 8 on the built-in table, taking turns in the same processes.
 
 The exact mode with the products of torch's library, whose bits depend on the processor, shows what defined ones cost.
 """
@@ -19,29 +19,35 @@ from dist_train.tasks.registry import load_task
 VIRTUAL_RANKS = 8
 EXACT = f"train.virtual_ranks={VIRTUAL_RANKS}"
 MODES = {"fast": (), "exact": (EXACT,), "library": (EXACT, "runtime.products=library")}
-CASES = ((1, 256), (1, 1024), (1, 4096), (8, 4096))  # ranks, global batch size
+DEFAULT, TABM = (), ("model.name=tabm", "data.numeric_transform=quantile")
+# Model, ranks, global batch size.
+CASES = (
+    (DEFAULT, 1, 256), (DEFAULT, 1, 1024), (DEFAULT, 1, 4096), (DEFAULT, 8, 4096), (TABM, 1, 256), (TABM, 1, 4096),
+)  # fmt: skip
 
 
 def compare(report: Report, rounds: int, seconds: float) -> None:
     """The section `exact_mode`."""
-    shown = table(f"exact mode, V = {VIRTUAL_RANKS}", "ranks, global batch", "fast ms/step", "exact ms/step", "ratio",
-                  "library's products")  # fmt: skip
+    columns = "model, ranks, global batch", "fast ms/step", "exact ms/step", "ratio", "library's products"
+    shown = table(f"exact mode, V = {VIRTUAL_RANKS}", *columns)
     results = []
-    for world_size, batch_size in CASES:
-        times = on_ranks(world_size, _measure, batch_size, rounds, seconds)
+    for keys, world_size, batch_size in CASES:
+        times = on_ranks(world_size, _measure, batch_size, keys, rounds, seconds)
         fast, exact, library = (measured([1e3 * t for t in times[mode]]) for mode in MODES)
-        ratio = exact["median"] / fast["median"]
-        results.append({"ranks": world_size, "batch_size": batch_size, "fast_ms": fast, "exact_ms": exact,
-                        "library_ms": library, "ratio": ratio})  # fmt: skip
-        shown.add_row(f"{world_size}, {batch_size}", cell(fast, "{:.1f}"), cell(exact, "{:.1f}"), f"{ratio:.2f}x",
-                      cell(library, "{:.1f}"))  # fmt: skip
+        ratio, model = exact["median"] / fast["median"], "tabm" if keys else "default"
+        case = {"model": model, "ranks": world_size, "batch_size": batch_size}
+        results.append({**case, "fast_ms": fast, "exact_ms": exact, "library_ms": library, "ratio": ratio})
+        of_fast, of_exact, of_library = (cell(one, "{:.1f}") for one in (fast, exact, library))
+        shown.add_row(f"{model}, {world_size}, {batch_size}", of_fast, of_exact, f"{ratio:.2f}x", of_library)
     report.add("exact_mode", results, shown)
 
 
-def _measure(collectives: Collectives, batch_size: int, rounds: int, seconds: float) -> dict[str, list[float]]:
+def _measure(
+    collectives: Collectives, batch_size: int, model: tuple[str, ...], rounds: int, seconds: float
+) -> dict[str, list[float]]:
     """Seconds of a step in each mode, the same number of turns on every rank."""
     racers = {
-        mode: partial(Ours(session_of(collectives, batch_size, *keys), collectives).seconds_per_step, seconds)
+        mode: partial(Ours(session_of(collectives, batch_size, *model, *keys), collectives).seconds_per_step, seconds)
         for mode, keys in MODES.items()
     }
     return take_turns(racers, rounds)

@@ -112,7 +112,7 @@ class RealMLPConfig(FeatureKeys):
     """RealMLP: a multilayer perceptron with scaled inputs and parametric activations (Holzmüller, Grinsztajn and Steinwart 2024). Its weights bear a learning rate ten times that of other families; `configs/realmlp.yaml` has one."""
 
     blocks: int = 3
-    """Hidden layers."""
+    """Hidden layers of the network."""
     width: int = 256
     """Units of a hidden layer."""
     activation: Literal["selu", "mish"] = "selu"

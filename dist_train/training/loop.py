@@ -159,7 +159,8 @@ class Loop:
             sent = self._pending.popleft()
             loss, weight, votes, norm, finite = sent.numbers()
             if not finite:
-                self._log(lines)
+                if lines:
+                    self._log(lines)
                 raise TrainingFault(self._describe_nonfinite(sent, loss / (weight or 1.0), norm))
             self.meter.add(loss, weight)
             self._rows_timed += sent.rows
@@ -167,7 +168,8 @@ class Loop:
                 lines.append((sent.line, self.meter.take_loss(), norm))
             if votes > 0:
                 stop, keep = True, self._settled(0)
-        self._log(lines)
+        if lines:
+            self._log(lines)
         return stop
 
     def _settled(self, keep: int) -> int:
@@ -238,8 +240,6 @@ class Loop:
 
     def _log(self, lines: list[tuple[_Line, float, float]]) -> None:
         """Lines whose steps are computed, each with its mean loss and gradient norm."""
-        if not lines:
-            return
         self._update_clock()
         seconds = self.progress.train_seconds - self._seconds_at_line
         speed = self._rows_timed / max(seconds, 1e-9)
