@@ -78,6 +78,13 @@ def multiply_into(a: Array, b: Array, out: Array, adds: bool) -> None:
                 out[row, column] += part[column]
 
 
+@compiled
+def multiply_all_into(a: Array, b: Array, out: Array, adds: bool) -> None:
+    """`multiply_into` of each matrix of a batch, (batch, ...) each."""
+    for index in range(len(out)):
+        multiply_into(a[index], b[index], out[index], adds)
+
+
 class DefinedProducts(Products):
     """Products by the definition above, float32 on the CPU; in other types they are torch's own."""
 
@@ -114,9 +121,6 @@ def _product(a: Tensor, b: Tensor, out: Tensor, factor: float, *, adds: bool) ->
         _by_parts(a, b, out, factor, adds=adds)
     elif factor != 1:
         _product(a, b * factor, out, 1.0, adds=adds)
-    elif out.ndim == 3:
-        for of_a, of_b, of_out in zip(a, b, out, strict=True):
-            _by_kernel(of_a, of_b, of_out, adds=adds)
     else:
         _by_kernel(a, b, out, adds=adds)
 
@@ -136,10 +140,11 @@ def _by_parts(a: Tensor, b: Tensor, out: Tensor, factor: float, *, adds: bool) -
 
 
 def _by_kernel(a: Tensor, b: Tensor, out: Tensor, *, adds: bool) -> None:
-    if out.shape[1] < out.shape[0]:  # the columns are what vector instructions work on
-        a, b, out = b.t(), a.t(), out.t()
+    if out.shape[-1] < out.shape[-2]:  # the columns are what vector instructions work on
+        a, b, out = b.mT, a.mT, out.mT
     result = out if out.is_contiguous() else out.contiguous()
-    multiply_into(_read(a), _read(b), result.numpy(), adds)
+    multiply = multiply_into if out.ndim == 2 else multiply_all_into
+    multiply(_read(a), _read(b), result.numpy(), adds)
     if result is not out:
         out.copy_(result)
 
