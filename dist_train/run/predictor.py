@@ -149,12 +149,16 @@ class Predictor:
         Raises:
             UserError: as `predict_proba`; or there is no such class, or the model's columns have no known effects.
         """
-        frame = frame_of(rows, wanted=self.input_columns)
+        explanation, unfamiliar = self.explained(frame_of(rows, wanted=self.input_columns), positive_class)
+        self.tell(unfamiliar)
+        return explanation
+
+    def explained(self, frame: pl.DataFrame, positive_class: str | None = None) -> tuple[Explanation, Unfamiliar]:
+        """As `explain`, and what is unfamiliar, of which nothing is told: a warning names values."""
         explainer = self.explainer(positive_class)
         _, unfamiliar, explanation = self._explained(frame, "the table", self.collectives, explainer)
-        self.tell(unfamiliar)
         assert explanation is not None  # in a world of one
-        return explanation
+        return explanation, unfamiliar
 
     def explainer(self, positive_class: str | None = None) -> Explainer:
         """What explains the log-odds of a class. Raises as `explain`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -71,15 +71,21 @@ def make_app(settings: Settings) -> FastAPI:
     return app
 
 
+class _Scored(NamedTuple):
+    """Of a request: the cells of each column, probabilities of each row, cells unlike those of training."""
+
+    cells: list[list[float | str]]
+    probabilities: list[list[float]]
+    problems: list[dict[str, Any]]
+
+
 class _Scorer:
-    """Cells -> probabilities, within the limits of the settings."""
+    """Records -> probabilities, within the limits of the settings."""
 
     def __init__(self, model: OnnxModel, settings: Settings, metrics: Metrics) -> None:
         self.model, self.settings, self.metrics = model, settings, metrics
 
-    async def __call__(
-        self, records: Sequence[Mapping[str, Any]], request: Request
-    ) -> tuple[list[list[float]], list[dict[str, Any]]]:
+    async def __call__(self, records: Sequence[Mapping[str, Any]], request: Request) -> _Scored:
         if not 1 <= len(records) <= self.settings.max_rows:
             raise BadRecord(f"a request has 1 to {self.settings.max_rows:,} rows")
         request.state.rows = len(records)
@@ -87,14 +93,14 @@ class _Scorer:
             return self._score(records)
         return await run_in_threadpool(self._score, records)
 
-    def _score(self, records: Sequence[Mapping[str, Any]]) -> tuple[list[list[float]], list[dict[str, Any]]]:
+    def _score(self, records: Sequence[Mapping[str, Any]]) -> _Scored:
         cells = self.model.cells(records)
         problems = [] if self.settings.contract == "ignore" else self.model.problems(cells)
         for problem in problems:
             self.metrics.unlike_training(problem["column"])
         if problems and self.settings.contract == "refuse":
             raise UnlikeTraining(problems)
-        return self.model.probabilities(self.model.inputs(cells)).tolist(), problems
+        return _Scored(cells, self.model.probabilities(self.model.inputs(cells)).tolist(), problems)
 
 
 def _add_scoring(app: FastAPI, model: OnnxModel, scorer: _Scorer, reasons: Reasons | None) -> None:
@@ -123,19 +129,19 @@ def _add_scoring(app: FastAPI, model: OnnxModel, scorer: _Scorer, reasons: Reaso
         records = body.get("records")
         if not isinstance(records, list):
             raise BadRecord("the body must be an object with the list `records`")
-        probabilities, problems = await scorer(records, request)
+        scored = await scorer(records, request)
         predictions = [
             {
                 "predicted_class": model.classes[max(range(len(row)), key=row.__getitem__)],
                 "probabilities": dict(zip(model.classes, row, strict=True)),
             }
-            for row in probabilities
+            for row in scored.probabilities
         ]
-        answer = {"predictions": predictions, "warnings": problems}
+        answer = {"predictions": predictions, "warnings": scored.problems}
         if reasons is None or number == 0:
             return answer
-        names, cells = [column.name for column in model.columns], model.cells(records)
-        explained = await run_in_threadpool(reasons.of, names, cells, number)
+        names = [column.name for column in model.columns]
+        explained = await run_in_threadpool(reasons.of, names, scored.cells, number)
         for prediction, of_row in zip(predictions, explained, strict=True):
             prediction |= of_row
         return answer | {"reasons": reasons.described}
@@ -185,7 +191,7 @@ def _add_protocol(app: FastAPI, model: OnnxModel, scorer: _Scorer, name: str) ->
         if unknown:
             return unknown
         body = _object(await request.body())
-        probabilities, _ = await scorer(from_tensors(model, body, scorer.settings.max_rows), request)
+        probabilities = (await scorer(from_tensors(model, body, scorer.settings.max_rows), request)).probabilities
         output = {"name": "probabilities", "datatype": "FP64", "shape": [len(probabilities), len(model.classes)]}
         flat = [value for row in probabilities for value in row]
         identity = {"id": body["id"]} if isinstance(body.get("id"), str) else {}

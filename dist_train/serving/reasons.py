@@ -47,7 +47,8 @@ class Reasons:
         columns = dict(zip(names, cells, strict=True))
         frame = typed_rows(pl.DataFrame({name: columns[name] for name in self._predictor.input_columns}), self._spec)
         with self._lock:
-            table = self._predictor.explain(frame).reasons(number)
+            explanation, _ = self._predictor.explained(frame)  # the log of a server has no values
+            table = explanation.reasons(number)
         log_odds, baseline, *pairs, others, error = names_of_reasons(number)
         return [
             {

@@ -64,11 +64,12 @@ def test_scores_are_those_of_the_predictor(plain: TestClient, model_of: Any) -> 
     ]
 
 
-def test_reasons_are_those_of_the_predictor(plain_onnx: Path, model_of: Any) -> None:
+def test_reasons_are_those_of_the_predictor(plain_onnx: Path, model_of: Any, caplog: pytest.LogCaptureFixture) -> None:
     run = model_of("plain")
     explaining = client(plain_onnx, run=str(run))
     records = [RECORD, RECORD | {"income": None, "purpose": "boat", "age": 75}]
     answer = explaining.post("/v1/score", json={"records": records, "reasons": 3}).json()
+    assert "boat" not in caplog.text, "no value of a record is logged"
     cells = [{name: None if value is None else str(value) for name, value in row.items()} for row in records]
     frame = pl.DataFrame([row | {"owner": "true"} for row in cells])
     numbers = dict.fromkeys(("income", "age", "flat", "limit"), pl.Float64)
