@@ -112,8 +112,7 @@ class Collectives:
         The same bits for every world size, as long as the slices of all ranks together are the same. A sum of one
         partial is that partial itself, not a copy.
         """
-        stacked = self.all_gather(partials).flatten(0, 1)
-        return stacked.squeeze(0) if len(stacked) == 1 else stacked.sum(0)
+        return sum_of_slices(self.all_gather(partials))
 
     def gather_rows(self, rows: Tensor) -> Tensor | None:
         """Rows of all ranks joined in rank order, on the CPU of rank 0; None on the other ranks.
@@ -266,6 +265,12 @@ class Collectives:
             votes = torch.tensor([float(self._wants_stop())])
             if self.all_reduce(votes).item():
                 raise Stopped
+
+
+def sum_of_slices(gathered: Tensor) -> Tensor:
+    """What the ranks have gathered, (world, slices of a rank, ...) -> (...), added up as `ordered_sum` does."""
+    slices = gathered.flatten(0, 1)
+    return slices.squeeze(0) if len(slices) == 1 else slices.sum(0)
 
 
 class _TensorsOfRankZero(Mapping[str, Tensor]):

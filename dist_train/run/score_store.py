@@ -42,8 +42,7 @@ def score_store(predictor: Predictor, store: Path, output: Path) -> int | None:
             numbers.append(found[1].row_numbers)
 
     def write() -> int:
-        rows = torch.cat(numbers)
-        order = rows.argsort()
+        rows, order = torch.cat(numbers).sort()
         probabilities = predictor.shipped(torch.cat(parts))[order]
         identity = {"store": str(store.resolve()), "model": predictor.fingerprint, "dist_train": __version__}
         partial = PartialScores(output, identity, _ROWS_AT_ONCE)
@@ -51,7 +50,7 @@ def score_store(predictor: Predictor, store: Path, output: Path) -> int | None:
             for start in range(partial.rows, len(rows), _ROWS_AT_ONCE):
                 chosen = slice(start, start + _ROWS_AT_ONCE)
                 frame = scores_of(probabilities[chosen], predictor.class_names)
-                partial.append(frame.insert_column(0, pl.Series("row", rows[order][chosen].numpy())), Unfamiliar())
+                partial.append(frame.insert_column(0, pl.Series("row", rows[chosen].numpy())), Unfamiliar())
             partial.finish()
         except (UserError, TrainingFault):
             partial.discard()

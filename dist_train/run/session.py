@@ -168,7 +168,7 @@ class Session:
 
     @property
     def saves_here(self) -> bool:
-        """Whether a run that nobody stops has a checkpoint of the step where this one stands, as it stands."""
+        """Whether an uninterrupted run has a checkpoint of the step where this one stands, as it stands."""
         progress = self.progress
         due = progress.step % self.config.checkpoint.every_steps == 0
         return not progress.evaluation_due and (due or progress.best_step == progress.step or not self.trains_on)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dist_train.determinism.batch_context import ModelContext
 from dist_train.determinism.keyed_random import permutation
+from dist_train.distributed.collectives import sum_of_slices
 from dist_train.errors import ComputationFault
 from dist_train.execution.audit.again import SecondComputation
 from dist_train.execution.audit.judge import Digests, Statement, Verdict, judge
@@ -186,7 +187,7 @@ class AuditedStep:
 
         whose, parts = parts_of(first)
         received = _without_votes(calls)
-        sums_again = [_added_up(call) for call in calls[-2:]]
+        sums_again = [sum_of_slices(call) for call in calls[-2:]]
         objects = not all(map(_same_bytes, parts, [call[whose] for call in received]))
         objects |= not all(map(_same_bytes, (totals, gradients), sums_again))
         if self._all_agree(calls, totals, gradients, objects=objects):
@@ -270,12 +271,6 @@ def _without_votes(calls: Sequence[Tensor]) -> list[Tensor]:
     """What is gathered in a step; the last two calls are its sums and its gradients."""
     *others, sums, gradients = calls
     return [*others, sums[..., :_VOTE], gradients]
-
-
-def _added_up(call: Tensor) -> Tensor:
-    """As `Collectives.ordered_sum` does."""
-    slices = call.flatten(0, 1)
-    return slices.squeeze(0) if len(slices) == 1 else slices.sum(0)
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:

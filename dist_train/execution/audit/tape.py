@@ -1,4 +1,4 @@
-"""What the ranks have gathered in a step, taken down, and said again to whoever computes the step again."""
+"""What the ranks have gathered in a step, kept, and given to a second computation of the step."""
 
 from __future__ import annotations
 
