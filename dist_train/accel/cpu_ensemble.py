@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dist_train.accel import ensemble_kernels as kernels
+from dist_train.determinism.arithmetic import Arithmetic, written_out
 from dist_train.determinism.batch_context import ModelContext
 from dist_train.determinism.dropout import KeyedDropout
 from dist_train.determinism.position import split_evenly
-from dist_train.determinism.products import Products
 
 # So that what a layer makes of a block stays in the cache beside the weights of the members.
 BLOCK_ROWS = 256
@@ -138,22 +138,23 @@ class _Members(torch.autograd.Function):
     """All blocks forward, then all of them backward."""
 
     @staticmethod
+    @written_out
     def forward(ctx: Any, x: Tensor, module: FusedMembers, *parameters: Tensor) -> Tensor:
         work, layers = module.work_for(x), module.layers
         for layer, weights in zip(layers, work.weights, strict=True):
             kernels.weights_of_members(*_factors_of(layer), layer.input_scale, weights.numpy())
-        (weight, bias), products = parameters[-2:], module.context.products
+        (weight, bias), arithmetic = parameters[-2:], module.context.arithmetic
         logits = x.new_empty((len(x), len(weight), weight.shape[2]))
         for block in work.blocks:
             for index, layer in enumerate(layers):
                 if index:
                     weights = work.weights[index].transpose(1, 2)
-                    products.multiply(block.sources[index - 1], weights, block.activations[index])
+                    arithmetic.multiply(block.sources[index - 1], weights, block.activations[index])
                 else:
-                    products.multiply(x[block.rows], work.wide.t(), block.activations[0])
+                    arithmetic.multiply(x[block.rows], work.wide.t(), block.activations[0])
                 _activate(block, index, layer)
             of_block = bias.detach().unsqueeze(1).repeat(1, block.end - block.begin, 1)
-            products.add(block.sources[-1], weight.detach(), of_block, layers[-1].dropout.scale)
+            arithmetic.add(block.sources[-1], weight.detach(), of_block, layers[-1].dropout.scale)
             logits[block.rows] = of_block.transpose(0, 1)
         ctx.module, ctx.work, ctx.parameters = module, work, parameters
         ctx.save_for_backward(x)
@@ -161,29 +162,30 @@ class _Members(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @written_out
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), module, work = ctx.saved_tensors, ctx.module, ctx.work
-        layers, (weight, bias), products = module.layers, ctx.parameters[-2:], module.context.products
+        layers, (weight, bias), arithmetic = module.layers, ctx.parameters[-2:], module.context.arithmetic
         of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         of_output = [torch.zeros_like(weight), torch.zeros_like(bias)]
         for totals in work.totals:
             totals.fill(0)
         for number, block in enumerate(work.blocks):
-            sum_up = products.add if number else products.multiply  # the first block begins the sums
-            _output_backward(block, grad[block.rows], weight, of_output, layers[-1].dropout.scale, products)
+            sum_up = arithmetic.add if number else arithmetic.multiply  # the first block begins the sums
+            _output_backward(block, grad[block.rows], weight, of_output, layers[-1].dropout.scale, arithmetic)
             for index in range(len(layers) - 1, 0, -1):
                 kernels.relu_dropout_backward_of_members(
                     block.gradients[index].numpy(), block.arrays[index], False, work.totals[index]
                 )
                 gradient = block.activations[index]
                 sum_up(gradient.transpose(1, 2), block.sources[index - 1], work.of_weights[index])
-                products.multiply(gradient, work.weights[index], block.gradients[index - 1])
+                arithmetic.multiply(gradient, work.weights[index], block.gradients[index - 1])
             kernels.relu_dropout_backward_of_members(
                 block.gradients[0].numpy(), block.first.numpy(), True, work.totals[0]
             )
             sum_up(block.activations[0].t(), x[block.rows], work.of_wide)
             if of_x is not None:
-                products.multiply(block.activations[0], work.wide, of_x[block.rows])
+                arithmetic.multiply(block.activations[0], work.wide, of_x[block.rows])
         found = [g for index, layer in enumerate(layers) for g in _gradients_of(layer, index, work)]
         module.give_back(work)
         return of_x, None, *found, *of_output
@@ -202,13 +204,13 @@ def _activate(block: Block, index: int, layer: Layer) -> None:
 
 
 def _output_backward(
-    block: Block, grad: Tensor, weight: Tensor, found: Sequence[Tensor], scale: float, products: Products
+    block: Block, grad: Tensor, weight: Tensor, found: Sequence[Tensor], scale: float, arithmetic: Arithmetic
 ) -> None:
     """Add what a block contributes to the gradients of the last Linear, and find that of what it has read."""
     gradient = grad.transpose(0, 1).contiguous()
-    products.add(block.sources[-1].transpose(1, 2), gradient, found[0], scale)
-    found[1].add_(gradient.sum(1))
-    products.multiply(gradient, weight.transpose(1, 2), block.gradients[-1], scale)
+    arithmetic.add(block.sources[-1].transpose(1, 2), gradient, found[0], scale)
+    kernels.add_rows_of_members(found[1].numpy(), gradient.numpy())
+    arithmetic.multiply(gradient, weight.transpose(1, 2), block.gradients[-1], scale)
 
 
 def _gradients_of(layer: Layer, index: int, work: Workspace) -> list[Tensor]:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.accel.cpu_layers import Block, Gradients, Layer, Workspace
+from dist_train.determinism.arithmetic import Arithmetic
 from dist_train.determinism.batch_context import ModelContext
 from dist_train.determinism.batch_norm import GatheredBatchNorm1d
 from dist_train.determinism.dropout import KeyedDropout
-from dist_train.determinism.products import Products
 from dist_train.determinism.sliced_modules import SlicedSequential
 from dist_train.determinism.slices import split_slices
 
@@ -102,13 +102,13 @@ class _Fused(torch.autograd.Function):
         parts = split_slices(x, lengths)
         workspace = sequence.work_for(parts)
         workspace.fill(parts)
-        products = sequence.context.products
+        arithmetic = sequence.context.arithmetic
         for first, last in sequence.runs:
             for block in workspace.blocks:
                 for index in range(first, last + 1):
                     if index:
                         workspace.between[index - 1].affine_relu_dropout(block)
-                    _multiply(block, index, sequence.layers[index], workspace, products)
+                    _multiply(block, index, sequence.layers[index], workspace, arithmetic)
                 if last < len(workspace.between):
                     workspace.between[last].batch_norm_stats(block)
             if last < len(workspace.between):
@@ -120,7 +120,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sequence, workspace, wants_input = ctx.sequence, ctx.workspace, ctx.needs_input_grad[0]
         layers, between = sequence.layers, workspace.between
-        found, products = workspace.gradients, sequence.context.products
+        found, arithmetic = workspace.gradients, sequence.context.arithmetic
         for block, of_outputs in zip(workspace.blocks, workspace.pieces(split_slices(grad, ctx.lengths)), strict=True):
             block.activations[-1].tensor.copy_(of_outputs)
         of_inputs: list[Tensor] = []
@@ -129,12 +129,12 @@ class _Fused(torch.autograd.Function):
                 if last < len(between):
                     between[last].batch_norm_backward_elemt(block)
                 for index in range(last, first - 1, -1):
-                    _weight_gradient(block, index, layers[index], found[block.slice], products)
+                    _weight_gradient(block, index, layers[index], found[block.slice], arithmetic)
                     if index:
-                        _input_gradient(block, index, layers[index], products)
+                        _input_gradient(block, index, layers[index], arithmetic)
                         between[index - 1].relu_dropout_backward(block)
                     elif wants_input:
-                        of_inputs.append(_gradient_of_inputs(block, layers[0], products))
+                        of_inputs.append(_gradient_of_inputs(block, layers[0], arithmetic))
             for index in range(max(first - 1, 0), last):
                 between[index].finish(found)
         sequence.give_back(workspace)
@@ -142,7 +142,7 @@ class _Fused(torch.autograd.Function):
         return torch.cat(of_inputs[::-1]) if wants_input else None, None, *nothing
 
 
-def _multiply(block: Block, index: int, layer: Layer, workspace: Workspace, products: Products) -> None:
+def _multiply(block: Block, index: int, layer: Layer, workspace: Workspace, arithmetic: Arithmetic) -> None:
     """A block through the product of a layer; what follows it adds the bias, and nothing follows the last."""
     bias, factor = layer.linear.bias, layer.input_scale
     source, weight, out = (
@@ -151,31 +151,31 @@ def _multiply(block: Block, index: int, layer: Layer, workspace: Workspace, prod
         block.pre_activations[index].tensor,
     )
     if bias is None or index < len(workspace.between):
-        products.multiply(source, weight, out, factor)
+        arithmetic.multiply(source, weight, out, factor)
     else:
-        products.add(source, weight, out.copy_(bias), factor)
+        arithmetic.add(source, weight, out.copy_(bias), factor)
 
 
-def _weight_gradient(block: Block, index: int, layer: Layer, found: Gradients, products: Products) -> None:
+def _weight_gradient(block: Block, index: int, layer: Layer, found: Gradients, arithmetic: Arithmetic) -> None:
     """Add what a block contributes to the gradients of a layer's Linear."""
     weight, gradient = layer.linear.weight, block.activations[index]
     if weight.requires_grad:
-        products.add(gradient.transposed, block.input_of(index), found.tensors[weight], layer.input_scale)
+        arithmetic.add(gradient.transposed, block.input_of(index), found.tensors[weight], layer.input_scale)
     # What follows a product finds the gradient of its bias; nothing follows the last.
     if index == len(block.activations) - 1:
         found.add_rows(layer.linear.bias, gradient.array)
 
 
-def _input_gradient(block: Block, index: int, layer: Layer, products: Products) -> None:
+def _input_gradient(block: Block, index: int, layer: Layer, arithmetic: Arithmetic) -> None:
     """From the gradient of a layer's sums to that of what it has read, in the `scratch` of the layer before."""
     scratch, gradient = block.scratch[index - 1].tensor, block.activations[index].tensor
-    products.multiply(gradient, layer.linear.weight, scratch, layer.input_scale)
+    arithmetic.multiply(gradient, layer.linear.weight, scratch, layer.input_scale)
 
 
-def _gradient_of_inputs(block: Block, layer: Layer, products: Products) -> Tensor:
+def _gradient_of_inputs(block: Block, layer: Layer, arithmetic: Arithmetic) -> Tensor:
     """That of the rows which the sequence was given."""
     found = torch.empty_like(block.inputs)
-    products.multiply(block.activations[0].tensor, layer.linear.weight, found)
+    arithmetic.multiply(block.activations[0].tensor, layer.linear.weight, found)
     return found
 
 

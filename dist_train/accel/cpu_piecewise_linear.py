@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_train.accel.compiled import compiled
 from dist_train.accel.cpu_kernels import Array
+from dist_train.determinism.arithmetic import written_out
 
 
 def fuse_piecewise_linear(model: nn.Module) -> nn.Module:
@@ -63,6 +64,7 @@ class FusedPiecewiseLinear(nn.Module):
 
 class _PiecewiseLinear(torch.autograd.Function):
     @staticmethod
+    @written_out
     def forward(ctx: Any, x: Tensor, knots: Any, weight: Tensor, bias: Tensor, of_bins: Tensor) -> Tensor:
         numbers = x.contiguous().numpy()
         slopes, shifts, last = knots.weight.numpy(), knots.bias.numpy(), _bins_of(knots)
@@ -80,6 +82,7 @@ class _PiecewiseLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @written_out
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         numbers, bins, shares, last, shape = ctx.kept
         columns, num_bins, width = shape

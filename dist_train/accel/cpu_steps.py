@@ -25,7 +25,7 @@ from dist_train.accel.cpu_kernels import (
     relu_dropout_backward,
     update_running_stats,
 )
-from dist_train.accel.defined_functions import exp_of, log_of
+from dist_train.accel.defined_steps import adamw, cross_entropy, sum_of_squares
 
 Array = np.ndarray[Any, Any]
 
@@ -117,75 +117,6 @@ def _copy(totals: Array, which: int, out: Array) -> None:
         out[feature] = totals[which, feature]
 
 
-@compiled
-def cross_entropy(logits: Array, targets: Array, class_weights: Array, smoothing: float, totals: Array) -> None:
-    """Sums of loss and weight over the rows into `totals`, (2,); logits, (rows, classes), become their gradient.
-
-    The loss of a row is -sum(q * log softmax), q = (1 - smoothing) * weight * one-hot + smoothing * weights / classes.
-    """
-    rows, classes = logits.shape
-    spread = smoothing / classes
-    loss, weight = 0.0, 0.0
-    powers = np.empty(classes)
-    for row in range(rows):
-        highest = np.float64(logits[row, 0])
-        for c in range(1, classes):
-            highest = max(highest, np.float64(logits[row, c]))
-        norm = 0.0
-        for c in range(classes):
-            powers[c] = exp_of(logits[row, c] - highest)
-            norm += powers[c]
-        log_norm = log_of(norm) + highest
-        target = targets[row]
-        whole = 0.0
-        for c in range(classes):
-            share = spread * class_weights[c] + ((1 - smoothing) * class_weights[c] if c == target else 0.0)
-            whole += share
-            loss += share * (log_norm - logits[row, c])
-        for c in range(classes):
-            share = spread * class_weights[c] + ((1 - smoothing) * class_weights[c] if c == target else 0.0)
-            logits[row, c] = powers[c] / norm * whole - share
-        weight += class_weights[target]
-    totals[0], totals[1] = loss, weight
-
-
-@compiled
-def sum_of_squares(numbers: Array) -> float:
-    """Of flat float32 numbers, in float64, in 32 sums side by side."""
-    lanes = np.zeros(32)
-    for start in range(0, len(numbers) - 31, 32):
-        for lane in range(32):
-            wide = np.float64(numbers[start + lane])
-            lanes[lane] += wide * wide
-    for index in range(len(numbers) - len(numbers) % 32, len(numbers)):
-        lanes[0] += np.float64(numbers[index]) * np.float64(numbers[index])
-    total = 0.0
-    for lane in range(32):
-        total += lanes[lane]
-    return total
-
-
-@compiled
-def adamw(
-    values: Array, gradient: Array, mean: Array, square: Array, factor: float, decay: float, settings: Array
-) -> None:
-    """A step of AdamW by gradient * factor, all of them (size,). Loshchilov and Hutter (2019).
-
-    `settings`: learning rate, beta 1, beta 2, epsilon, the number of the step, counted from 1.
-    """
-    lr, beta1, beta2, eps, step = settings[0], settings[1], settings[2], settings[3], settings[4]
-    one = np.float32
-    keep, size = one(1 - lr * decay), one(lr / (1 - beta1**step))
-    correction = one(1 / np.sqrt(1 - beta2**step))
-    new1, old2, new2, tiny, scale = one(1 - beta1), one(beta2), one(1 - beta2), one(eps), one(factor)
-    for index in range(len(values)):
-        g = gradient[index] * scale
-        m = mean[index] + new1 * (g - mean[index])
-        s = square[index] * old2 + new2 * g * g
-        mean[index], square[index] = m, s
-        values[index] = values[index] * keep - size * m / (np.sqrt(s) * correction + tiny)
-
-
 @inlined
 def _forward(table: Array, numbers: Array, counters: Array, rows: int, source: int) -> None:
     """Logits of a batch into the last layer's `SUMS`."""
@@ -247,6 +178,7 @@ def train_steps(
     """
     start = 0
     last = table[-1]
+    no_weights = np.empty(0)
     for step in range(len(lengths)):
         rows = lengths[step]
         batch = _floats(last[ROWS], rows, inputs.shape[1])
@@ -255,7 +187,7 @@ def train_steps(
                 batch[r, column] = inputs[start + r, column]
         _forward(table, numbers, counters[step], rows, last[ROWS])
         logits = _floats(last[SUMS], rows, last[OUTPUTS])
-        cross_entropy(logits, targets[start : start + rows], class_weights, smoothing, results[step])
+        cross_entropy(logits, targets[start : start + rows], class_weights, no_weights, 1, smoothing, results[step])
         if last[BIAS]:
             of_bias = _vector(last[BIAS_GRADIENT], last[OUTPUTS])
             for feature in range(len(of_bias)):

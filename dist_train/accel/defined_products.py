@@ -12,117 +12,151 @@ of the definition, for the shape at hand; elsewhere the product is compiled code
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import carray  # type: ignore[attr-defined]
 from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_train.accel.compiled import compiled
-from dist_train.accel.defined_functions import softmax
-from dist_train.determinism.products import Products
+from dist_train.accel.blas import pointer
+from dist_train.accel.compiled import compiled, inlined
+from dist_train.determinism.arithmetic import Arithmetic
 
 Array = np.ndarray[Any, Any]
+Axes = tuple[int, ...]
+Steps = tuple[int, int, int]
 
 FOLD = 128
 # With fewer rows or columns the library adds up in another order.
 _FEWEST_FOR_LIBRARY = 16
+# Numbers of a cache line.
+_LINE = 16
 
 
 def _fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:  # noqa: ARG001
     """a * b + c, rounded once; float32."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
-        return builder.fma(*values)
+        fused = "+fma" in context.codegen()._get_host_cpu_features()
+        return builder.fma(*values) if fused else _fma_by_float64(builder, *values)
 
     return types.float32(types.float32, types.float32, types.float32), generate
+
+
+def _fma_by_float64(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """The same where the processor has no such instruction: the C library's function takes a hundred times as long.
+
+    The product is exact in float64. Its sum with c is rounded to odd there, and then to float32: rounded once, as
+    Boldo and Melquiond (2008, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd")
+    have shown.
+    """
+    double, whole = ir.DoubleType(), ir.IntType(64)
+    product = builder.fmul(builder.fpext(a, double), builder.fpext(b, double))
+    added = builder.fpext(c, double)
+    total = builder.fadd(product, added)
+    # What the sum has lost (Knuth's TwoSum), NaN where it is not finite.
+    of_added = builder.fsub(total, product)
+    lost = builder.fadd(builder.fsub(product, builder.fsub(total, of_added)), builder.fsub(added, of_added))
+    bits = builder.bitcast(total, whole)
+    zero = ir.Constant(double, 0.0)
+    is_even = builder.icmp_signed("==", builder.and_(bits, ir.Constant(whole, 1)), ir.Constant(whole, 0))
+    is_odd_one = builder.and_(is_even, builder.fcmp_ordered("!=", lost, zero))
+    same_sign = builder.icmp_signed("==", builder.fcmp_ordered(">", lost, zero), builder.fcmp_ordered(">", total, zero))
+    step = builder.select(same_sign, ir.Constant(whole, 1), ir.Constant(whole, -1))
+    odd = builder.select(is_odd_one, builder.add(bits, step), bits)
+    return builder.fptrunc(builder.bitcast(odd, double), ir.FloatType())
 
 
 fma: Any = intrinsic(_fma)
 
 
 @compiled
-def multiply_into(a: Array, b: Array, out: Array, adds: bool) -> None:
-    """The definition: out (+)= a @ b; (m, k), (k, n), (m, n), each contiguous, float32."""
-    rows, inner = a.shape
-    columns = b.shape[1]
+def multiply_at(
+    a: int, b: int, out: int, batch: int, rows: int, inner: int, columns: int, factor: float, adds: bool,
+    of_a: Steps, of_b: Steps, of_out: Steps,
+) -> None:  # fmt: skip
+    """The definition: out (+)= a @ (b * factor), batches of (rows, inner), (inner, columns), (rows, columns), float32.
+
+    Matrices are addresses. `of_a` and so on say how many numbers further the next matrix of the batch, row, column is.
+    """
+    # The columns are what vector instructions work on: of few columns and many rows, rows are taken for columns.
+    turned = columns < rows
+    of_x, of_y, of_z = of_a, of_b, of_out
+    x, y = a, b
+    if turned:
+        x, y, rows, columns = b, a, columns, rows
+        of_x, of_y = (of_b[0], of_b[2], of_b[1]), (of_a[0], of_a[2], of_a[1])
+        of_z = (of_out[0], of_out[2], of_out[1])
+    scale, none = np.float32(factor), np.float32(0)
+    copies = of_y[2] != 1 or (factor != 1 and not turned)
+    width = columns if copies else max(of_y[1], columns)
+    copied = np.empty((inner if copies else 0, columns), np.float32)
+    factors = np.empty(inner, np.float32)
+    part, total = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    for matrix in range(batch):
+        left = carray(pointer(x + 4 * matrix * of_x[0]), (rows * of_x[1] + inner * of_x[2] + 1,), np.float32)
+        found = carray(pointer(out + 4 * matrix * of_z[0]), (rows * of_z[1] + columns * of_z[2] + 1,), np.float32)
+        right = carray(pointer(y + 4 * matrix * of_y[0]), (inner, width), np.float32)
+        if copies:
+            flat = carray(pointer(y + 4 * matrix * of_y[0]), (inner * of_y[1] + columns * of_y[2] + 1,), np.float32)
+            for begin in range(0, inner, _LINE):  # numbers that follow each other are read together
+                for column in range(columns):
+                    for k in range(begin, min(inner, begin + _LINE)):
+                        number = flat[k * of_y[1] + column * of_y[2]]
+                        copied[k, column] = number if turned else number * scale
+            right = copied
+        for row in range(rows):
+            for k in range(inner):
+                number = left[row * of_x[1] + k * of_x[2]]
+                factors[k] = number * scale if turned else number
+            start = row * of_z[1]
+            for column in range(columns):
+                total[column] = found[start + column * of_z[2]] if adds else none
+            _add_row(factors, right, part, total)
+            for column in range(columns):
+                found[start + column * of_z[2]] = total[column]
+
+
+@inlined
+def _add_row(factors: Array, right: Array, part: Array, total: Array) -> None:
+    """total += factors @ right: (columns,), (inner,) and (inner, columns or more)."""
+    inner, columns = len(factors), len(total)
     none = np.float32(0)
-    part = np.empty(columns, np.float32)
-    for row in range(rows):
-        if not adds:
+    for begin in range(0, inner, FOLD):
+        end = min(inner, begin + FOLD)
+        for column in range(columns):
+            part[column] = none
+        whole = begin + (end - begin) // 4 * 4
+        for k in range(begin, whole, 4):
+            first, second, third, fourth = factors[k], factors[k + 1], factors[k + 2], factors[k + 3]
             for column in range(columns):
-                out[row, column] = none
-        for begin in range(0, inner, FOLD):
-            end = min(inner, begin + FOLD)
+                x = fma(first, right[k, column], part[column])
+                x = fma(second, right[k + 1, column], x)
+                x = fma(third, right[k + 2, column], x)
+                part[column] = fma(fourth, right[k + 3, column], x)
+        for k in range(whole, end):
+            first = factors[k]
             for column in range(columns):
-                part[column] = none
-            whole = begin + (end - begin) // 4 * 4
-            for k in range(begin, whole, 4):
-                first, second, third, fourth = a[row, k], a[row, k + 1], a[row, k + 2], a[row, k + 3]
-                for column in range(columns):
-                    x = fma(first, b[k, column], part[column])
-                    x = fma(second, b[k + 1, column], x)
-                    x = fma(third, b[k + 2, column], x)
-                    part[column] = fma(fourth, b[k + 3, column], x)
-            for k in range(whole, end):
-                first = a[row, k]
-                for column in range(columns):
-                    part[column] = fma(first, b[k, column], part[column])
-            for column in range(columns):
-                out[row, column] += part[column]
+                part[column] = fma(first, right[k, column], part[column])
+        for column in range(columns):
+            total[column] += part[column]
 
 
-@compiled
-def multiply_all_into(a: Array, b: Array, out: Array, adds: bool) -> None:
-    """`multiply_into` of each matrix of a batch, (batch, ...) each."""
-    for index in range(len(out)):
-        multiply_into(a[index], b[index], out[index], adds)
-
-
-class DefinedProducts(Products):
-    """Products by the definition above, float32 on the CPU; in other types they are torch's own."""
-
-    def multiply(self, a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0) -> None:
-        """out = a @ (b * factor)."""
-        _product(a, b, out, factor, adds=False)
-
-    def add(self, a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0) -> None:
-        """out += a @ (b * factor)."""
-        _product(a, b, out, factor, adds=True)
-
-    def of_torch(self) -> AbstractContextManager[object]:
-        """Inside the block, what torch's modules and autograd multiply is multiplied in this way."""
-        return _OfTorch(self)
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Softmax of `defined_functions`; of an ensemble, its members are added up in their order."""
-        found = torch.from_numpy(softmax(logits.detach().numpy()))
-        if found.ndim == 2:
-            return found
-        first, *others = found.unbind(1)
-        total = first.clone()
-        for member in others:
-            total += member
-        return total / (1 + len(others))
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor, factor: float, *, adds: bool) -> None:
+def product(a: Tensor, b: Tensor, out: Tensor, factor: float, *, adds: bool) -> None:
+    """out = a @ (b * factor), added to what is there where it `adds`: float32; in other types it is torch's own."""
     if out.numel() == 0:
         return
     if out.dtype != torch.float32:
-        (Products().add if adds else Products().multiply)(a, b, out, factor)
-    elif _library_meets(factor, *_layout(a, b, out)):
+        (Arithmetic().add if adds else Arithmetic().multiply)(a, b, out, factor)
+    elif _library_meets(factor, a.shape, b.shape, a.stride(), b.stride(), out.stride()):
         _by_parts(a, b, out, factor, adds=adds)
-    elif factor != 1:
-        _product(a, b * factor, out, 1.0, adds=adds)
     else:
-        _by_kernel(a, b, out, adds=adds)
+        _by_kernel(a, b, out, factor, adds=adds)
 
 
 def _by_parts(a: Tensor, b: Tensor, out: Tensor, factor: float, *, adds: bool) -> None:
@@ -139,26 +173,18 @@ def _by_parts(a: Tensor, b: Tensor, out: Tensor, factor: float, *, adds: bool) -
             out.addmm_(*part, beta=beta, alpha=factor)
 
 
-def _by_kernel(a: Tensor, b: Tensor, out: Tensor, *, adds: bool) -> None:
-    if out.shape[-1] < out.shape[-2]:  # the columns are what vector instructions work on
-        a, b, out = b.mT, a.mT, out.mT
-    result = out if out.is_contiguous() else out.contiguous()
-    multiply = multiply_into if out.ndim == 2 else multiply_all_into
-    multiply(_read(a), _read(b), result.numpy(), adds)
-    if result is not out:
-        out.copy_(result)
+def _by_kernel(a: Tensor, b: Tensor, out: Tensor, factor: float, *, adds: bool) -> None:
+    """The compiled definition, for matrices that lie in memory in any way."""
+    batch = len(out) if out.ndim == 3 else 1
+    multiply_at(
+        a.data_ptr(), b.data_ptr(), out.data_ptr(), batch, out.shape[-2], a.shape[-1], out.shape[-1], factor, adds,
+        _steps(a), _steps(b), _steps(out),
+    )  # fmt: skip
 
 
-def _read(numbers: Tensor) -> Array:
-    """A view. The memory stays resizable, as it does not by `numpy()`: fully_shard frees gathered weights so."""
-    return np.from_dlpack(numbers.detach().contiguous())
-
-
-Axes = tuple[int, ...]
-
-
-def _layout(a: Tensor, b: Tensor, out: Tensor) -> tuple[Axes, ...]:
-    return tuple(a.shape), tuple(b.shape), a.stride(), b.stride(), out.stride()
+def _steps(matrices: Tensor) -> Steps:
+    stride = matrices.stride()
+    return (0, *stride) if len(stride) == 2 else stride  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=4096)
@@ -175,7 +201,7 @@ def _library_meets(factor: float, of_a: Axes, of_b: Axes, stride_a: Axes, stride
     expected = first(out).clone()
     for adds in (True, False):
         _by_parts(a, b, out, factor, adds=adds)
-        _by_kernel(first(a), first(b) * factor, expected, adds=adds)
+        _by_kernel(first(a), first(b), expected, factor, adds=adds)
         if not np.array_equal(_bits(first(out)), _bits(expected)):
             return False
     return True
@@ -189,32 +215,3 @@ def _drawn(shape: Axes, stride: Axes, random: torch.Generator) -> Tensor:
 
 def _bits(numbers: Tensor) -> Array:
     return numbers.contiguous().numpy().view(np.int32)
-
-
-_ATEN = torch.ops.aten
-_OPERATIONS = {_ATEN.mm.default, _ATEN.bmm.default, _ATEN.addmm.default, _ATEN.baddbmm.default}
-
-
-class _OfTorch(TorchDispatchMode):
-    """Replaces the products that torch's operations consist of, forward and backward."""
-
-    def __init__(self, products: Products) -> None:
-        super().__init__()
-        self._products = products
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in _OPERATIONS or args[-1].dtype != torch.float32 or args[-1].device.type != "cpu":
-            return func(*args, **kwargs)
-        *begun, a, b = (x.detach() for x in args)
-        out = a.new_empty((*a.shape[:-1], b.shape[-1]))
-        if not begun:
-            self._products.multiply(a, b, out)
-        elif kwargs.get("alpha", 1) == kwargs.get("beta", 1) == 1:
-            self._products.add(a, b, out.copy_(begun[0]))
-        else:
-            self._products.multiply(a, b, out)
-            out.mul_(kwargs.get("alpha", 1)).add_(begun[0] * kwargs.get("beta", 1))
-        return out

@@ -9,7 +9,16 @@ from __future__ import annotations
 import numpy as np
 
 from dist_train.accel.compiled import compiled
-from dist_train.accel.cpu_kernels import _INCREMENT, _MULTIPLIER1, _MULTIPLIER2, _SHIFT1, _SHIFT2, _SHIFT3, Array
+from dist_train.accel.cpu_kernels import (
+    _INCREMENT,
+    _MULTIPLIER1,
+    _MULTIPLIER2,
+    _SHIFT1,
+    _SHIFT2,
+    _SHIFT3,
+    Array,
+    add_rows,
+)
 from dist_train.determinism.dropout import NOTHING_DROPPED
 
 _KEEPS_ALL = NOTHING_DROPPED
@@ -84,6 +93,13 @@ def relu_dropout_backward_of_members(gradient: Array, activations: Array, rows_f
                 kept = gradient[member, row, unit] if of_row[unit] > 0 else none
                 of_row[unit] = kept
                 totals[member, unit] += kept
+
+
+@compiled
+def add_rows_of_members(gradient: Array, rows: Array) -> None:
+    """gradient + the sum of all rows of each member, in place: (members, classes) and (members, rows, classes)."""
+    for member in range(len(gradient)):
+        add_rows(gradient[member], rows[member])
 
 
 @compiled

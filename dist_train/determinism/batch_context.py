@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from dist_train.determinism.arithmetic import Arithmetic
 from dist_train.determinism.keyed_random import RowRandom
-from dist_train.determinism.products import Products
 
 SliceGradients = list[dict[nn.Parameter, Tensor]]
 """For each slice of this rank, the gradient of each parameter."""
@@ -46,20 +46,20 @@ class BatchContext:
 
 
 class ModelContext:
-    """What the modules of one model share: random bits of a seed, the batch at hand, products, where gradients go.
+    """What the modules of one model share: random bits of a seed, the batch at hand, arithmetic, where gradients go.
 
     The batch is bound for the time of one forward pass, by `bound`; a module reads it as `batch`.
 
     Where `gradients` is set, modules that compute slice by slice add to it in their backward pass instead of handing
     sums to autograd. `visit_all_parameters`: autograd must come to each parameter all the same, since
-    DistributedDataParallel waits for its hooks. `products` are those of passes that are written out, and of modules
+    DistributedDataParallel waits for its hooks. `arithmetic` is that of passes that are written out, and of modules
     that compute slice by slice. While `elsewhere` is set, a pass works in other memory than otherwise; weights
     and `gradients` are in other memory as well, the same for each such pass.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.random = RowRandom(seed)
-        self.products = Products()
+        self.arithmetic = Arithmetic()
         self.gradients: SliceGradients | None = None
         self.visit_all_parameters = False
         self.elsewhere = False

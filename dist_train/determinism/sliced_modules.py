@@ -142,7 +142,7 @@ class _Sliced(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3 : 3 + num_inputs]
         batch, graphs, place = context.batch, [], 0
         slices = zip(*(split_slices(x.detach(), batch.slices) for x in inputs), strict=True)
-        with torch.enable_grad(), context.products.of_torch():
+        with torch.enable_grad(), context.arithmetic.of_torch():
             for own in slices:
                 leaves = [x.requires_grad_() if wants else x for x, wants in zip(own, wanted, strict=True)]
                 length = len(leaves[0])
@@ -150,7 +150,7 @@ class _Sliced(torch.autograd.Function):
                     graphs.append((leaves, _run(modules, leaves)))
                 place += length
         ctx.parameters, ctx.lengths, ctx.graphs, ctx.wanted = parameters, batch.slices, graphs, wanted
-        ctx.gradients, ctx.products = context.gradients, context.products
+        ctx.gradients, ctx.arithmetic = context.gradients, context.arithmetic
         return torch.cat([output.detach() for _, output in graphs])
 
     @staticmethod
@@ -162,7 +162,7 @@ class _Sliced(torch.autograd.Function):
             ctx.graphs[index] = None  # its memory is free as soon as its gradients are there
             inputs = [x for x, wants in zip(leaves, ctx.wanted, strict=True) if wants]
             # A module need not use all of its parameters in each mode; the gradient of such a one is None.
-            with ctx.products.of_torch():
+            with ctx.arithmetic.of_torch():
                 found = torch.autograd.grad(output, [*ctx.parameters, *inputs], own, allow_unused=True)
             for parameter, gradient in zip(ctx.parameters, found, strict=False):
                 if gradient is not None:

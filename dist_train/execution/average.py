@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dist_train.determinism.arithmetic import Arithmetic
 from dist_train.execution.flat_parameters import FlatParameters, LayOut, ParameterLayout
 
 _PREFIX = "module."
@@ -20,7 +21,8 @@ class MovingAverage:
     parameters out as `parameters` are: as views of one tensor an update is one kernel. The first update copies the
     weights; then, with the weight w = 1 - decay, average += w * (weights - average). With `warm_up` the decay of update
     t is min(decay, (1 + t) / (10 + t)), as tf.train.ExponentialMovingAverage has it with `num_updates`: a run that is
-    short against 1 / (1 - decay) does not keep its initial weights.
+    short against 1 / (1 - decay) does not keep its initial weights. On the CPU `arithmetic` does it, torch's unless
+    another is given.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class MovingAverage:
         *,
         warm_up: bool = False,
         lay_out: LayOut = FlatParameters,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
         self.module = module
         self._decay = decay
         self._warm_up = warm_up
+        self._arithmetic = arithmetic or Arithmetic()
         names = {parameter: name for name, parameter in model.named_parameters()}
         averages = lay_out(module.get_parameter(names[p]) for p in parameters.parameters)
         self._pairs = list(zip(*(p.values_between(0, p.size) for p in (averages, parameters)), strict=True))
@@ -63,7 +67,7 @@ class MovingAverage:
         elif finite:
             weight_of_host = self._weight(int(self._updates))
             for average, weights in self._pairs:
-                average.lerp_(weights, weight_of_host)
+                self._arithmetic.follow(average, weights, weight_of_host)
             for average, buffer in self._buffers:
                 average.copy_(buffer)
         self._updates += finite

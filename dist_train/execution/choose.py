@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dist_train.config.schema import TrainConfig
+from dist_train.determinism.arithmetic import Arithmetic
 from dist_train.determinism.batch_context import ModelContext
-from dist_train.determinism.products import Products
 from dist_train.distributed.collectives import Collectives
 from dist_train.execution.base import Execution
 from dist_train.execution.ddp import DDPExecution
@@ -25,7 +25,7 @@ def choose_execution(
     rows_on_device: bool,
     total_steps: int = 0,
     fsdp: bool = False,
-    products: Products | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> Execution:
     """The execution of a configuration in a world; `seed` keys its random numbers, the exact mode has `products`.
 
@@ -38,7 +38,7 @@ def choose_execution(
     """
     context = ModelContext(seed)
     if train.virtual_ranks is not None:
-        context.products = products or context.products
+        context.arithmetic = arithmetic or context.arithmetic
         chosen: SingleExecution = ExactExecution(collectives, context, train.virtual_ranks)
     elif collectives.size > 1 and fsdp:
         from dist_train.execution.fsdp import FSDPExecution  # imports what only sharded models need

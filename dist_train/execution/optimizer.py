@@ -8,16 +8,17 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from dist_train.determinism.arithmetic import AdamWSettings, Arithmetic
 from dist_train.execution.flat_parameters import FlatParameters, LayOut
 
 
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019, "Decoupled weight decay regularization") on all parameters of a model at once.
 
-    The kernel is that of torch.optim.AdamW(fused=True), called on one tensor for each group: the parameters that are
-    decayed, those named in `undecayed`, and both again for each multiplier of the learning rate in `lr_multipliers`
-    (name -> multiplier; 1 where a name is not there). torch's optimizer around it takes longer than the kernel does on
-    a small network. `lay_out` says where the parameters are.
+    The kernel of `arithmetic`, torch's unless another is given, is called on one tensor for each group: the parameters
+    that are decayed, those named in `undecayed`, and both again for each multiplier of the learning rate in
+    `lr_multipliers` (name -> multiplier; 1 where a name is not there). torch's optimizer around its kernel takes longer
+    than the kernel does on a small network. `lay_out` says where the parameters are.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class AdamW:
         undecayed: Collection[str],
         lr_multipliers: Mapping[str, float] | None = None,
         lay_out: LayOut = FlatParameters,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, weight_decay): [], (1.0, 0.0): []}
@@ -47,6 +49,7 @@ class AdamW:
         self._parts = [self._part(start, end) for start, end, _, _ in self.groups]
         self.betas = betas
         self.eps = eps
+        self._arithmetic = arithmetic or Arithmetic()
         self.steps = torch.zeros((), dtype=torch.float32, device=self.moments.device)
 
     def step(self, gradients: Tensor, lr: float | Tensor, finite: Tensor | bool) -> None:
@@ -58,16 +61,13 @@ class AdamW:
             return
         self.steps += finite
         skip = (~finite).float() if isinstance(finite, Tensor) else None
-        beta1, beta2 = self.betas
         for (start, end, multiplier, decay), (values, means, squares) in zip(self.groups, self._parts, strict=True):
             rate = lr if multiplier == 1.0 else lr * multiplier
             if not values:
                 continue
-            torch._fused_adamw_(
-                values, self.parameters.cut(gradients, start, end), means, squares, [], [self.steps] * len(values),
-                lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=self.eps,
-                amsgrad=False, maximize=False, grad_scale=None, found_inf=skip,
-            )  # fmt: skip
+            own = self.parameters.cut(gradients, start, end)
+            settings = AdamWSettings(rate, self.betas, self.eps, decay)
+            self._arithmetic.adamw(values, own, means, squares, self.steps, settings, skip)
 
     def _part(self, start: int, end: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Values, first and second moments of a group."""

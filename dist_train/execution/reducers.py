@@ -91,6 +91,7 @@ class SliceReducer:
         self, context: ModelContext, num_slices: int, parameters: ParameterLayout, collectives: Collectives
     ) -> None:
         self._collectives = collectives
+        self._arithmetic = context.arithmetic
         self._flat = parameters.zeros(num_slices)
         context.gradients = [{p: parameters.view(own, p) for p in parameters.parameters} for own in self._flat]
         self._sums = torch.empty(0)
@@ -122,5 +123,4 @@ class SliceReducer:
 
     def norm(self, gradients: Tensor) -> Tensor:
         """Every rank has all of them."""
-        norm: Tensor = torch.linalg.vector_norm(gradients)
-        return norm
+        return self._arithmetic.norm(gradients)

@@ -12,7 +12,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from dist_train.determinism.products import Products
+from dist_train.determinism.arithmetic import Arithmetic
 from dist_train.errors import UserError
 from dist_train.risk.calibration import Calibration
 from dist_train.risk.reasons import ExplainedModel, effects_of, has_slopes, log_odds
@@ -120,7 +120,7 @@ class Explainer:
                 raise UserError("reasons: rows of this task have no columns whose effects are known")
             inputs = zip(task.columns_of_inputs, task.continuous_inputs, strict=True)
             typical, of_inputs = task.typical_inputs(), [names if moves else None for names, moves in inputs]
-            self._models.append(ExplainedModel(member.model, Products().probabilities, typical, of_inputs, places))
+            self._models.append(ExplainedModel(member.model, Arithmetic().probabilities, typical, of_inputs, places))
 
     def described(self) -> dict[str, dict[str, Any]]:
         """What is explained, for a line of JSON."""

@@ -70,7 +70,7 @@ class Session:
             rows_on_device=train_rows.on_device,
             total_steps=self.total_steps,
             fsdp=config.runtime.fsdp,
-            products=task.products,
+            arithmetic=task.arithmetic,
         )
         plain, sample = task.model(self.execution.builds_on), train_rows.slice(0, 4)
         undecayed = undecayed_parameters(plain)
@@ -87,6 +87,7 @@ class Session:
             undecayed=undecayed,
             lr_multipliers=multipliers,
             lay_out=self.execution.lay_out,
+            arithmetic=self.execution.context.arithmetic,
         )
         self.average: MovingAverage | None = None
         if train.ema_decay and copied is not None:
@@ -97,6 +98,7 @@ class Session:
                 train.ema_decay,
                 warm_up=train.ema_warmup,
                 lay_out=self.execution.lay_out,
+                arithmetic=self.execution.context.arithmetic,
             )
         self.meter = Meter()
         plateau = config.schedule.plateau_patience if config.schedule.name == "plateau" else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_train.config.schema import JobConfig, ReportConfig
 from dist_train.data.unfamiliar import Unfamiliar
-from dist_train.determinism.products import Products
+from dist_train.determinism.arithmetic import Arithmetic
 from dist_train.training.loss import Objective
 from dist_train.training.protocols import Source
 
@@ -48,7 +48,7 @@ class Task(Protocol):
         """Width of what the model sees of a row, for the plan."""
 
     @property
-    def products(self) -> Products:
+    def arithmetic(self) -> Arithmetic:
         """How the exact mode, and whatever scores, multiplies matrices."""
 
     def model(self, device: torch.device | None = None) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_train.accel.defined_products import DefinedProducts
+from dist_train.accel.defined_arithmetic import DefinedArithmetic
+from dist_train.accel.defined_functions import log
+from dist_train.accel.defined_random import InitialValues
 from dist_train.config.rules import given_class_weights, named_positive_class
 from dist_train.config.schema import JobConfig
-from dist_train.determinism.products import Products
+from dist_train.determinism.arithmetic import Arithmetic
 from dist_train.distributed.collectives import Collectives
 from dist_train.training.loss import Objective, balanced_draws, balanced_weights, objective_of
 from dist_train.training.metrics import classification_metrics, registered_metrics
@@ -61,14 +64,21 @@ class Classification:
         return self._objective_of(weights)
 
     @cached_property
-    def products(self) -> Products:
-        """Matrix products of the exact mode, and of scores."""
-        defined = self._config.runtime.products == "defined" and self._collectives.device.type == "cpu"
-        return DefinedProducts() if defined else Products()
+    def arithmetic(self) -> Arithmetic:
+        """That of the exact mode, and of scores."""
+        return DefinedArithmetic() if self._defined else Arithmetic()
+
+    @property
+    def _defined(self) -> bool:
+        return self._config.runtime.products == "defined" and self._collectives.device.type == "cpu"
+
+    def initial_values(self) -> AbstractContextManager[object]:
+        """Inside the block, weights that are drawn have defined bits, wherever the model is trained."""
+        return InitialValues() if self._config.runtime.products == "defined" else nullcontext()
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over the classes, mean over the members of an ensemble: (rows, classes) float64."""
-        return self.products.probabilities(logits)
+        return self.arithmetic.probabilities(logits)
 
     def metrics(self, probabilities: Tensor, targets: Tensor, weights: Tensor | None = None) -> dict[str, Any]:
         """`classification_metrics` of the rows, `objective` where it chooses the epoch, and the registered metrics."""
@@ -79,7 +89,8 @@ class Classification:
 
     def _objective_of(self, weights: Tensor | None) -> Objective:
         """The loss with class weights, (classes,), of what the model gives."""
-        return objective_of(self._config.train, weights)
+        train = self._config.train
+        return objective_of(train, weights, defined=self._defined and train.virtual_ranks is not None)
 
     def _objective_on(self, probabilities: Tensor, targets: Tensor, weights: Tensor | None) -> dict[str, float]:
         """The loss that is trained, without label smoothing, with the logs of the probabilities for logits.
@@ -92,11 +103,12 @@ class Classification:
         if Selection.of(train).metric != OBJECTIVE or (needs_rows and self._training_rows is None):
             return {}
         device = self._collectives.device
-        logits = probabilities.clamp_min(torch.finfo(torch.float64).tiny).log().to(device, self._dtype)
+        logs = log(probabilities.clamp_min(torch.finfo(torch.float64).tiny).numpy())
+        logits = torch.from_numpy(logs).to(device, self._dtype)
         by_class = self._class_weights
         if drawn:
             by_class = self._draws if by_class is None else by_class * self._draws
-        objective = objective_of(replace(train, label_smoothing=0.0), by_class)
+        objective = objective_of(replace(train, label_smoothing=0.0), by_class, defined=self._defined)
         on_device = () if weights is None else (weights.to(device),)
         loss, weight = objective(logits, targets.to(device), (len(targets),), *on_device)
         return {OBJECTIVE: float(loss.double() / weight.double())}

@@ -55,7 +55,8 @@ class InstructionTask(TextTask):
         """The model that scores the answers; what is not pretrained is a function of the seed."""
         block: CausalConfig = families.block_of(self._config.model)
         seed = self._config.run.seed
-        model = build_answering_model(self._base, block, self.answers, self._padding, seed)
+        with self.initial_values():
+            model = build_answering_model(self._base, block, self.answers, self._padding, seed)
         return model.to(device or self._collectives.device, self._dtype)
 
     def description(self) -> Description:

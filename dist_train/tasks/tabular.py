@@ -101,7 +101,8 @@ class TabularTask(Classification):
 
     def model(self, device: torch.device | None = None) -> nn.Module:
         """The classifier with initial weights that are a function of the seed."""
-        model = build_model(self.spec, self._config.model, seed=self._config.run.seed)
+        with self.initial_values():
+            model = build_model(self.spec, self._config.model, seed=self._config.run.seed)
         return model.to(device or self._collectives.device, self._dtype)
 
     def description(self) -> Description:

@@ -127,7 +127,8 @@ class TextTask(Classification):
         """The classifier; what is not pretrained is a function of the seed."""
         block: TransformerConfig = families.block_of(self._config.model)
         seed = self._config.run.seed
-        model = build_text_classifier(self._base, block, self._class_names, self._padding, seed)
+        with self.initial_values():
+            model = build_text_classifier(self._base, block, self._class_names, self._padding, seed)
         return model.to(device or self._collectives.device, self._dtype)
 
     def description(self) -> Description:

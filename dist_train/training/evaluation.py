@@ -38,7 +38,7 @@ def probabilities(
             collectives.raise_if_stop_agreed()
         if first + number < last or isinstance(model, Collective):
             start, stop = ends[min(number, last - first)], ends[min(number + 1, last - first)]
-            with scorer.products.of_torch():
+            with scorer.arithmetic.of_torch():
                 own[start - ends[0] : stop - ends[0]] = scorer.probabilities(model(*rows.slice(start, stop)))
     model.train(was_training)
     return collectives.gather_rows(own)

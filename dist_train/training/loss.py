@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from dist_train.accel.defined_steps import cross_entropy
 from dist_train.config.schema import TrainConfig
 from dist_train.determinism.slices import split_slices
 from dist_train.errors import UserError
@@ -94,6 +97,50 @@ class CrossEntropy:
         )
 
 
+class DefinedCrossEntropy(CrossEntropy):
+    """The same of float32 or float64 on the CPU, in the compiled code of `defined_steps`: every bit is defined."""
+
+    def __call__(
+        self, logits: Tensor, targets: Tensor, slices: tuple[int, ...], weights: Tensor | None = None
+    ) -> LossSum:
+        """Sums over the rows of each slice, float64; a slice without rows has loss 0 and weight 0."""
+        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+        own = self.class_weights
+        by_class = np.ones(logits.shape[-1]) if own is None else own.double().numpy()
+        by_row = np.empty(0) if weights is None else weights.double().numpy()
+        return LossSum(*_DefinedSums.apply(logits, targets, slices, by_class, by_row, self.label_smoothing))
+
+
+class _DefinedSums(torch.autograd.Function):
+    """Loss and weight of each slice, (slices,) float64."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, slices: tuple[int, ...], by_class: Any, by_row: Any, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        gradient = logits.detach().clone(memory_format=torch.contiguous_format)
+        members = logits.shape[1] if logits.ndim == 3 else 1
+        rows, classes = gradient.view(-1, logits.shape[-1]).numpy(), targets.numpy()
+        sums = np.zeros((len(slices), 2))
+        start = 0
+        for length, of_slice in zip(slices, sums, strict=True):
+            end = start + length
+            own = rows[start * members : end * members]
+            cross_entropy(own, classes[start:end], by_class, by_row[start:end], members, smoothing, of_slice)
+            start = end
+        ctx.gradient, ctx.slices = gradient, slices
+        loss, weight = torch.from_numpy(sums).unbind(1)
+        ctx.mark_non_differentiable(weight)
+        return loss, weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        for own, factor in zip(ctx.gradient.split(ctx.slices), of_loss.tolist(), strict=True):
+            own *= factor
+        return ctx.gradient, None, None, None, None, None
+
+
 class NegativeLogLikelihood(CrossEntropy):
     """The same of log-likelihoods in the place of logits: of what a row is, whatever the other classes have."""
 
@@ -134,15 +181,16 @@ def register_loss(name: str) -> Callable[[_AnyRowLoss], _AnyRowLoss]:
     return register
 
 
-def objective_of(train: TrainConfig, class_weights: Tensor | None) -> Objective:
-    """The loss that `train.loss` names, with class weights, (classes,).
+def objective_of(train: TrainConfig, class_weights: Tensor | None, *, defined: bool = False) -> Objective:
+    """The loss that `train.loss` names, with class weights, (classes,); `defined`: cross-entropy has defined bits.
 
     Raises:
         UserError: there is no such loss, or it has no label smoothing.
     """
     loss = _LOSSES.find(train.loss)
     if loss is None:
-        return CrossEntropy(class_weights, train.label_smoothing)
+        kind = DefinedCrossEntropy if defined else CrossEntropy
+        return kind(class_weights, train.label_smoothing)
     if train.label_smoothing:
         raise UserError(f"train.label_smoothing: only cross_entropy has it, and train.loss is {train.loss}")
     return RegisteredLoss(train.loss, loss, class_weights)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from dist_train.accel.defined_functions import log
 from dist_train.errors import UserError
 from dist_train.plugins import Registry
 
@@ -179,7 +180,7 @@ def classification_metrics(
     matrix = sk.confusion_matrix(targets, predicted, labels=classes, sample_weight=weights)
     metrics = {
         "rows": int(counts.sum()),
-        "loss": float(sk.log_loss(targets, probabilities, labels=classes, sample_weight=weights)),
+        "loss": _log_loss(probabilities, targets, weights),
         "accuracy": float(sk.accuracy_score(targets, predicted, sample_weight=weights)),
         "balanced_accuracy": float(recall[present].mean()),
         "macro_f1": float(f1.mean()),
@@ -215,6 +216,13 @@ def calibration_error(
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
     sums = np.bincount(bins, weights=gap if weights is None else gap * weights, minlength=num_bins)
     return float(np.abs(sums).sum() / (len(targets) if weights is None else weights.sum()))
+
+
+def _log_loss(probabilities: Floats, targets: Integers, weights: Floats | None) -> float:
+    """scikit-learn's, with the logarithm of `defined_functions`: numpy's has other last bits on another processor."""
+    smallest = np.finfo(probabilities.dtype).eps
+    losses = -log(np.clip(probabilities[np.arange(len(targets)), targets], smallest, 1 - smallest))
+    return float(np.average(losses, weights=weights))
 
 
 def _macro_auroc(probabilities: Floats, targets: Integers, classes: Integers, weights: Floats | None) -> float | None:

@@ -8,9 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from dist_train.determinism.arithmetic import Arithmetic
 from dist_train.determinism.batch_context import BatchContext
 from dist_train.determinism.position import Position
-from dist_train.determinism.products import Products
 
 
 class Batch(Protocol):
@@ -150,7 +150,7 @@ class Scorer(Protocol):
     @property
     def class_names(self) -> list[str]: ...
     @property
-    def products(self) -> Products: ...
+    def arithmetic(self) -> Arithmetic: ...
     def probabilities(self, logits: Tensor) -> Tensor: ...
     def metrics(self, probabilities: Tensor, targets: Tensor, weights: Tensor | None = None) -> dict[str, Any]: ...
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from dist_train.accel.defined_functions import cosine_of_turns
+
 
 def learning_rate(
     step: int,
@@ -28,6 +30,6 @@ def learning_rate(
     if name == "constant":
         return peak
     if name == "plateau":
-        return peak * max(min_ratio, factor**reductions)
+        return peak * max(min_ratio, math.prod([factor] * reductions))
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return peak * (min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * progress)) / 2)
+    return peak * (min_ratio + (1 - min_ratio) * (1 + cosine_of_turns(progress / 2)) / 2)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from fractions import Fraction
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core import types
+from numba.extending import intrinsic
 from torch import Tensor, nn
 
 from dist_train.accel import defined_products
-from dist_train.accel.defined_products import FOLD, DefinedProducts
+from dist_train.accel.defined_arithmetic import DefinedArithmetic
+from dist_train.accel.defined_products import FOLD
 
 SIZES = st.sampled_from([1, 2, 3, 5, 15, 16, 17, 33, 64])
 INNER = st.sampled_from([0, 1, 3, 4, 50, 127, 128, 129, 300])
@@ -64,9 +69,9 @@ def test_library_and_kernel_are_the_reference(
     out = matrix(rows, columns, seed + 2, scale, "inside") if adds else torch.full((rows, columns), torch.nan)
     by_kernel = out.clone()
     start = out.clone() if adds else torch.zeros(rows, columns)
-    products = DefinedProducts()
-    (products.add if adds else products.multiply)(a, b, out)
-    defined_products._by_kernel(a, b, by_kernel, adds=adds)
+    arithmetic = DefinedArithmetic()
+    (arithmetic.add if adds else arithmetic.multiply)(a, b, out)
+    defined_products._by_kernel(a, b, by_kernel, 1.0, adds=adds)
     np.testing.assert_array_equal(bits(out), bits(by_kernel))
     for row, column in ((0, 0), (rows - 1, columns - 1), (rows // 2, columns // 3)):
         if inner <= 129:
@@ -76,10 +81,10 @@ def test_library_and_kernel_are_the_reference(
 def test_a_row_has_the_same_bits_in_any_company() -> None:
     a, b = matrix(700, 200, 1, 1.0, "plain"), matrix(200, 48, 2, 1.0, "transposed")
     whole = torch.empty(700, 48)
-    DefinedProducts().multiply(a, b, whole)
+    DefinedArithmetic().multiply(a, b, whole)
     for begin, end in ((0, 1), (17, 19), (100, 115), (3, 300), (699, 700)):
         part = torch.empty(end - begin, 48)
-        DefinedProducts().multiply(a[begin:end], b, part)
+        DefinedArithmetic().multiply(a[begin:end], b, part)
         np.testing.assert_array_equal(bits(part), bits(whole[begin:end]))
 
 
@@ -88,23 +93,23 @@ def test_batches_are_the_products_of_each() -> None:
     a, b = torch.randn(4, 40, 150, generator=random), torch.randn(4, 20, 150, generator=random).transpose(1, 2)
     for columns in (20, 2):
         out, alone = torch.empty(4, 40, columns), torch.empty(40, columns)
-        DefinedProducts().multiply(a, b[..., :columns], out)
+        DefinedArithmetic().multiply(a, b[..., :columns], out)
         for index in range(4):
-            DefinedProducts().multiply(a[index], b[index][:, :columns], alone)
+            DefinedArithmetic().multiply(a[index], b[index][:, :columns], alone)
             np.testing.assert_array_equal(bits(out[index]), bits(alone))
 
 
 def test_a_library_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = matrix(40, 100, 1, 1.0, "plain"), matrix(100, 32, 2, 1.0, "plain")
     expected, found = torch.empty(40, 32), torch.empty(40, 32)
-    DefinedProducts().multiply(a, b, expected)
+    DefinedArithmetic().multiply(a, b, expected)
 
     def backwards(a: Tensor, b: Tensor, out: Tensor, factor: float, *, adds: bool) -> None:
         out.copy_(factor * (a.flip(-1) @ b.flip(-2)) + (out if adds else 0))
 
     monkeypatch.setattr(defined_products, "_by_parts", backwards)
     defined_products._library_meets.cache_clear()
-    DefinedProducts().multiply(a, b, found)
+    DefinedArithmetic().multiply(a, b, found)
     defined_products._library_meets.cache_clear()
     np.testing.assert_array_equal(bits(found), bits(expected))
 
@@ -112,31 +117,89 @@ def test_a_library_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyP
 def test_modules_and_autograd_multiply_as_defined() -> None:
     random = torch.Generator().manual_seed(4)
     linear, x = nn.Linear(150, 3), torch.randn(20, 150, generator=random, requires_grad=True)
-    products = DefinedProducts()
-    with products.of_torch():
+    arithmetic = DefinedArithmetic()
+    with arithmetic.of_torch():
         out = linear(x)
         of_x, of_weight = torch.autograd.grad(out.square().sum(), [x, linear.weight])
     expected = linear.bias.detach().repeat(20, 1)
-    products.add(x.detach(), linear.weight.detach().t(), expected)
+    arithmetic.add(x.detach(), linear.weight.detach().t(), expected)
     np.testing.assert_array_equal(bits(out), bits(expected))
     gradient = 2 * expected
     for found, a, b in ((of_x, gradient, linear.weight), (of_weight, gradient.t(), x)):
         product = torch.empty_like(found)
-        products.multiply(a.detach(), b.detach(), product)
+        arithmetic.multiply(a.detach(), b.detach(), product)
         np.testing.assert_array_equal(bits(found), bits(product))
+
+
+def _emulated(typing_context: Any, a: Any, b: Any, c: Any) -> Any:  # noqa: ARG001
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
+        return defined_products._fma_by_float64(builder, *values)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+emulated: Any = intrinsic(_emulated)
+
+
+@numba.njit(error_model="numpy")
+def of_both(a: Any, b: Any, c: Any, found: Any, expected: Any) -> None:
+    for index in range(len(a)):
+        found[index] = emulated(a[index], b[index], c[index])
+        expected[index] = defined_products.fma(a[index], b[index], c[index])
+
+
+@pytest.mark.parametrize("kind", ["any bits", "near each other", "what a product loses", "subnormal"])
+def test_a_multiply_add_of_float64_operations_is_the_processors(kind: str) -> None:
+    random = np.random.default_rng(1)
+    a, b, c = (random.normal(size=100_000).astype(np.float32) for _ in range(3))
+    if kind == "any bits":
+        a, b, c = (random.integers(0, 2**32, len(a), dtype=np.uint32).view(np.float32) for _ in range(3))
+    elif kind == "what a product loses":
+        c = -(a * b)
+    elif kind == "subnormal":
+        a, b, c = a * np.float32(1e-20), b * np.float32(1e-20), c * np.float32(1e-40)
+    found, expected = np.empty_like(a), np.empty_like(a)
+    of_both(a, b, c, found, expected)
+    np.testing.assert_array_equal(found, expected)  # NaN for NaN: their other bits may be any
+    either = ~np.isnan(expected)
+    np.testing.assert_array_equal(found[either].view(np.int32), expected[either].view(np.int32))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 5)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_in_evaluation_is_torchs_to_rounding(shape: tuple[int, ...], affine: bool) -> None:
+    random = torch.Generator().manual_seed(6)
+    norm = nn.BatchNorm1d(6, affine=affine)
+    for _ in range(3):
+        norm(torch.randn(20, *shape, generator=random) + 2)
+    if affine:
+        nn.init.normal_(norm.weight, generator=random)
+        nn.init.normal_(norm.bias, generator=random)
+    x = torch.randn(30, *shape, generator=random)
+    norm.eval()
+    with torch.no_grad(), DefinedArithmetic().of_torch():
+        found = norm(x)
+        alone = torch.cat([norm(row) for row in x.split(1)])
+    torch.testing.assert_close(found, norm(x).detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(found, alone)
+    norm.train()
+    with DefinedArithmetic().of_torch():
+        torch.testing.assert_close(norm(x), copy.deepcopy(norm)(x))
 
 
 def test_other_factors_and_other_types() -> None:
     random = torch.Generator().manual_seed(5)
     a, b, c = (torch.randn(20, 20, generator=random) for _ in range(3))
-    with DefinedProducts().of_torch():
+    with DefinedArithmetic().of_torch():
         torch.testing.assert_close(torch.addmm(c, a, b, beta=0.5, alpha=2.0), 0.5 * c + 2 * (a @ b))
+        torch.testing.assert_close(torch.addcmul(c, a, b, value=0.5), c + 0.5 * a * b)
+        np.testing.assert_array_equal(bits(torch.addcmul(c, a, b)), bits(a * b + c))
         wide = a.double() @ b.double()
     torch.testing.assert_close(wide, torch.from_numpy(a.double().numpy() @ b.double().numpy()))
 
 
 def test_what_is_multiplied_can_be_freed_by_its_owner() -> None:
     a, b, out = torch.ones(3, 30), torch.ones(30, 20), torch.empty(3, 20)
-    DefinedProducts().multiply(a, b, out)
+    DefinedArithmetic().multiply(a, b, out)
     for numbers in (a, b):
         numbers.untyped_storage().resize_(0)

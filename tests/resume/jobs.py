@@ -111,17 +111,23 @@ def tiny_job(table: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def run_job(
-    arguments: list[str], ranks: int = 1, trap: Trap | None = None, environ: Mapping[str, str] | None = None
+    arguments: list[str],
+    ranks: int = 1,
+    trap: Trap | None = None,
+    environ: Mapping[str, str] | None = None,
+    threads: int = 1,
 ) -> Ended:
-    """Run a job to its end or to its trap."""
+    """Run a job to its end or to its trap; `threads` are torch's in each rank."""
     with tempfile.TemporaryDirectory() as work:  # not on the disk of the run, which may be full or gone
-        return _run_job(arguments, ranks, trap, environ or {}, Path(work))
+        return _run_job(arguments, ranks, trap, environ or {}, threads, Path(work))
 
 
-def _run_job(arguments: list[str], ranks: int, trap: Trap | None, environ: Mapping[str, str], work: Path) -> Ended:
+def _run_job(
+    arguments: list[str], ranks: int, trap: Trap | None, environ: Mapping[str, str], threads: int, work: Path
+) -> Ended:
     store, logs = str(work / "store"), [work / f"rank{rank}.log" for rank in range(ranks)]
     processes = [
-        _server().Process(target=_rank, args=(arguments, rank, ranks, store, str(log), trap, environ))
+        _server().Process(target=_rank, args=(arguments, rank, ranks, store, str(log), trap, environ, threads))
         for rank, log in enumerate(logs)
     ]
     for process in processes:
@@ -142,9 +148,9 @@ def _run_job(arguments: list[str], ranks: int, trap: Trap | None, environ: Mappi
     return Ended([p.exitcode for p in processes], [log.read_text() for log in logs])
 
 
-def finish(arguments: list[str], ranks: int = 1) -> dict[str, Any]:
+def finish(arguments: list[str], ranks: int = 1, threads: int = 1) -> dict[str, Any]:
     """Run a job that must succeed; its outcome."""
-    ended = run_job(arguments, ranks)
+    ended = run_job(arguments, ranks, threads=threads)
     assert ended.codes == [0] * ranks, ended.errors
     return outcome(folder_of(arguments))
 
@@ -168,9 +174,10 @@ def outcome(run_dir: Path) -> dict[str, Any]:
 
 
 def _rank(
-    arguments: list[str], rank: int, size: int, store: str, log: str, trap: Trap | None, environ: Mapping[str, str]
-) -> None:
-    become(rank, log)
+    arguments: list[str], rank: int, size: int, store: str, log: str, trap: Trap | None, environ: Mapping[str, str],
+    threads: int,
+) -> None:  # fmt: skip
+    become(rank, log, threads)
     rendezvous = f"file://{store}" if size > 1 else ""
     world = World(rank=rank, size=size, local_rank=rank, local_size=size, rendezvous=rendezvous)
     if trap and rank == trap.rank:
@@ -178,13 +185,13 @@ def _rank(
     run_command(lambda: train(load_config(arguments), world, environ))
 
 
-def become(rank: int, log: str) -> None:
+def become(rank: int, log: str, threads: int = 1) -> None:
     """Make this forked process look like a rank that torchrun has started, with its stderr in a file."""
     with Path(log).open("wb") as stream:
         os.dup2(stream.fileno(), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ["RANK"] = str(rank)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
 
 
 def die() -> None:

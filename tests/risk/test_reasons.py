@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dist_train import Classifier, UserError, load, register_model
 from dist_train.data.spec import FeatureSpec
-from dist_train.determinism.products import Products
+from dist_train.determinism.arithmetic import Arithmetic
 from dist_train.models.embeddings import TabularInputs
 from dist_train.risk.calibration import Isotonic, Temperature, Vector
 from dist_train.risk.reasons import ExplainedModel, effects_of, has_slopes, log_odds
@@ -32,7 +32,7 @@ def typical(spec: FeatureSpec) -> tuple[Tensor, ...]:
     return tuple(torch.zeros_like(x[:1]) for x in make_inputs(spec, 2))
 
 
-PROBABILITIES = Products().probabilities
+PROBABILITIES = Arithmetic().probabilities
 
 
 def explained(
@@ -55,7 +55,7 @@ def trained_like(model: nn.Module) -> nn.Module:
 
 def score(model: nn.Module, inputs: tuple[Tensor, ...], positive: int = 1) -> Tensor:
     with torch.no_grad():
-        return log_odds(Products().probabilities(model(*inputs)), positive)
+        return log_odds(Arithmetic().probabilities(model(*inputs)), positive)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,7 +73,7 @@ def test_the_effects_of_a_row_add_up(family: str) -> None:
 def test_members_have_the_log_odds_of_their_mean_and_a_calibration_those_of_its_own() -> None:
     models = [trained_like(build("tabm", SPEC, seed)) for seed in (1, 2)]
     inputs = make_inputs(SPEC, 20)
-    mean = torch.stack([Products().probabilities(m(*inputs)) for m in models]).mean(0).detach()
+    mean = torch.stack([Arithmetic().probabilities(m(*inputs)) for m in models]).mean(0).detach()
     for calibration in (None, Temperature(1.7), Vector((1.1, 0.8, 1.0), (0.1, 0.0, -0.2))):
         both = [explained(model) for model in models]
         effects, baseline = effects_of(both, [tuple(inputs)] * 2, len(COLUMNS), 2, calibration)
@@ -117,7 +117,7 @@ def test_captum_finds_the_same() -> None:
     inputs = tuple(make_inputs(spec, 30))
 
     def forward(*given: Tensor) -> Tensor:
-        return log_odds(Products().probabilities(model(*given)), 0)
+        return log_odds(Arithmetic().probabilities(model(*given)), 0)
 
     layers = attr.LayerIntegratedGradients(forward, model.inputs)
     base = tuple(x.expand(30, -1) for x in typical(spec))

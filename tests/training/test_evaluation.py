@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_train.determinism.arithmetic import Arithmetic
 from dist_train.determinism.keyed_random import seeded
-from dist_train.determinism.products import Products
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import TrainingFault
@@ -31,10 +31,10 @@ class Scorer:
     """Scores three classes."""
 
     class_names = NAMES
-    products = Products()
+    arithmetic = Arithmetic()
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        return Products().probabilities(logits)
+        return Arithmetic().probabilities(logits)
 
     def metrics(self, probabilities: Tensor, targets: Tensor) -> dict[str, Any]:
         return classification_metrics(probabilities.numpy(), targets.numpy(), NAMES)
