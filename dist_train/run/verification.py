@@ -127,13 +127,13 @@ def _check_world(config: JobConfig, evidence: Evidence, collectives: Collectives
     if config.train.virtual_ranks:
         require_world_size(config.train.virtual_ranks, collectives.size)
         return
-    if config.runtime.fsdp and collectives.size > 1:
-        raise UserError("runtime.fsdp: a run that was sharded over several ranks is not replayed, nor verified")
     origin = evidence.origin
     if origin and origin["world_size"] != collectives.size:
+        # The exact mode does not shard a model.
+        elsewhere = "" if config.runtime.fsdp else "; with train.virtual_ranks set, on any number"
         raise UserError(
             f"the run was trained in the fast mode on {origin['world_size']} ranks: its bits can be verified "
-            "on as many only; with train.virtual_ranks set, on any number"
+            f"on as many only{elsewhere}"
         )
 
 
