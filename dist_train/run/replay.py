@@ -13,7 +13,7 @@ from dist_train.config.compatibility import redefined_metrics
 from dist_train.config.load import config_from_tree
 from dist_train.config.schema import JobConfig
 from dist_train.distributed.collectives import Collectives
-from dist_train.run.challenge import Challenge
+from dist_train.run.challenge import Challenge, Window
 from dist_train.run.checkpoint.state import Parts, tensor_sha256, weights_sha256
 from dist_train.run.checkpoint.trained_model import CALIBRATION, DESCRIPTION, config_of_model, describe_model
 from dist_train.run.checkpoint.witness import OF_THE_CLOCK, progress_sha256, state_lines, tensors_sha256
@@ -48,7 +48,7 @@ class Report:
     difference_step: int | None = None
     witness_lines: int = 0
     witness_head: str = ""
-    challenge: Challenge | None = None
+    challenge: Challenge[Window] | None = None
     signed_by: str = ""
     notes: list[str] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
