@@ -25,6 +25,7 @@ EXACT = (
     "train.virtual_ranks=4",
     "train.max_steps=9",
     "train.accumulation_steps=2",
+    "text.tokens_per_pass=150",
     "train.ema_decay=0.9",
     "checkpoint.every_steps=3",
     "log.every_steps=1",
