@@ -12,7 +12,8 @@ again. The run may be finished or still running; nothing in its folder is change
 the run's configuration, relative to the current folder.
 Before the replay the folder is compared with its witness.jsonl, a hash chain of the states; of a run that an earlier
 version has trained there is none. A challenge replays K windows, each from the checkpoint at its start to the next one
-that exists (checkpoint.keep), and says with which probability one altered window is found.
+that exists (checkpoint.keep), and says with which probability one altered window is found. Of an ensemble they are
+drawn from the windows of all members.
 --public-key checks the signature of model/ before anything else.
 A report goes to stderr, one line of JSON to stdout. Exit code 0: all agree; 1: the first step that differs is named.
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_train.accel.host_memory import use_host_memory
 from dist_train.commands.parser import command_parser, path
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from pathlib import Path
 
-    from dist_train.run.challenge import Challenge
+    from dist_train.run.challenge import Challenge, MemberWindow, Window
     from dist_train.run.ensemble_verification import EnsembleReport
     from dist_train.run.replay import Report
 
@@ -55,15 +56,14 @@ def main(program: str, argv: Sequence[str]) -> None:
     from dist_train.distributed.supervision import watched
     from dist_train.distributed.world import device_here, process_group, world_from_environment
     from dist_train.run.checkpoint.run_folder import opened_run
-    from dist_train.run.ensemble_verification import verify_ensemble
+    from dist_train.run.ensemble_verification import challenge_ensemble, verify_ensemble
     from dist_train.run.verification import challenge, verify
     from dist_train.system.machine import pin_arithmetic
 
     folder, config = opened_run(arguments.run_dir)
     whole = is_ensemble(config)
-    if whole and ((first, last) != (0, None) or arguments.challenge):
-        option = "--challenge" if arguments.challenge else "--steps"
-        raise UserError(f"{option}: {folder.path} is an ensemble: the steps are those of a member, a folder in it")
+    if whole and (first, last) != (0, None):
+        raise UserError(f"--steps: {folder.path} is an ensemble: the steps are those of a member, a folder in it")
     signed_by = _signed_by(folder.model, arguments.public_key)
     world = world_from_environment(os.environ, device=device_here(config.runtime.device))
     if config.train.virtual_ranks:
@@ -72,7 +72,11 @@ def main(program: str, argv: Sequence[str]) -> None:
     with process_group(world, timeout) as store:
         collectives = use_host_memory(Collectives(world))
         with watched(collectives, store, timeout_seconds=timeout, report_file=None):
-            if whole:
+            if whole and arguments.challenge:
+                of_members = challenge_ensemble(
+                    folder, config, collectives, arguments.challenge, arguments.challenge_seed
+                )
+            elif whole:
                 of_members = verify_ensemble(folder, config, collectives)
             elif arguments.challenge:
                 report = challenge(folder, config, collectives, arguments.challenge, arguments.challenge_seed)
@@ -121,6 +125,8 @@ def _end_of_ensemble(report: EnsembleReport, rank: int) -> None:
         for name, of_member in report.members.items():
             log.info("member %s", name)
             _show(of_member)
+        if report.challenge:
+            _show_challenge(report.challenge)
         if report.difference is None and report.model_compared:
             log.info("the mean of %d members, sha256 %s, agrees to the bit", len(report.members), report.weights_sha256)
         print_json(asdict(report))
@@ -161,13 +167,18 @@ def _show(report: Report) -> None:
             log.info("the same bits were computed on %s and on %s", there, here)
 
 
-def _show_challenge(challenge: Challenge) -> None:
-    listed = ", ".join(f"{start}:{end}" for start, end in challenge.drawn)
+def _show_challenge(challenge: Challenge[Any]) -> None:
+    listed = ", ".join(map(_named, challenge.drawn))
     drawn = f"{len(challenge.drawn)} of {challenge.windows} windows, {challenge.steps} steps: {listed}"
     log.info("replayed %s (--challenge-seed %d)", drawn, challenge.seed)
     log.info("one altered window of %d is found with probability %.4g", challenge.windows, challenge.probability)
-    for start, end in challenge.differing:
-        log.warning("the window %d:%d differs", start, end)
+    for window in challenge.differing:
+        log.warning("the window %s differs", _named(window))
+
+
+def _named(window: Window | MemberWindow) -> str:
+    *member, start, end = window
+    return " ".join([*map(str, member), f"{start}:{end}"])
 
 
 def _processor(machine: Mapping[str, str]) -> str:

@@ -85,6 +85,7 @@ ADDED: dict[str, Any] = {
     "text.max_tokens": 128,
     "text.pad_to_multiple": 8,
     "text.sort_batches": 16,
+    "text.tokens_per_pass": None,
     "text.baselines": False,
     "runtime.fsdp": False,
     "runtime.audit_every_steps": None,

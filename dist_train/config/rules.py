@@ -199,6 +199,12 @@ def _text(c: JobConfig) -> Iterator[tuple[str, str]]:
     yield from at_least("text.sort_batches", t.sort_batches, 1)
     if not family:
         return
+    # A pass has two rows or more: of three it may have to have all.
+    if t.tokens_per_pass is not None and t.tokens_per_pass < 3 * t.max_tokens:
+        yield (
+            "text.tokens_per_pass",
+            f"must be at least {3 * t.max_tokens}, three texts of text.max_tokens, is {t.tokens_per_pass}",
+        )
     if not t.column.strip():
         yield "text.column", "must name a column"
     if t.column == d.target:

@@ -52,6 +52,8 @@ class TextConfig:
     """Texts that are computed together are padded to the longest of them, rounded up to a multiple of this."""
     sort_batches: int = 16
     """Global batches whose rows are sorted by length before they are cut into batches, so that little is padded; 1: rows are not sorted over batches."""
+    tokens_per_pass: int | None = None
+    """Padded tokens of a forward-backward pass over all ranks at most, to save memory: a global batch that has more is worked through in as many passes more than `train.accumulation_steps`. Null: no limit."""
     baselines: bool = False
     """Score TF-IDF with logistic regression on the same rows, and what was trained as it was before: an encoder with logistic regression, a causal language model by its answers. They are `baselines` in summary.json."""
 

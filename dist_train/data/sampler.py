@@ -42,7 +42,9 @@ class PositionSampler(DistributedSampler[int]):
     batches where `lengths` is given, the length of each row. `epochs_ahead`: as FullOrder's `ahead`.
     Each global batch is the next `global_batch_size` rows of that order, cut into `accumulation_steps` passes, each of
     them cut into `num_slices` contiguous slices, of which each rank owns a contiguous run. Nothing is padded and
-    nothing dropped: slices differ by one row at most and may be empty.
+    nothing dropped: slices differ by one row at most and may be empty. Where `padded_lengths` is given, (num_rows,)
+    int64, a batch is cut into more passes until none has more than `tokens_per_pass` tokens, its rows padded to the
+    longest, or has only two or three rows.
 
     As an iterable (for a torch DataLoader) it yields this rank's row numbers from `position` to the end of the epoch,
     and the next iteration is the next epoch.
@@ -62,6 +64,8 @@ class PositionSampler(DistributedSampler[int]):
         classes: Tensor | None = None,
         lengths: Tensor | None = None,
         sort_batches: int = 1,
+        padded_lengths: Tensor | None = None,
+        tokens_per_pass: int | None = None,
         epochs_ahead: int = 0,
         position: Position = Position(),  # noqa: B008  (immutable)
     ) -> None:
@@ -74,6 +78,8 @@ class PositionSampler(DistributedSampler[int]):
         self.accumulation_steps = accumulation_steps
         self.slices_of_a_rank = (num_slices or world_size) // world_size
         self.position = position
+        self._padded_lengths = padded_lengths
+        self._tokens_per_pass = tokens_per_pass
         self._order: Order
         if classes is not None:
             self._order = BalancedOrder(classes, seed)
@@ -108,16 +114,29 @@ class PositionSampler(DistributedSampler[int]):
         stop = position.rows + self.global_batch_size
         if stop + 1 >= self.num_rows:
             stop = self.num_rows
-        # A pass needs two rows for its batch statistics: a small last batch takes fewer passes.
-        passes = max(1, min(self.accumulation_steps, (stop - position.rows) // 2))
         shares = []
-        for first, last in split_evenly(position.rows, stop, passes):
+        for first, last in self._passes(position, stop):
             own = split_evenly(first, last, self.num_replicas * self.slices_of_a_rank, slices)
             begin, end = own[0][0], own[-1][1]
             lengths = tuple([stop - start for start, stop in own])
             rows = self._order.rows(position.epoch, begin, end)
             shares.append(MicroBatchIndices(rows, lengths, position.epoch, begin, last - first))
         return shares
+
+    def _passes(self, position: Position, stop: int) -> list[tuple[int, int]]:
+        """Places of the epoch's order where each pass of a global batch begins and ends, the same on every rank."""
+        # A pass needs two rows for its batch statistics: a small last batch takes fewer passes.
+        most = max(1, (stop - position.rows) // 2)
+        fewest = min(self.accumulation_steps, most)
+        if self._padded_lengths is None or self._tokens_per_pass is None:
+            return split_evenly(position.rows, stop, fewest)
+        widths = self._padded_lengths[self._order.rows(position.epoch, position.rows, stop)]
+        fewest = max(fewest, -(-int(widths.sum()) // self._tokens_per_pass))
+        for passes in range(fewest, most):
+            cut = split_evenly(0, len(widths), passes)
+            if all(int(widths[a:b].max()) * (b - a) <= self._tokens_per_pass for a, b in cut):
+                return split_evenly(position.rows, stop, passes)
+        return split_evenly(position.rows, stop, most)
 
     def set_epoch(self, epoch: int) -> None:
         """Start the given epoch from its first row. Never needed: epochs follow each other by themselves."""

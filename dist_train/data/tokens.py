@@ -60,10 +60,13 @@ class Padding:
     multiple: int
     max_tokens: int
 
+    def padded(self, lengths: Tensor) -> Tensor:
+        """Width of each text by itself, of their lengths, both (n,) int64 on the CPU."""
+        return (-(-lengths.clamp(min=1) // self.multiple) * self.multiple).clamp(max=self.max_tokens)
+
     def width(self, lengths: Tensor) -> int:
         """Width of texts with these lengths, (n,) on the CPU; that of one token where there are none."""
-        longest = max(1, int(lengths.max())) if len(lengths) else 1
-        return min(self.max_tokens, -(-longest // self.multiple) * self.multiple)
+        return int(self.padded(lengths.max() if len(lengths) else torch.ones((), dtype=torch.int64)))
 
 
 class TokenRows:
@@ -94,6 +97,11 @@ class TokenRows:
     def lengths(self) -> Tensor:
         """Tokens of each row, (rows,) int64 on the CPU."""
         return self.tokens.lengths
+
+    @property
+    def padded_lengths(self) -> Tensor:
+        """The same with padding, of each row by itself."""
+        return self._padding.padded(self.lengths)
 
     @property
     def targets(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which windows of a run a challenge replays, and what it finds with which probability: arithmetic alone."""
+"""Which windows of a run, or of the members of an ensemble, a challenge replays, and how probably it finds one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import comb
+from typing import Generic, TypeVar
 
 Window = tuple[int, int]
 """(start, end): the steps after `start` up to `end`."""
+MemberWindow = tuple[str, int, int]
+"""(member, start, end): a window of the run of a member."""
+AnyWindow = TypeVar("AnyWindow", Window, MemberWindow)
 
 
 @dataclass
-class Challenge:
+class Challenge(Generic[AnyWindow]):
     """`drawn` of `windows` windows, chosen by `seed`; `differing` are those of them that a replay has not confirmed.
 
     `probability` is that of drawing an altered window, where one of all is altered.
@@ -20,12 +24,12 @@ class Challenge:
 
     seed: int
     windows: int
-    drawn: list[Window]
+    drawn: list[AnyWindow]
     probability: float
-    differing: list[Window] = field(default_factory=list)
+    differing: list[AnyWindow] = field(default_factory=list)
 
     @staticmethod
-    def of(windows: Sequence[Window], count: int, seed: int) -> Challenge:
+    def of(windows: Sequence[AnyWindow], count: int, seed: int) -> Challenge[AnyWindow]:
         """Draw `count` windows; all where there are no more."""
         drawn = draw(windows, count, seed)
         return Challenge(seed, len(windows), drawn, detection_probability(len(windows), 1, len(drawn)))
@@ -33,7 +37,7 @@ class Challenge:
     @property
     def steps(self) -> int:
         """Steps in the drawn windows."""
-        return sum(end - start for start, end in self.drawn)
+        return sum(end - start for *_, start, end in self.drawn)
 
 
 def windows_between(starts: Sequence[int], last: int) -> list[Window]:
@@ -42,14 +46,14 @@ def windows_between(starts: Sequence[int], last: int) -> list[Window]:
     return list(zip(begins, [*begins[1:], last], strict=True))
 
 
-def draw(windows: Sequence[Window], count: int, seed: int) -> list[Window]:
+def draw(windows: Sequence[AnyWindow], count: int, seed: int) -> list[AnyWindow]:
     """`count` windows in their order, without replacement, each with the same probability; a function of the seed.
 
     They are those with the smallest SHA-256 of seed and window.
     """
 
-    def key(window: Window) -> str:
-        return hashlib.sha256(f"{seed} {window[0]} {window[1]}".encode()).hexdigest()
+    def key(window: AnyWindow) -> str:
+        return hashlib.sha256(" ".join(map(str, (seed, *window))).encode()).hexdigest()
 
     return sorted(sorted(windows, key=key)[:count])
 

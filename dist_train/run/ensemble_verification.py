@@ -1,4 +1,4 @@
-"""Replay the members of an ensemble, and make of them again what the ensemble claims to be."""
+"""Replay the members of an ensemble, or windows of them, and make of them again what the ensemble claims to be."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dist_train.config.members import MemberRun, members_of
 from dist_train.config.schema import JobConfig
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import TrainingFault
+from dist_train.run.challenge import Challenge, MemberWindow
 from dist_train.run.checkpoint.commit import CorruptCheckpoint
 from dist_train.run.checkpoint.run_folder import RunFolder, opened_run
 from dist_train.run.checkpoint.state import Parts, with_digests
@@ -19,7 +20,7 @@ from dist_train.run.checkpoint.trained_model import CALIBRATION, ENSEMBLE, confi
 from dist_train.run.ensemble import OUT_OF_FOLD, Scores, parts_of_member, scores_of_members
 from dist_train.run.members import ensemble_parts
 from dist_train.run.replay import Report, first_difference, first_different_tensor
-from dist_train.run.verification import verify
+from dist_train.run.verification import ChallengedRun, seed_of_challenge, verify
 from dist_train.system.console import log
 
 _MADE_OF_MEMBERS = ("members", "data_sha256", "weights_sha256")
@@ -29,10 +30,12 @@ _MADE_OF_MEMBERS = ("members", "data_sha256", "weights_sha256")
 class EnsembleReport:
     """What the replays found. `difference` is None when everything agreed; `members` are those that were replayed.
 
+    `challenge`: windows of members were replayed, not all their steps.
     `model_compared`: the trained model, its metrics and the predictions out of fold were made again.
     """
 
     members: dict[str, Report]
+    challenge: Challenge[MemberWindow] | None = None
     model_compared: bool = False
     weights_sha256: str = ""
     signed_by: str = ""
@@ -54,23 +57,67 @@ def verify_ensemble(folder: RunFolder, config: JobConfig, collectives: Collectiv
         path = folder.path / member.name
         log.info("member %s, in %s", member.name, path)
         of_member, saved = opened_run(path)
-        found = report.members[member.name] = verify(of_member, saved, collectives)
-        if found.difference is not None:
-            report.difference = f"member {member.name}, step {found.difference_step}: {found.difference}"
+        if _noted(report, member.name, verify(of_member, saved, collectives)):
             return report
+    _compare_whole(folder, config, members, collectives, report)
+    return report
+
+
+def challenge_ensemble(
+    folder: RunFolder, config: JobConfig, collectives: Collectives, count: int, seed: int | None
+) -> EnsembleReport:
+    """Replay `count` windows, drawn from those of all members, each in its member; then compare the whole.
+
+    All of them are replayed, also after a difference. The whole is compared as by `verify_ensemble`, which says what is
+    raised.
+    """
+    report = EnsembleReport({})
+    members, runs = members_of(config), {}
+    for member in members:
+        runs[member.name] = ChallengedRun(*opened_run(folder.path / member.name), collectives)
+        if _noted(report, member.name, runs[member.name].report):
+            return report
+    windows = [(name, *window) for name, run in runs.items() for window in run.windows]
+    report.challenge = Challenge.of(windows, count, seed_of_challenge(seed, collectives))
+    for name, run in runs.items():
+        drawn = [(start, end) for member, start, end in report.challenge.drawn if member == name]
+        if drawn:
+            log.info("member %s, %d windows", name, len(drawn))
+            report.challenge.differing += [(name, *window) for window in run.replay(drawn)]
+            _noted(report, name, run.report)
+    if report.difference is None:
+        _compare_whole(folder, config, members, collectives, report)
+    return report
+
+
+def _noted(report: EnsembleReport, name: str, of_member: Report) -> bool:
+    """Take over what was found of a member; whether it differs."""
+    report.members[name] = of_member
+    if of_member.difference is not None and report.difference is None:
+        report.difference = f"member {name}, step {of_member.difference_step}: {of_member.difference}"
+    return of_member.difference is not None
+
+
+def _compare_whole(
+    folder: RunFolder,
+    config: JobConfig,
+    members: Sequence[MemberRun],
+    collectives: Collectives,
+    report: EnsembleReport,
+) -> None:
+    """Make the whole again of the members' trained models, where the ensemble is finished."""
     if not collectives.on_rank_zero(folder.summary.is_file):
-        return report
+        return
     try:
         parts = [collectives.on_rank_zero(partial(parts_of_member, folder, member)) for member in members]
     except TrainingFault as damage:
         report.difference = str(damage)
-        return report
+        return
     scores = scores_of_members(config, members, parts, collectives)
     report.weights_sha256, report.difference = collectives.on_rank_zero(
         lambda: _compared(folder, config, members, parts, scores)
     )
     report.model_compared = True
-    return report
 
 
 def _compared(

@@ -13,7 +13,7 @@ from dist_train.config.compatibility import redefined_metrics
 from dist_train.config.load import config_from_tree
 from dist_train.config.schema import JobConfig
 from dist_train.distributed.collectives import Collectives
-from dist_train.run.challenge import Challenge
+from dist_train.run.challenge import Challenge, Window
 from dist_train.run.checkpoint.state import Parts, tensor_sha256, weights_sha256
 from dist_train.run.checkpoint.trained_model import CALIBRATION, DESCRIPTION, config_of_model, describe_model
 from dist_train.run.checkpoint.witness import OF_THE_CLOCK, progress_sha256, state_lines, tensors_sha256
@@ -48,7 +48,7 @@ class Report:
     difference_step: int | None = None
     witness_lines: int = 0
     witness_head: str = ""
-    challenge: Challenge | None = None
+    challenge: Challenge[Window] | None = None
     signed_by: str = ""
     notes: list[str] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
@@ -75,7 +75,10 @@ class Report:
 
 
 class Replay:
-    """Listens to a training loop and compares what it says with what was recorded; alike on every rank."""
+    """Listens to a training loop and compares what it says with what was recorded; alike on every rank.
+
+    Rank 0 compares tensors: of a sharded model the others have none.
+    """
 
     def __init__(self, evidence: Evidence, session: Session, report: Report, collectives: Collectives) -> None:
         self.evidence = evidence
@@ -140,7 +143,7 @@ class Replay:
             return
         self.report.checkpoints += 1
         replayed = self.session.tensor_parts()
-        name = first_different_tensor(recorded, replayed)
+        name = self.collectives.on_rank_zero(lambda: first_different_tensor(recorded, replayed))
         state = recorded["state.json"]
         if name:
             self.report.differ(step, f"the checkpoint's {name} is not what the replay has")
@@ -161,7 +164,8 @@ class Replay:
         if line is None:
             return
         self.report.states += 1
-        replayed = {name: tensors_sha256(part) for name, part in self.session.tensor_parts().items()}
+        tensors = self.session.tensor_parts()
+        replayed = self.collectives.on_rank_zero(lambda: {name: tensors_sha256(part) for name, part in tensors.items()})
         replayed["progress"] = progress_sha256(self.session.progress.state_dict())
         recorded = {name: digest for name, digest in line["state"].items() if not name.endswith(".json")}
         name = first_difference(recorded, replayed)
@@ -180,34 +184,34 @@ class Replay:
         if self.best_weights is None:
             report.notes.append(f"the trained model is of step {best}, outside of what was replayed")
             return
-        if self.evidence.model is None:
+        model, weights = self.evidence.model, self.best_weights
+        if model is None:
             report.differ(best, f"the trained model does not verify: {self.evidence.model_damage}")
             return
         report.model_compared = True
         unsaved = unsaved_weights(self.session.scored)
         report.weights_sha256 = self.evidence.model_sha256
         if unsaved:  # what is kept of the model is compared below, tensor by tensor
-            report.weights_sha256 = weights_sha256({**self.best_weights, **unsaved})
-        replayed: Parts = {"model.pth": self.best_weights}
-        name = first_different_tensor(self.evidence.model, replayed)
+            report.weights_sha256 = self.collectives.on_rank_zero(lambda: weights_sha256({**weights, **unsaved}))
+        name = self.collectives.on_rank_zero(lambda: first_different_tensor(model, {"model.pth": weights}))
         if name:
             report.differ(best, f"the trained model's {name} is not what the replay has")
-        if not self._same_task(self.evidence.model):
+        if not self._same_task(model):
             report.differ(best, "the trained model's task (fitted preprocessing) is not what the replay has")
         described = describe_model(self.session.config, self.session.task.class_names)
         expected = config_from_tree(described["config"], "config.yaml")
-        if config_of_model(self.evidence.model, DESCRIPTION) != expected:
+        if config_of_model(model, DESCRIPTION) != expected:
             report.differ(best, f"the trained model's {DESCRIPTION} is not of the run's configuration")
         if report.weights_sha256 != summary["weights_sha256"]:
             report.differ(best, "model/model.pth does not have the weights_sha256 of summary.json")
-        self.session.scored.load_state_dict(self.best_weights)
+        self.session.scored.load_state_dict(self.collectives.tensors_of_rank_zero(weights))
         scores, calibration = score_splits(
             self.session.scored, self.session.task, self.session.config, self.collectives
         )
-        if self.evidence.model.get(CALIBRATION) != json.loads(json.dumps(calibration)):
+        if model.get(CALIBRATION) != json.loads(json.dumps(calibration)):
             report.differ(best, f"the trained model's {CALIBRATION} is not what the replay has")
         for split, score in scores.items():
-            redefined = self._redefined(self.evidence.model[DESCRIPTION]["format"])
+            redefined = self._redefined(model[DESCRIPTION]["format"])
             name = first_difference(summary[split] or {}, json.loads(json.dumps(score)) or {}, redefined)
             if name:
                 report.differ(best, f"the summary's {split} {name} is not what the replayed weights have")

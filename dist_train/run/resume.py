@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from dist_train.config.compatibility import as_begun, differences, redefined_metrics
+from dist_train.config.compatibility import as_begun, differences, migrated, redefined_metrics
 from dist_train.config.load import config_to_yaml
 from dist_train.config.schema import JobConfig
 from dist_train.distributed.collectives import Collectives
@@ -270,7 +270,7 @@ def changes_since(found: Found | None, config: JobConfig, task: Task, collective
 
 
 def _regrouped(config: JobConfig, state: Mapping[str, Any], collectives: Collectives) -> str | None:
-    """How the ranks differ from those of a checkpoint, where the fast mode then sums gradients in another order.
+    """How ranks or shards differ from those of a checkpoint, where the fast mode then sums gradients in another order.
 
     Ranks of one host add up in another way than those of several (`Collectives.all_reduce`); of two there is one order.
     """
@@ -280,6 +280,9 @@ def _regrouped(config: JobConfig, state: Mapping[str, Any], collectives: Collect
     was, was_local = state["world_size"], state.get("ranks_per_host", local_size)
     if was != size:
         return f"world size in the fast mode: was {was}, is {size}"
+    was_fsdp = migrated(state["config"])["runtime"]["fsdp"]
+    if size > 1 and was_fsdp != config.runtime.fsdp:
+        return f"runtime.fsdp: was {was_fsdp}, is {config.runtime.fsdp}"
     if size > 2 and was_local != local_size:
         return f"ranks of a host in the fast mode: were {was_local}, are {local_size}"
     return None

@@ -263,6 +263,8 @@ def _sampler(config: JobConfig, rows: Source, collectives: Collectives) -> Posit
         shuffle_block_rows=config.data.shuffle_block_rows,
         classes=rows.targets.cpu() if train.class_sampling else None,
         lengths=rows.lengths if isinstance(rows, Ragged) else None,
+        padded_lengths=rows.padded_lengths if isinstance(rows, Ragged) else None,
+        tokens_per_pass=config.text.tokens_per_pass,
         sort_batches=config.text.sort_batches,
         epochs_ahead=epochs_ahead(len(rows)) if collectives.device.type == "cuda" else 0,
     )

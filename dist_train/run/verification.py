@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from dist_train.config.schema import JobConfig
@@ -10,7 +11,7 @@ from dist_train.determinism.sliced_modules import require_world_size
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.run.chain import compare_chain
-from dist_train.run.challenge import Challenge, windows_between
+from dist_train.run.challenge import Challenge, Window, windows_between
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import Parts
@@ -49,36 +50,62 @@ def verify(
 def challenge(folder: RunFolder, config: JobConfig, collectives: Collectives, count: int, seed: int | None) -> Report:
     """Replay `count` windows of a run, each from the checkpoint at its start; the same report on every rank.
 
-    A window ends where the next one begins: at a sound checkpoint. Together they have all steps, or those since the
-    configuration was changed on the way. The states of checkpoints that were removed are compared with their lines of
-    witness.jsonl. `seed` draws the windows; None: a random one. All of them are replayed, also after a difference.
+    `seed` draws the windows; None: a random one. All of them are replayed, also after a difference.
     """
-    evidence = collectives.on_rank_zero(lambda: Evidence.of(folder))
-    last = evidence.last_step
-    report = _examined(folder, evidence, config, collectives, 0, last)
-    if report.difference is not None:
-        return report
-    seed = collectives.on_rank_zero(lambda: secrets.randbits(32) if seed is None else seed)
-    report.challenge = Challenge.of(windows_between(evidence.starts(last), last), count, seed)
-    task: Task | None = None
-    for window in report.challenge.drawn:
-        parts = _parts_at(window[0], folder, evidence, collectives)
-        session = _session(config, collectives, evidence, parts, task)
-        task = session.task
-        of_window = Report(*window)
-        replay = Replay(evidence, session, of_window, collectives)
-        replay.run(config)
-        if window[0] < evidence.best_step <= window[1]:
-            replay.compare_trained_model()
-        session.close()
-        report.add(of_window)
-        if of_window.difference is not None:
-            report.challenge.differing.append(window)
-    if evidence.summary and not report.model_compared and report.difference is None:
-        report.notes.append(f"the trained model is of step {evidence.best_step}, outside of what was replayed")
-    assert task is not None
-    _compare_data(evidence, task, last, report)
+    challenged = ChallengedRun(folder, config, collectives)
+    report = challenged.report
+    if report.difference is None:
+        report.challenge = Challenge.of(challenged.windows, count, seed_of_challenge(seed, collectives))
+        report.challenge.differing += challenged.replay(report.challenge.drawn)
     return report
+
+
+def seed_of_challenge(seed: int | None, collectives: Collectives) -> int:
+    """The seed that was given, or a random one, the same on every rank."""
+    return collectives.on_rank_zero(lambda: secrets.randbits(32) if seed is None else seed)
+
+
+class ChallengedRun:
+    """A run of which windows are replayed; `report` says what was found, first that the folder is that of its chain.
+
+    A window ends where the next one begins: at a sound checkpoint. `windows` together have all steps, or those since
+    the configuration was changed on the way. The states of checkpoints that were removed are compared with their lines
+    of witness.jsonl.
+    """
+
+    def __init__(self, folder: RunFolder, config: JobConfig, collectives: Collectives) -> None:
+        self._folder, self._config, self._collectives = folder, config, collectives
+        self._evidence = evidence = collectives.on_rank_zero(lambda: Evidence.of(folder))
+        self.report = _examined(folder, evidence, config, collectives, 0, evidence.last_step)
+
+    @property
+    def windows(self) -> list[Window]:
+        """All that can be drawn. UserError: no sound checkpoint is left since the configuration was changed."""
+        last = self._evidence.last_step
+        return windows_between(self._evidence.starts(last), last)
+
+    def replay(self, drawn: Sequence[Window]) -> list[Window]:
+        """Replay windows, one or more; those that differ."""
+        evidence, report, differing = self._evidence, self.report, []
+        task: Task | None = None
+        for window in drawn:
+            parts = _parts_at(window[0], self._folder, evidence, self._collectives)
+            session = _session(self._config, self._collectives, evidence, parts, task)
+            task = session.task
+            of_window = Report(*window)
+            replay = Replay(evidence, session, of_window, self._collectives)
+            replay.run(self._config)
+            if window[0] < evidence.best_step <= window[1]:
+                replay.compare_trained_model()
+            session.close()
+            report.add(of_window)
+            if of_window.difference is not None:
+                differing.append(window)
+        if evidence.summary and not report.model_compared and report.difference is None:
+            report.notes.append(f"the trained model is of step {evidence.best_step}, outside of what was replayed")
+        assert task is not None
+        _compare_data(evidence, task, evidence.last_step, report)
+        return differing
 
 
 def _examined(
@@ -127,13 +154,13 @@ def _check_world(config: JobConfig, evidence: Evidence, collectives: Collectives
     if config.train.virtual_ranks:
         require_world_size(config.train.virtual_ranks, collectives.size)
         return
-    if config.runtime.fsdp and collectives.size > 1:
-        raise UserError("runtime.fsdp: a run that was sharded over several ranks is not replayed, nor verified")
     origin = evidence.origin
     if origin and origin["world_size"] != collectives.size:
+        # The exact mode does not shard a model.
+        elsewhere = "" if config.runtime.fsdp else "; with train.virtual_ranks set, on any number"
         raise UserError(
             f"the run was trained in the fast mode on {origin['world_size']} ranks: its bits can be verified "
-            "on as many only; with train.virtual_ranks set, on any number"
+            f"on as many only{elsewhere}"
         )
 
 

@@ -181,6 +181,8 @@ class TextTask(Classification):
         """What a text becomes."""
         text = self._config.text
         lines = [f"texts of column {text.column!r}, as tokens of {self._base.name}"]
+        if text.tokens_per_pass is not None:
+            lines.append(f"a pass has at most {text.tokens_per_pass:,} padded tokens over all ranks")
         if self._data:
             lengths = self._data.tokens.lengths.double()
             lines.append(

@@ -138,10 +138,15 @@ class Source(Rows, Protocol):
 
 @runtime_checkable
 class Ragged(Protocol):
-    """A source whose rows have lengths, (rows,) int64 on the CPU: rows of similar length are trained together."""
+    """A source whose rows have lengths, (rows,) int64 on the CPU: rows of similar length are trained together.
+
+    `padded_lengths` are those that rows are padded to by themselves; rows together are padded to the largest of them.
+    """
 
     @property
     def lengths(self) -> Tensor: ...
+    @property
+    def padded_lengths(self) -> Tensor: ...
 
 
 class Scorer(Protocol):

@@ -20,6 +20,7 @@ def test_rows_are_padded_to_a_multiple_and_not_beyond_the_longest_that_can_be() 
     assert ids.tolist() == [[5, 6, 0, 0, 0, 0, 0, 0], [0] * 8, [7, 8, 9, 1, 2, 0, 0, 0]]
     assert lengths.tolist() == [2, 0, 5]
     assert PADDING.width(torch.tensor([9])) == 10
+    assert rows.padded_lengths.tolist() == [4, 4, 8]
     assert rows.slice(3, 3)[0].shape == (0, 4)
     chosen = TOKENS.select(torch.tensor([2, 0]))
     assert (chosen.ids.tolist(), chosen.ends.tolist()) == ([7, 8, 9, 1, 2, 5, 6], [0, 5, 7])

@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 
 from dist_train.distributed.collectives import Collectives
+from dist_train.run.checkpoint.commit import commit
+from dist_train.run.checkpoint.state import Parts, encode_parts, read_parts
+from tests.cli.in_process import command, command_on_ranks
 from tests.dist.sessions import Trained, train, write_table
 from tests.models.tiny_bert import write_texts, write_tiny_bert
 from tests.models.tiny_llama import write_tiny_llama
 from tests.ranks import on_ranks, preload
 from tests.resume.jobs import Trap, finish, folder_of, run_job
-from tests.tasks.text_jobs import instruction_job, needs_text_libraries, text_job
+from tests.run.forging import forge_chain
+from tests.tasks.text_jobs import instruction_job, needs_text_libraries, refused, text_job
 
 preload("tests.models.text_libraries")
 preload("dist_train.execution.fsdp")
@@ -70,6 +74,46 @@ def test_replicas_go_on_in_shards_and_ship_what_replicas_ship(
     assert (model / "adapter_model.safetensors").is_file()
     summary = json.loads((folder_of(job) / "summary.json").read_text())
     assert summary["parameters"] > summary["trainable_parameters"] > 0
+
+
+@needs_text_libraries
+def test_a_run_in_shards_is_verified_on_as_many_ranks_and_on_no_other_number(
+    place: tuple[Path, Path], tmp_path: Path
+) -> None:
+    job = [*text_job(*place, tmp_path / "run", *JOB, "checkpoint.keep=1"), FSDP]
+    summary = finish(job, 2)
+    seen = command_on_ranks(2, "verify", folder_of(job))
+    assert [rank.code for rank in seen] == [0, 0], seen
+    report = json.loads(seen[0].out)
+    assert (report["difference"], report["notes"], report["model_compared"]) == (None, [], True)
+    assert report["checkpoints"] >= 1
+    assert report["states"] >= 1
+    assert report["weights_sha256"] == summary["weights_sha256"]
+    refused(command("verify", folder_of(job)), "trained in the fast mode on 2 ranks")
+
+    checkpoint = folder_of(job) / "checkpoints" / "step_00000009"
+    parts: Parts = read_parts(checkpoint)
+    altered = next(name for name, tensor in parts["optimizer.pth"].items() if tensor.is_floating_point())
+    parts["optimizer.pth"][altered] += 1e-6
+    commit(checkpoint, encode_parts(parts))
+    forge_chain(folder_of(job))
+    seen = command_on_ranks(2, "verify", folder_of(job), "--steps", "6:9")
+    assert [rank.code for rank in seen] == [1, 1], seen
+    assert json.loads(seen[0].out)["difference"] == (
+        f"the checkpoint's optimizer.pth, tensor {altered} is not what the replay has"
+    )
+
+
+@needs_text_libraries
+def test_a_run_that_left_its_shards_is_verified_from_there_on(place: tuple[Path, Path], tmp_path: Path) -> None:
+    job = text_job(*place, tmp_path / "run", *JOB, "checkpoint.keep=9")
+    assert run_job([*job, FSDP], 2, Trap(step=4)).killed
+    finish(job, 2)
+    seen = command_on_ranks(2, "verify", folder_of(job))
+    assert [rank.code for rank in seen] == [0, 0], seen
+    report = json.loads(seen[0].out)
+    assert (report["difference"], report["first_step"]) == (None, 3)
+    assert report["notes"] == ["changed at step 3: runtime.fsdp: was True, is False"]
 
 
 @needs_text_libraries

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,12 +23,12 @@ PLANS = st.builds(
 WORLDS = st.integers(1, 7)
 
 
-def samplers(plan: dict[str, int], world_size: int, position: Position | None = None) -> list[PositionSampler]:
+def samplers(plan: dict[str, Any], world_size: int, position: Position | None = None) -> list[PositionSampler]:
     at = {"position": position} if position else {}
     return [PositionSampler(**plan, rank=rank, world_size=world_size, **at) for rank in range(world_size)]
 
 
-def steps_of(plan: dict[str, int], world_size: int, epoch: int) -> list[list[list[Tensor]]]:
+def steps_of(plan: dict[str, Any], world_size: int, epoch: int) -> list[list[list[Tensor]]]:
     """Rows by step, pass and rank, from the start of an epoch to its end."""
     ranks = samplers(plan, world_size)
     steps, position = [], Position(epoch, 0)
@@ -175,3 +177,23 @@ def test_in_blocks_too_every_row_is_trained_once_on_any_world(
     rows = torch.cat([rows for step in several for of_pass in step for rows in of_pass])
     assert rows.sort().values.tolist() == list(range(plan["num_rows"]))
     assert [[torch.cat(p).tolist() for p in step] for step in several] == [[p[0].tolist() for p in s] for s in one]
+
+
+@settings(deadline=None, max_examples=100)
+@given(PLANS, WORLDS, st.integers(1, 300), st.integers(1, 4))
+def test_a_pass_has_no_more_tokens_than_its_budget_on_any_number_of_ranks(
+    plan: dict[str, int], world_size: int, budget: int, sort_batches: int
+) -> None:
+    lengths = torch.randint(1, 60, (plan["num_rows"],), generator=torch.Generator().manual_seed(plan["num_rows"]))
+    texts = plan | {"lengths": lengths, "padded_lengths": lengths, "sort_batches": sort_batches}
+    without, within = steps_of(texts, world_size, 1), steps_of(texts | {"tokens_per_pass": budget}, world_size, 1)
+    assert len(within) == len(without)
+    for step, plain in zip(within, without, strict=True):
+        passes = [torch.cat(of_pass) for of_pass in step]
+        assert torch.cat(passes).tolist() == torch.cat([rows for of_pass in plain for rows in of_pass]).tolist()
+        assert len(passes) >= len(plain)
+        for rows in passes:
+            assert len(rows) >= 2
+            assert len(rows) <= 3 or int(lengths[rows].max()) * len(rows) <= budget
+        fits = all(int(lengths[torch.cat(of_pass)].max()) * len(torch.cat(of_pass)) <= budget for of_pass in plain)
+        assert not fits or len(passes) == len(plain)

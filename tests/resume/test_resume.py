@@ -506,7 +506,7 @@ def test_a_kill_between_two_folders_of_the_model_brings_the_model_back(runs: Pat
 def test_where_the_fast_mode_adds_up_in_another_order(
     was: tuple[int, int | None], now: tuple[int, int], virtual_ranks: int | None, expected: str | None
 ) -> None:
-    state = {"world_size": was[0]} | ({"ranks_per_host": was[1]} if was[1] else {})
+    state: dict[str, Any] = {"world_size": was[0], "config": {}} | ({"ranks_per_host": was[1]} if was[1] else {})
     config = load_config([f"train.virtual_ranks={'null' if virtual_ranks is None else virtual_ranks}"])
     ranks = Collectives(World(size=now[0], local_size=now[1]))
     assert _regrouped(config, state, ranks) == expected

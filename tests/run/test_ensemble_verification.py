@@ -12,11 +12,13 @@ import pytest
 
 from dist_train.config.load import load_config
 from dist_train.distributed.world import World
+from dist_train.run.challenge import draw
 from dist_train.run.checkpoint.commit import commit
 from dist_train.run.checkpoint.state import encode_parts, read_parts, weights_sha256
 from dist_train.run.job import train
 from tests.cli.in_process import command
 from tests.resume.jobs import tiny_job, write_table
+from tests.run.forging import forge_chain
 
 FOLDS = ("train.max_steps=6", "data.folds=2", "data.split_column=null", "train.virtual_ranks=2")
 
@@ -120,6 +122,49 @@ def test_steps_are_those_of_a_member(honest: Path) -> None:
     seen = command("verify", honest, "--steps", "2:4")
     assert seen.code == 2
     assert "is an ensemble: the steps are those of a member" in seen.err
+
+
+def test_a_challenge_draws_from_the_windows_of_all_members(honest: Path) -> None:
+    seen = command("verify", honest, "--challenge", 99, "--challenge-seed", 1)
+    assert seen.code == 0, seen.err
+    report, whole = json.loads(seen.out), json.loads(command("verify", honest).out)
+    windows = [[name, *window] for name in ("fold_0", "fold_1") for window in ([0, 5], [5, 6])]
+    assert report["challenge"] == {
+        "seed": 1, "windows": 4, "drawn": windows, "probability": 1, "differing": []
+    }  # fmt: skip
+    names = ("lines", "checkpoints", "model_compared", "weights_sha256", "data_sha256")
+    for name, of_member in whole["members"].items():
+        assert {n: report["members"][name][n] for n in names} == {n: of_member[n] for n in names}
+    assert report["model_compared"]
+    assert report["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_a_challenge_of_an_ensemble_finds_an_altered_window_where_it_is_drawn(copy: Path) -> None:
+    altered_member(copy)
+    forge_chain(copy / "fold_1")
+    whole: dict[str, Any] = read_parts(copy / "model")
+    whole["ensemble.json"]["members"][1]["model.json"] = read_parts(copy / "fold_1" / "model")["model.json"]
+    commit(copy / "model", encode_parts(whole))
+    altered = ("fold_1", 0, 5)
+    windows = [(name, *window) for name in ("fold_0", "fold_1") for window in ((0, 5), (5, 6))]
+    with_it = next(seed for seed in range(99) if draw(windows, 1, seed) == [altered])
+    seen = command("verify", copy, "--challenge", 1, "--challenge-seed", with_it)
+    assert seen.code == 1
+    assert "the window fold_1 0:5 differs" in seen.err
+    assert seen.err.strip().splitlines()[-1].startswith("error: member fold_1, step ")
+    assert json.loads(seen.out)["challenge"]["differing"] == [list(altered)]
+    without = next(seed for seed in range(99) if altered not in draw(windows, 3, seed))
+    seen = command("verify", copy, "--challenge", 3, "--challenge-seed", without)
+    assert seen.code == 0, seen.err
+    assert "one altered window of 4 is found with probability 0.75" in seen.err
+
+
+def test_a_challenge_begins_only_where_each_member_is_that_of_its_chain(copy: Path) -> None:
+    altered_member(copy)
+    seen = command("verify", copy, "--challenge", 1)
+    assert seen.code == 1
+    assert "member fold_1" in seen.err
+    assert json.loads(seen.out)["challenge"] is None
 
 
 def test_an_ensemble_that_is_not_finished_has_no_whole_yet(copy: Path) -> None:

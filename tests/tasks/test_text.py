@@ -21,6 +21,7 @@ import torch
 from dist_train import load
 from dist_train.config.schema import DataConfig, TextConfig
 from dist_train.data.texts import read_texts
+from dist_train.models.text import TextNetwork
 from dist_train.models.text_base import import_transformers
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.tasks.text import TextTask
@@ -178,6 +179,29 @@ class Code:
         return os.system, (f"touch {self.file}",)
 
 
+def test_a_budget_of_tokens_changes_the_passes_and_not_the_steps(
+    bert: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: dict[str, list[int]] = {"whole": [], "within": []}
+    logits = TextNetwork._logits
+
+    def noted(self: TextNetwork, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            taken[name].append(len(ids) * self._padding.width(lengths))
+        return logits(self, ids, lengths)
+
+    monkeypatch.setattr(TextNetwork, "_logits", noted)
+    more = ("train.max_steps=4", "train.precision=float64", "log.every_steps=1", "text.sort_batches=1")
+    for name, budget in (("whole", "null"), ("within", "100")):
+        trained = command("train", *text_job(bert, texts, tmp_path / name, *more, f"text.tokens_per_pass={budget}"))
+        assert trained.code == 0, trained.err
+    assert max(taken["within"]) <= 100 < max(taken["whole"])
+    lines = [[json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in taken]
+    assert len(lines[0]) == len(lines[1])
+    for ours, theirs in zip(*lines, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-9)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
 def test_a_pickle_in_place_of_weights_is_refused_and_its_code_does_not_run(
     name: str, bert: Path, texts: Path, tmp_path: Path
@@ -245,6 +269,7 @@ SETTINGS = {
     "it needs task.name=text": ["task.name=tabular"],
     "data.folds": ["data.folds=3"],
     "text.max_tokens=40": ["text.max_tokens=40"],
+    "text.tokens_per_pass: must be at least 66": ["text.tokens_per_pass=65"],
     "the package is not installed": ["model.transformer.pretrained=package:no_such_package"],
     "lora_targets": ["model.transformer.lora_targets=[nothing]"],
     "modules_to_save": ["model.transformer.modules_to_save=[nothing]"],
