@@ -179,7 +179,13 @@ def _compare_machine(report: Report, evidence: Evidence, config: JobConfig) -> N
 _PROCESSOR = ("processor", "instructions")
 
 
+# Of their steps and scores every operation is defined; others have some of torch's, as LayerNorm or GELU.
+_DEFINED_FAMILIES = ("financial_classifier", "tabm")
+
+
 def _bits_are_defined(config: JobConfig, report: Report) -> bool:
-    """Whether the run's bits are those of every processor that has one of the two kinds of instructions."""
+    """Whether the run's bits are those of every processor, or of all that have one of two kinds of instructions."""
+    if config.train.virtual_ranks is None or config.runtime.products != "defined":
+        return False
     kinds = {machine.get("instructions") for machine in (report.machine, report.trained_on)}
-    return bool(config.train.virtual_ranks) and config.runtime.products == "defined" and kinds <= {"AVX2", "AVX512"}
+    return config.model.name in _DEFINED_FAMILIES or kinds <= {"AVX2", "AVX512"}

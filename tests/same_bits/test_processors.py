@@ -18,28 +18,38 @@ from dist_train import load
 from dist_train.commands.sample import TABLE
 from tests.cli.in_process import command
 from tests.commands import environment, run
-from tests.resume.jobs import finish, tiny_job, write_table
+from tests.resume.jobs import finish, outcome, tiny_job, write_table
+from tests.same_bits.matrix import PROCESSORS
 
 MORE = ("train.virtual_ranks=2", "train.max_steps=12", "train.class_weights=balanced", "model.hidden_dim=64")
-SWITCHES = [
-    {"MKL_CBWR": "COMPATIBLE"},  # MKL without fused multiply-adds: its products are not used
-    pytest.param({"MKL_ENABLE_INSTRUCTIONS": "AVX2"}, marks=pytest.mark.slow),
-    pytest.param({"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""}, marks=pytest.mark.slow),
-    pytest.param({"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}, marks=pytest.mark.slow),
-    pytest.param({"ATEN_CPU_CAPABILITY": "avx2"}, marks=pytest.mark.slow),
-]
+TABM = ("model.name=tabm", "model.tabm.members=4", "model.tabm.width=16", "data.numeric_transform=quantile")
+# All libraries without fused multiply-adds; the others are in the slow tests.
+EVERYDAY = "SSE4.2"
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: ",".join(s))
-def test_a_run_is_the_same_bits(switches: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("processor", "family"),
+    [
+        (EVERYDAY, ()),
+        pytest.param(EVERYDAY, TABM, marks=pytest.mark.slow),
+        *(
+            pytest.param(name, (), marks=pytest.mark.slow)
+            for name, switches in PROCESSORS.items()
+            if switches and name != EVERYDAY
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0] if value else "",
+)
+def test_a_run_and_its_scores_are_the_same_bits(processor: str, family: tuple[str, ...], tmp_path: Path) -> None:
     table = write_table(tmp_path / "clients.csv")
-    here = finish(tiny_job(table, tmp_path / "here", *MORE), 1)
-    there = tiny_job(table, tmp_path / "there", *MORE)
-    ended = run("train", *there, **switches)
-    assert ended.returncode == 0, ended.stderr
-    summary = json.loads((tmp_path / "there" / "summary.json").read_text())
-    assert summary["weights_sha256"] == here["weights_sha256"]
-    assert summary["test"] == here["test"]
+    here = finish(tiny_job(table, tmp_path / "here", *MORE, *family), 1)
+    assert command("predict", tmp_path / "here", table, tmp_path / "here.csv").code == 0
+    there, switches = tiny_job(table, tmp_path / "there", *MORE, *family), PROCESSORS[processor]
+    for arguments in (("train", *there), ("predict", tmp_path / "there", table, tmp_path / "there.csv")):
+        ended = run(*arguments, **switches)
+        assert ended.returncode == 0, ended.stderr
+    assert outcome(tmp_path / "there") == here
+    assert (tmp_path / "there.csv").read_bytes() == (tmp_path / "here.csv").read_bytes()
 
 
 def test_a_row_has_the_same_scores_alone_and_among_others(tmp_path: Path) -> None:
@@ -65,7 +75,6 @@ def test_a_row_has_the_same_scores_alone_and_among_others(tmp_path: Path) -> Non
     assert pl.read_csv(tmp_path / "scores_of_clients.csv").drop("predicted_class").to_numpy().tolist() == whole.tolist()
 
 
-AS_AVX2 = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "NUMBA_CPU_NAME": "haswell"}
 EXACT = "train.virtual_ranks=4"
 
 
@@ -94,15 +103,15 @@ def test_ten_thousand_rows_have_the_same_scores_in_any_company(
         done = command("train", *arguments, f"run.name={name}", f"evaluation.batch_size={rows}")
         assert done.code == 0, done.err
     hashes = []
-    for switches in ({}, AS_AVX2):
+    for processor in ("native", "all AVX2"):
         ended = subprocess.run(
             [sys.executable, "-m", "tests.same_bits.scores",
              tmp_path / "run", tmp_path / "wide", table, tmp_path, f"--calls={calls}"],
-            env=environment(**switches), capture_output=True, text=True, timeout=3000, check=False,
+            env=environment(**PROCESSORS[processor]), capture_output=True, text=True, timeout=3000, check=False,
         )  # fmt: skip
         assert ended.returncode == 0, ended.stderr
         found = json.loads(ended.stdout)
-        print(family, mode, switches, found["differing"], found["sha256"])
+        print(family, mode, processor, found["differing"], found["sha256"])
         assert len(found["differing"]) == 19
         assert not any(differ for _, differ in found["differing"].values()), found["differing"]
         assert found["metrics"]["1"] == found["metrics"]["3"]
