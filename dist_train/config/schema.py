@@ -259,7 +259,7 @@ class RuntimeConfig:
     fsdp: bool = False
     """Each rank holds a part of the parameters, gradients and moments, for models that do not fit one GPU (docs/fsdp.md). Checkpoints are those of runs without it, and a run may change it when it resumes. One rank holds all of it as ever."""
     products: Literal["defined", "library"] = "defined"
-    """On the CPU: `defined` gives float32 matrix products of the exact mode and of scores, and the softmax of scores, bits that no processor and no row beside a row changes; `library` leaves them to torch's library. A run of an earlier version has `library`."""
+    """On the CPU: `defined` gives matrix products and the other operations of the exact mode and of scores, and initial weights, bits that no processor and no row beside a row changes (docs/operations.md); `library` leaves them to torch. A run of an earlier version has `library`."""
     audit_every_steps: int | None = None
     """In the exact mode on the CPU: each so many optimizer steps, ranks compute the slices of each other again and compare them byte for byte, before the step is taken; in every step a rank compares checksums of its weights. A rank that differs ends the run, and is named (docs/audit.md). Null: off."""
     timeout_seconds: float = 300.0

@@ -16,9 +16,10 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor, nn
 
-from dist_train.accel import defined_products
+from dist_train.accel import defined_products, operations_of_torch
 from dist_train.accel.defined_arithmetic import DefinedArithmetic
 from dist_train.accel.defined_products import FOLD
+from dist_train.determinism.arithmetic import written_out
 
 SIZES = st.sampled_from([1, 2, 3, 5, 15, 16, 17, 33, 64])
 INNER = st.sampled_from([0, 1, 3, 4, 50, 127, 128, 129, 300])
@@ -203,3 +204,14 @@ def test_what_is_multiplied_can_be_freed_by_its_owner() -> None:
     DefinedArithmetic().multiply(a, b, out)
     for numbers in (a, b):
         numbers.untyped_storage().resize_(0)
+
+
+def test_a_pass_that_is_written_out_is_not_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(operations_of_torch, "product", lambda a, *_, **__: seen.append(a))
+    a = torch.ones(3, 40)
+    with DefinedArithmetic().of_torch():
+        written_out(lambda: a @ a.t())()
+        assert not seen
+        a @ a.t()
+        assert len(seen) == 1
