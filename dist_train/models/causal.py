@@ -156,7 +156,7 @@ def save_as_folder(base: Pretrained, folder: Path) -> None:
         UserError: transformers cannot read them.
     """
     read_model(base, "AutoModelForCausalLM", read_config(base)).save_pretrained(folder)
-    load_tokenizer(base).save_pretrained(folder)
+    load_tokenizer(base, "model.causal_lm.tokenizer").save_pretrained(folder)
 
 
 @torch.no_grad()

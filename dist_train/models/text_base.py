@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from dist_train.system.machine import use_one_thread_for_tokens
 PACKAGE = "package:"
 _WANTED = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json")
+_ADAPTER = "adapter_config.json"
 # Attention draws its mask inside a kernel, from torch's global generator.
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attn_dropout")
 
@@ -72,7 +73,8 @@ def locate_pretrained(reference: str, key: str) -> Pretrained:
         return Pretrained(reference, folder.parent, folder.name)
     if folder.exists() or reference.startswith((".", "/", "~")) or not is_hub_name(reference):
         if not (folder / "config.json").is_file():
-            what = "has no config.json" if folder.is_dir() else "no such folder"
+            alone = "has an adapter and no model" if (folder / _ADAPTER).is_file() else "has no config.json"
+            what = alone if folder.is_dir() else "no such folder"
             raise UserError(f"{key}={reference}: {what}: name a folder that transformers has saved, or a .gguf file")
         return Pretrained(reference, folder)
     return Pretrained(reference, hub_folder(reference, _WANTED, f"{key}={reference}: no such folder"))
@@ -81,20 +83,35 @@ def locate_pretrained(reference: str, key: str) -> Pretrained:
 def read_model(base: Pretrained, kind: str, config: Any) -> Any:
     """The model of transformers' class `kind`, as AutoModel, with its weights, float32 on the CPU.
 
+    What a classifier has beside the pretrained model, as its head, is new and random.
+
     Raises:
-        UserError: transformers cannot read it, or its weights are pickled.
+        UserError: transformers cannot read it, its weights are pickled, or they are those of another model.
     """
     require_safe_weights(base)
     auto = getattr(import_transformers(), kind)
     settings = {} if base.gguf else {"use_safetensors": True}
     with reading(base.name, "its weights"), redirect_stderr(StringIO()):  # the bar of transformers' reader of GGUF
-        model = auto.from_pretrained(**base.where, config=deepcopy(config), dtype=torch.float32, **settings)
+        model, found = auto.from_pretrained(
+            **base.where, config=deepcopy(config), dtype=torch.float32, output_loading_info=True, **settings
+        )
         if base.gguf is None:
+            _require_weights(base, model, found["missing_keys"], whole=kind == "AutoModelForCausalLM")
             return model
         # transformers takes a model of a GGUF file for a quantized one, which it does not save.
         plain = auto.from_config(config, dtype=torch.float32)
         plain.load_state_dict(model.state_dict())
         return plain
+
+
+def _require_weights(base: Pretrained, model: Any, missing: Collection[str], *, whole: bool) -> None:
+    """UserError where weights are missing, which transformers then draws: all must be there, or more than half."""
+    wanted = len(model.state_dict())
+    if missing and (whole or 2 * len(missing) > wanted):
+        raise UserError(
+            f"{base.name}: {len(missing)} of the {wanted} weights of a {type(model).__name__} are missing, as "
+            f"{min(missing)}: name a folder with the weights of that model"
+        )
 
 
 def require_safe_weights(base: Pretrained) -> None:
@@ -121,15 +138,15 @@ def read_config(base: Pretrained, **changes: Any) -> Any:
     return config
 
 
-def load_tokenizer(place: Pretrained) -> Any:
-    """The tokenizer of a folder.
+def load_tokenizer(place: Pretrained, key: str) -> Any:
+    """The tokenizer of a folder; `key` of the configuration can name another folder.
 
     Raises:
         UserError: there is none, or it is not one of the tokenizers library.
     """
     transformers = import_transformers()
     if not (place.gguf or any((place.folder / name).is_file() for name in _TOKENIZER_FILES)):
-        raise UserError(f"{place.name}: has no tokenizer: name a folder that has one in model.transformer.tokenizer")
+        raise UserError(f"{place.name}: has no tokenizer: name a folder that has one in {key}")
     with reading(place.name, "its tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**place.where, use_fast=True)
     if not tokenizer.is_fast:

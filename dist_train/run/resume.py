@@ -26,7 +26,7 @@ from dist_train.run.tracking.console_tracker import describe_scores
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
 from dist_train.system.machine import describe_machine
-from dist_train.tasks.base import Task
+from dist_train.tasks.base import NamesPretrained, Task
 from dist_train.tasks.registry import description_in, load_task
 from dist_train.training.progress import Progress, migrated_progress
 from dist_train.training.selection import Selection
@@ -346,10 +346,16 @@ def _check_best(found: Found, config: JobConfig, checkpoints: Checkpoints) -> No
 
 
 def matching_task(found: Found | None, config: JobConfig, task: Task, collectives: Collectives) -> Task:
-    """The task to go on with: preprocessing is that which the checkpoint's model was trained with."""
+    """The task to go on with: preprocessing is that which the checkpoint's model was trained with.
+
+    Raises:
+        UserError: the data are others, or a pretrained model is another one by now.
+    """
     if not found:
         return task
     state = found.parts["state.json"]
+    if isinstance(task, NamesPretrained):
+        task.require_pretrained(description_in(found.parts))
     if collectives.is_main:
         _note_other_bits(state, config, collectives)
     log.info("resuming from the checkpoint of step %d", found.step)

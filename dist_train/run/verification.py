@@ -19,7 +19,7 @@ from dist_train.run.evidence import Evidence
 from dist_train.run.replay import Replay, Report
 from dist_train.run.session import Session
 from dist_train.system.machine import describe_machine
-from dist_train.tasks.base import Task
+from dist_train.tasks.base import NamesPretrained, Task
 from dist_train.tasks.registry import description_in, load_task
 
 
@@ -144,7 +144,11 @@ def _session(
     `task` is that of an earlier session of the same run.
     """
     fitted = description_in(parts) if parts and evidence.changes else None
-    session = Session(config, task or load_task(config, collectives, fitted), collectives)
+    task = task or load_task(config, collectives, fitted)
+    recorded = evidence.checkpoints[max(evidence.checkpoints)] if evidence.checkpoints else evidence.model
+    if isinstance(task, NamesPretrained) and recorded:
+        task.require_pretrained(description_in(recorded))
+    session = Session(config, task, collectives)
     if parts:
         session.restore(parts)
     return session

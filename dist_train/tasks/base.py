@@ -107,6 +107,14 @@ class KeepsFiles(Protocol):
 
 
 @runtime_checkable
+class NamesPretrained(Protocol):
+    """A task whose checkpoints name the model that was trained on, and do not hold it."""
+
+    def require_pretrained(self, description: Description) -> None:
+        """UserError where a task that is described so had another one."""
+
+
+@runtime_checkable
 class ShipsFiles(Protocol):
     """A task whose trained model is also shipped in the formats of other libraries."""
 

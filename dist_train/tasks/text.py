@@ -143,6 +143,10 @@ class TextTask(Classification):
             **self._identity,
         }
 
+    def require_pretrained(self, description: Description) -> None:
+        """UserError where a task described so had another pretrained model or tokenizer."""
+        _require_same(self._base.name, self._identity, description)
+
     def matches(self, description: Description) -> bool:
         """Whether a task described so has the same classes, tokens and pretrained model, wherever that lies."""
         own, other = dict(self.description()), dict(description)
@@ -251,7 +255,7 @@ def _pretrained(
     def found() -> tuple[Pretrained, Any]:
         base = locate_pretrained(block.pretrained, f"{block.section}.pretrained")
         key = f"{block.section}.tokenizer"
-        tokenizer = load_tokenizer(locate_pretrained(block.tokenizer, key) if block.tokenizer else base)
+        tokenizer = load_tokenizer(locate_pretrained(block.tokenizer, key) if block.tokenizer else base, key)
         _require_fit(config, base, tokenizer)
         return base, tokenizer
 
@@ -260,13 +264,19 @@ def _pretrained(
         identity = collectives.on_rank_zero(
             lambda: {"base_sha256": base.sha256(), "tokenizer_sha256": tokenizer_sha256(tokenizer)}
         )
-    for name, what in (("base_sha256", "model"), ("tokenizer_sha256", "tokenizer")):
-        if fitted and fitted[name] != identity[name]:
-            raise UserError(
-                f"{base.name}: is another {what} than the one that was trained on: SHA-256 {identity[name][:12]}..., "
-                f"not {fitted[name][:12]}...: put that one in its place"
-            )
+    if fitted:
+        _require_same(base.name, identity, fitted)
     return base, tokenizer, identity
+
+
+def _require_same(name: str, identity: Mapping[str, str], described: Description) -> None:
+    """UserError where a task that is described so had another pretrained model or tokenizer."""
+    for key, what in (("base_sha256", "model"), ("tokenizer_sha256", "tokenizer")):
+        if described[key] != identity[key]:
+            raise UserError(
+                f"{name}: is another {what} than the one that was trained on: SHA-256 {identity[key][:12]}..., "
+                f"not {described[key][:12]}...: put that one in its place"
+            )
 
 
 def _require_fit(config: JobConfig, base: Pretrained, tokenizer: Any) -> None:

@@ -215,55 +215,6 @@ def test_a_pickle_in_place_of_weights_is_refused_and_its_code_does_not_run(
     assert not (tmp_path / "run").exists()
 
 
-FILES = {
-    "no column 'text' (text.column)": "words,label\nloss,bad\nprofit,good\n",
-    "no column 'label' (data.target)": "text,grade\nloss,bad\nprofit,good\n",
-    "data row 2: the text is empty": "text,label\nloss,bad\n  ,good\n",
-    "only one class": "text,label\nloss,bad\nlate,bad\n",
-}
-
-
-@pytest.mark.parametrize("words", FILES)
-def test_a_file_that_does_not_fit_is_one_line(words: str, bert: Path, tmp_path: Path) -> None:
-    (tmp_path / "texts.csv").write_text(FILES[words])
-    refused(command("train", *text_job(bert, tmp_path / "texts.csv", tmp_path / "run")), "texts.csv", words)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(bert: Path, texts: Path, tmp_path: Path) -> None:
-    shutil.copytree(bert, tmp_path / "other")
-    described = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
-    vocabulary = described["model"]["vocab"]
-    vocabulary |= {f"word{i}": len(vocabulary) + i for i in range(50)}
-    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(described))
-    job = text_job(bert, texts, tmp_path / "run", f"model.transformer.tokenizer={tmp_path / 'other'}")
-    refused(command("train", *job), "model.transformer.tokenizer")
-
-
-def test_an_adapter_is_not_put_on_another_base(bert: Path, texts: Path, tmp_path: Path) -> None:
-    shutil.copytree(bert, tmp_path / "bert")
-    assert command("train", *text_job(tmp_path / "bert", texts, tmp_path / "run", "train.max_steps=2")).code == 0
-    shutil.rmtree(tmp_path / "bert")
-    write_tiny_bert(tmp_path / "bert", seed=1)
-    refused(command("predict", tmp_path / "run", texts / "sent_valid.csv", tmp_path / "out.csv"), "another model")
-    assert not (tmp_path / "out.csv").exists()
-
-
-@pytest.mark.parametrize("what", ["model", "data set"])
-def test_the_hub_without_a_network_is_one_line(
-    what: str, bert: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_network(*_: object, **__: object) -> str:
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
-    more = ["model.transformer.pretrained=someone/model"]
-    if what == "data set":
-        more = [f"data.path={tmp_path / 'nowhere'}", "text.hub_dataset=someone/texts"]
-    job = [*text_job(bert, texts, tmp_path / "run"), *more]
-    refused(command("train", *job), "Hugging Face hub", "network")
-
-
 SETTINGS = {
     "needs model.name=transformer": ["model.name=tabm"],
     "it needs task.name=text": ["task.name=tabular"],
