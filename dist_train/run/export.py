@@ -117,7 +117,8 @@ def export_best(
                 describe_scores(metrics, session.progress.selection.metric),
                 best or session.progress.step,
             )
-            _warn_of_base_rate(split, metrics)
+            if collectives.is_main:  # a warning is shown by each rank that has it
+                _warn_of_base_rate(split, metrics)
     note_calibration(summary)
     for line in _beside(scores["test"], baselines):
         log.info("%s", line)

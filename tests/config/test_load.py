@@ -56,6 +56,18 @@ def test_lists_replace_and_mappings_merge(tmp_path: Path) -> None:
     assert load_config([file, "train.class_weights=null"]).train.class_weights is None
 
 
+def test_an_empty_mapping_empties(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, "a.yaml", "model: {name: causal_lm, causal_lm: {answers: {'0': bad}}}\n")
+    text = ["task.name=instruction", "data.path=x.csv", "model.causal_lm.instruction='{text}'"]
+    emptied = load_config([file, *text, "model.causal_lm.answers={}"]).model
+    assert families.block_of(emptied).answers == {}
+    anew = load_config([file, *text, "model.causal_lm.answers={}", "model.causal_lm.answers.low=worse"]).model
+    assert families.block_of(anew).answers == {"low": "worse"}
+    other = yaml_file(tmp_path, "b.yaml", "data: {}\ntrain: {epochs: 3}\nmodel: {causal_lm: {answers: {}}}\n")
+    config = load_config([file, *text, other])
+    assert (config.data.path, config.train.epochs, families.block_of(config.model).answers) == ("x.csv", 3, {})
+
+
 @pytest.mark.parametrize(
     ("argument", "section", "key", "value"),
     [
