@@ -109,8 +109,8 @@ def _resolved(settings: Iterable[Setting], tree: DictConfig, problems: list[str]
         try:
             if isinstance(value, _Added):
                 value = [*cast(list[Any], OmegaConf.to_container(OmegaConf.select(tree, key))), *value.values]
-            # Mappings merge, as sections do: `train.class_weights.high=2` leaves the other classes as they are. An empty
-            # one empties: nothing else takes a name away that a file has.
+            # Mappings merge, as sections do: `train.class_weights.high=2` leaves the other classes as they are. An
+            # empty one empties: nothing else takes a name away that a file has.
             merges = isinstance(value, dict) and bool(value) and isinstance(OmegaConf.select(tree, key), DictConfig)
             OmegaConf.update(tree, key, value, merge=merges)
             sources[key] = source
