@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -49,7 +50,35 @@ def _loaded() -> bool:
     return isinstance(gpu_layers.first_linear, InterpretedFunction)
 
 
+def _replace_once() -> None:
+    """Have the interpreter replace the language's functions once for a kernel.
+
+    Triton 3.6 does it again, around what it has replaced, whenever a kernel calls a function: a quarter of a step.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    plain, replaced = interpreter._patch_lang, set()
+
+    def patch(function: Any) -> Any:
+        modules = {m for m in (language, language.core) for value in function.__globals__.values() if value is m}
+        if modules <= replaced:
+            return interpreter._LangPatchScope()
+        in_kernel = bool(replaced)
+        replaced.update(modules)
+        scope = plain(function)
+        if not in_kernel:
+            restore = scope.restore
+            scope.restore = lambda: (replaced.clear(), restore())
+        return scope
+
+    if inspect.isclass(getattr(interpreter, "_LangPatchScope", None)):  # other versions do it in other ways
+        interpreter._patch_lang = patch
+
+
 INTERPRETED = _loaded()
+if INTERPRETED:
+    _replace_once()
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton was loaded before, without its interpreter")
 
 

@@ -37,6 +37,7 @@ from dist_train.execution import fused as fused_steps  # isort: skip
 pytestmark = needs_interpreter
 
 ROWS = 52  # three steps of 24 rows an epoch, the last one of which has 4
+FEWER = 28  # two steps
 WEIGHTED = ["data.drop=[]", "data.weight=amount"]
 # The exact mode on a GPU computes with what its libraries give.
 AS_ON_GPU = "runtime.products=library"
@@ -74,7 +75,7 @@ def assert_same(ours: Job, other: Job) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("steps", [12, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [7, pytest.param(50, marks=pytest.mark.slow)])
 def test_many_steps_are_those_of_the_modules(tmp_path: Path, steps: int) -> None:
     """Numeric features, whose table the kernels read as it is; its rows are filled up to eight numbers."""
     arguments = [*write_numbers(tmp_path / "table.parquet", ROWS, 7), *SMALL]
@@ -143,18 +144,18 @@ def test_steps_are_those_of_the_modules(
     tmp_path: Path, features: int, classes: int, more: list[str], change: Callable[[nn.Module], None] | None
 ) -> None:
     """Over the ragged end of an epoch."""
-    arguments = [*write_numbers(tmp_path / "table.parquet", ROWS, features, classes), *more]
+    arguments = [*write_numbers(tmp_path / "table.parquet", FEWER, features, classes), *more]
     ours, plain = make_job(arguments, Repeater(), change), make_job(arguments, None, change)
     assert ours.fused is not None
-    assert all(result[4] == 1 for result in follow(ours, plain, 4))
+    assert all(result[4] == 1 for result in follow(ours, plain, 3))
 
 
 @needs_interpreter
 def test_features_that_the_model_makes_are_gathered(tmp_path: Path) -> None:
     """One-hot categories."""
-    arguments = write_numbers(tmp_path / "table.parquet", ROWS, 5, cities=True)
+    arguments = write_numbers(tmp_path / "table.parquet", FEWER, 5, cities=True)
     ours, plain = make_job(arguments, Repeater()), make_job(arguments, None)
-    follow(ours, plain, 4)
+    follow(ours, plain, 3)
     assert ours.fused is not None
     assert ours.fused._table is None
 
@@ -162,12 +163,12 @@ def test_features_that_the_model_makes_are_gathered(tmp_path: Path) -> None:
 @needs_interpreter
 def test_bf16_is_that_of_the_modules_but_for_its_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_of_bfloat16)
-    arguments = [*write_numbers(tmp_path / "table.parquet", ROWS, 6), "train.precision=bf16"]
+    arguments = [*write_numbers(tmp_path / "table.parquet", FEWER, 6), "train.precision=bf16"]
     ours, plain = make_job(arguments, Repeater()), make_job(arguments, None)
     single = make_job([*arguments, "train.precision=float32"], None)
-    follow(ours, plain, 4, 2e-2)
+    follow(ours, plain, 3, 2e-2)
     with pytest.raises(AssertionError):
-        follow(make_job(arguments, Repeater()), single, 4, 1e-5)
+        follow(make_job(arguments, Repeater()), single, 3, 1e-5)
 
 
 def dot_of_bfloat16(_: Any, a: Any, b: Any, sums: Any, *_options: Any) -> Any:
@@ -209,19 +210,32 @@ def run_in_interpreter(kernel: Callable[..., None], *arguments: Any, **constants
     interpreter.InterpretedFunction(kernel)[(1,)](*arguments, **constants)
 
 
-def test_steps_sent_off_together_are_the_same_bits_as_one_by_one(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def long_epoch(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of a job whose epoch has ten steps of 16 rows and one of 4."""
+    table = tmp_path_factory.mktemp("long") / "table.parquet"
+    return [*write_numbers(table, 164, 6), *SMALL, "train.ema_decay=0.9"]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(long_epoch: list[str]) -> Job:
+    """The same job after an epoch and two steps, each sent off by itself."""
+    return make_job(long_epoch, Repeater()).take(13)
+
+
+def test_steps_sent_off_together_are_the_same_bits_as_one_by_one(long_epoch: list[str], one_by_one: Job) -> None:
     """Over the end of an epoch: ten steps of 16 rows, one by one and eight in one graph, one of 4, two of 16."""
-    arguments = [*write_numbers(tmp_path / "table.parquet", 164, 6), *SMALL, "train.ema_decay=0.9"]
     recorder = Repeater()
-    assert_same(make_job(arguments, recorder).take_held(13), make_job(arguments, Repeater()).take(13))
+    assert_same(make_job(long_epoch, recorder).take_held(13), one_by_one)
     assert recorder.recordings == 2
     assert recorder.runs == 4  # eight steps; one before the epoch's end, two after it
 
 
-def test_a_gpu_that_has_nothing_to_do_is_sent_what_is_put_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_has_nothing_to_do_is_sent_what_is_put_off(
+    long_epoch: list[str], one_by_one: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of thirteen steps of 16 rows the first two go together, so do the next two, and the rest when it is asked for."""
-    arguments = [*write_numbers(tmp_path / "table.parquet", 164, 6), *SMALL]
-    expected, job = make_job(arguments, Repeater()).take(13), make_job(arguments, Repeater())
+    job = make_job(long_epoch, Repeater())
     idle, sent, send = iter([True, True]), [], fused_steps.FusedSteps._send
 
     def counted(own: Any, steps: list[Any], results: torch.Tensor) -> None:
@@ -231,7 +245,7 @@ def test_a_gpu_that_has_nothing_to_do_is_sent_what_is_put_off(tmp_path: Path, mo
     monkeypatch.setattr(fused_steps, "_ROWS_FOR_AN_IDLE_GPU", 32)
     monkeypatch.setattr(fused_steps.FusedSteps, "_idle", lambda _: next(idle, False))
     monkeypatch.setattr(fused_steps.FusedSteps, "_send", counted)
-    assert_same(job.take_held(13), expected)
+    assert_same(job.take_held(13), one_by_one)
     assert sent == [2, 2, 9]
 
 
@@ -305,10 +319,10 @@ def test_what_the_kernels_do_not_know_is_left_to_the_modules(
 
 @pytest.mark.parametrize("ranks", [(1, 2), pytest.param((1, 4, 8), marks=pytest.mark.slow)])
 def test_the_exact_mode_is_the_same_bits_on_any_number_of_ranks(tmp_path: Path, ranks: tuple[int, ...]) -> None:
-    """Eight slices, in the last step of an epoch of 0 or 1 row, held by as many processes."""
+    """Four or eight slices, in the last step of an epoch of 0 or 1 row, held by as many processes."""
     arguments = [
-        *write_numbers(tmp_path / "table.parquet", 43, 6), "train.global_batch_size=20", "train.virtual_ranks=8",
-        "train.ema_decay=0.9", AS_ON_GPU,
+        *write_numbers(tmp_path / "table.parquet", 43, 6), "train.global_batch_size=20", "train.ema_decay=0.9",
+        f"train.virtual_ranks={4 if max(ranks) <= 4 else 8}", AS_ON_GPU,
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "tests.accel.exact_ranks", json.dumps(ranks), *arguments],

@@ -70,6 +70,22 @@ def test_honest_ranks_are_left_alone(tmp_path: Path, world: int, steps: int, mod
     assert on_ranks(world, honest, arguments, steps) == [(steps, None)] * world
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_two_hundred_thousand_honest_steps_raise_no_alarm(tmp_path: Path) -> None:
+    taken = {1: 0, 2: 0, 3: 0}
+    alarms = []
+    for world, runs, steps in ((3, 16, 500), (2, 4, 500), (1, 19, 10_000)):
+        for seed in range(runs):
+            arguments = small_job(tmp_path, f"run.seed={seed}", "train.epochs=10000", every=10)
+            ends = on_ranks(world, honest, arguments, steps)
+            taken[world] += ends[0][0]
+            alarms += [fault for _, fault in ends if fault]
+            print(f"steps by the number of ranks: {taken}; alarms: {alarms}", flush=True)
+    assert sum(taken.values()) == 200_000
+    assert alarms == []
+
+
 def tensors_after(collectives: Collectives, arguments: list[str], steps: int) -> dict[str, Tensor]:
     """Everything of a checkpoint, and what no checkpoint has, after some steps."""
     session = build(collectives, arguments)
