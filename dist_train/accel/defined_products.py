@@ -93,8 +93,9 @@ def multiply_at(
         of_x, of_y = (of_b[0], of_b[2], of_b[1]), (of_a[0], of_a[2], of_a[1])
         of_z = (of_out[0], of_out[2], of_out[1])
     scale, none = np.float32(factor), np.float32(0)
-    copies = of_y[2] != 1 or (factor != 1 and not turned)
-    width = columns if copies else max(of_y[1], columns)
+    # Rows of the columns that follow each other in memory are read where they are.
+    copies = of_y[2] != 1 or of_y[1] < columns or (factor != 1 and not turned)
+    width = columns if copies else of_y[1]
     copied = np.empty((inner if copies else 0, columns), np.float32)
     factors = np.empty(inner, np.float32)
     part, total = np.empty(columns, np.float32), np.empty(columns, np.float32)

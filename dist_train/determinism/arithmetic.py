@@ -32,7 +32,7 @@ def written_out(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class AdamWSettings(NamedTuple):
-    """Of one update of a group of parameters; `step` counts from 1."""
+    """Of one update of a group of parameters."""
 
     lr: float | Tensor
     betas: tuple[float, float]

@@ -27,7 +27,7 @@ def choose_execution(
     fsdp: bool = False,
     arithmetic: Arithmetic | None = None,
 ) -> Execution:
-    """The execution of a configuration in a world; `seed` keys its random numbers, the exact mode has `products`.
+    """The execution of a configuration in a world; `seed` keys its random numbers, the exact mode has `arithmetic`.
 
     `train.virtual_ranks` asks for the exact mode. Without it one rank is single, and several are ddp. On a GPU each of
     them has kernels of its own for the models that these know, on any backend and wherever the rows are, so that their

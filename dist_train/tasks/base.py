@@ -49,7 +49,7 @@ class Task(Protocol):
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """How the exact mode, and whatever scores, multiplies matrices."""
+        """That of the exact mode, and of whatever scores."""
 
     def model(self, device: torch.device | None = None) -> nn.Module:
         """A new model with initial weights that are a function of the seed, on the device, in the run's precision."""

@@ -55,10 +55,12 @@ def matrix(rows: int, columns: int, seed: int, scale: float, layout: str) -> Ten
     inside = wide[2 : 2 + rows, 3 : 3 + columns]
     if layout == "transposed":
         return inside.t().contiguous().t()
+    if layout == "a row for all":
+        return inside[:1].expand(rows, columns)
     return inside if layout == "inside" else inside.contiguous()
 
 
-LAYOUTS = st.sampled_from(["plain", "transposed", "inside"])
+LAYOUTS = st.sampled_from(["plain", "transposed", "inside", "a row for all"])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
