@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dist_train.accel import defined_products, defined_steps
-from dist_train.accel.defined_functions import softmax
+from dist_train.accel.defined_functions import cosine_of_turns, log, softmax
 from dist_train.accel.operations_of_torch import OperationsOfTorch
-from dist_train.determinism.arithmetic import AdamWSettings, Arithmetic
+from dist_train.determinism.arithmetic import AdamWSettings, Arithmetic, Floats
 
 
 class DefinedArithmetic(Arithmetic):
@@ -58,6 +59,18 @@ class DefinedArithmetic(Arithmetic):
         for tensors in zip(values, gradients, means, squares, strict=True):
             value, gradient, mean, square = (x.numpy() for x in tensors)
             defined_steps.adamw(value, gradient, mean, square, 1.0, settings.weight_decay, numbers)
+
+    def cosine_of_turns(self, turns: float) -> float:
+        """That of `defined_functions`."""
+        return cosine_of_turns(turns)
+
+    def power(self, base: float, exponent: int) -> float:
+        """One product after the other."""
+        return math.prod([base] * exponent)
+
+    def log(self, numbers: Floats) -> Floats:
+        """That of `defined_functions`."""
+        return log(numbers)
 
     def follow(self, average: Tensor, weights: Tensor, share: float) -> None:
         """average += share * (weights - average), in place, one operation after the other; 1 copies the weights."""

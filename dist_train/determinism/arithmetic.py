@@ -5,14 +5,18 @@ Here they are torch's. The exact mode, and scores, can have others, whose every 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import NamedTuple, ParamSpec, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+Floats = npt.NDArray[np.float64]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -87,6 +91,18 @@ class Arithmetic:
             lr=settings.lr, beta1=settings.betas[0], beta2=settings.betas[1], weight_decay=settings.weight_decay,
             eps=settings.eps, amsgrad=False, maximize=False, grad_scale=None, found_inf=skip,
         )  # fmt: skip
+
+    def cosine_of_turns(self, turns: float) -> float:
+        """cos(2 pi turns)."""
+        return math.cos(math.pi * (2 * turns))
+
+    def power(self, base: float, exponent: int) -> float:
+        """The base to the power of a whole number that is not negative."""
+        return float(base**exponent)
+
+    def log(self, numbers: Floats) -> Floats:
+        """The natural logarithm of each number."""
+        return np.log(numbers)
 
     def follow(self, average: Tensor, weights: Tensor, share: float) -> None:
         """average += share * (weights - average), in place."""

@@ -158,6 +158,7 @@ class Session:
             min_ratio=schedule.min_lr_ratio,
             name=schedule.name,
             factor=schedule.plateau_factor,
+            arithmetic=self.task.arithmetic,
         )
         if schedule.name != "plateau":
             return rate

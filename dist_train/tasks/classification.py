@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dist_train.accel.defined_arithmetic import DefinedArithmetic
-from dist_train.accel.defined_functions import log
 from dist_train.accel.defined_random import InitialValues
 from dist_train.config.rules import given_class_weights, named_positive_class
 from dist_train.config.schema import JobConfig
@@ -84,7 +83,8 @@ class Classification:
         """`classification_metrics` of the rows, `objective` where it chooses the epoch, and the registered metrics."""
         of_rows = None if weights is None else weights.numpy()
         rows = (probabilities.numpy(), targets.numpy(), self.class_names, of_rows)
-        metrics = classification_metrics(*rows) | self._objective_on(probabilities, targets, weights)
+        metrics = classification_metrics(*rows, log=self.arithmetic.log)
+        metrics |= self._objective_on(probabilities, targets, weights)
         return metrics | registered_metrics(self._config.evaluation.metrics, *rows)
 
     def _objective_of(self, weights: Tensor | None) -> Objective:
@@ -103,7 +103,7 @@ class Classification:
         if Selection.of(train).metric != OBJECTIVE or (needs_rows and self._training_rows is None):
             return {}
         device = self._collectives.device
-        logs = log(probabilities.clamp_min(torch.finfo(torch.float64).tiny).numpy())
+        logs = self.arithmetic.log(probabilities.clamp_min(torch.finfo(torch.float64).tiny).numpy())
         logits = torch.from_numpy(logs).to(device, self._dtype)
         by_class = self._class_weights
         if drawn:

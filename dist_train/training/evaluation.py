@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import TrainingFault
-from dist_train.training.protocols import Collective, Rows, Scorer
+from dist_train.training.protocols import Collective, Ragged, Rows, Scorer
 
 # A vote on whether to stop is a collective; a pass may be shorter than that.
 PASSES_BETWEEN_VOTES = 16
+# Of rows that have lengths a pass takes much longer: the ranks that have computed theirs wait for the others.
+ROWS_OF_LENGTHS = 32
 
 
 @torch.no_grad()
@@ -22,11 +24,13 @@ def probabilities(
 ) -> Tensor | None:
     """Class probabilities of all rows on rank 0, (rows, classes) float64 on the CPU; None on the other ranks.
 
-    The rows are cut in passes of `batch_size`, and the ranks take contiguous runs of passes: a pass is the same
-    arithmetic on whichever rank it is computed. Raises Stopped when the ranks have agreed to stop.
+    The rows are cut in passes of `batch_size`, those that have lengths of ROWS_OF_LENGTHS at most, and the ranks take
+    contiguous runs of passes: a pass is the same arithmetic on whichever rank it is computed. Raises Stopped when the
+    ranks have agreed to stop.
     """
     was_training = model.training
     model.eval()
+    batch_size = min(batch_size, ROWS_OF_LENGTHS) if isinstance(rows, Ragged) else batch_size
     num_passes = -(-len(rows) // batch_size)
     first, last = split_evenly(0, num_passes, collectives.size)[collectives.rank]
     ends = [min(len(rows), number * batch_size) for number in range(first, last + 1)]

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dist_train.accel.defined_functions import log
 from dist_train.errors import UserError
 from dist_train.plugins import Registry
 
@@ -147,14 +146,19 @@ def _value(name: str, metric: Callable[[], Any]) -> Any:
 
 
 def classification_metrics(
-    probabilities: Floats, targets: Integers, class_names: Sequence[str], weights: Floats | None = None
+    probabilities: Floats,
+    targets: Integers,
+    class_names: Sequence[str],
+    weights: Floats | None = None,
+    *,
+    log: Callable[[Floats], Floats] = np.log,
 ) -> dict[str, Any]:
     """Metrics of `probabilities` (rows, classes) against class indices `targets` (rows,), as JSON types.
 
     A metric that is not defined on these rows is None: AUROC when a class does not occur or is the only one.
-    `loss` is the log loss in nats. `brier` (Brier 1950) is the mean over rows of the squared error of the second
-    class's probability where there are two classes, else of the sum over classes. `ece` is the expected calibration
-    error of the top class. `confusion_matrix[i][j]` counts rows of class i predicted as j.
+    `loss` is the log loss in nats, by the logarithm `log`. `brier` (Brier 1950) is the mean over rows of the squared
+    error of the second class's probability where there are two classes, else of the sum over classes. `ece` is the
+    expected calibration error of the top class. `confusion_matrix[i][j]` counts rows of class i predicted as j.
 
     With `weights`, (rows,) at least 0 and not all 0, every metric is scikit-learn's of that `sample_weight`: a row of
     weight 2 counts as two rows. `rows` are then still counted, `weight` is the sum of the weights, and
@@ -180,7 +184,7 @@ def classification_metrics(
     matrix = sk.confusion_matrix(targets, predicted, labels=classes, sample_weight=weights)
     metrics = {
         "rows": int(counts.sum()),
-        "loss": _log_loss(probabilities, targets, weights),
+        "loss": _log_loss(probabilities, targets, weights, log),
         "accuracy": float(sk.accuracy_score(targets, predicted, sample_weight=weights)),
         "balanced_accuracy": float(recall[present].mean()),
         "macro_f1": float(f1.mean()),
@@ -218,8 +222,10 @@ def calibration_error(
     return float(np.abs(sums).sum() / (len(targets) if weights is None else weights.sum()))
 
 
-def _log_loss(probabilities: Floats, targets: Integers, weights: Floats | None) -> float:
-    """scikit-learn's, with the logarithm of `defined_functions`: numpy's has other last bits on another processor."""
+def _log_loss(
+    probabilities: Floats, targets: Integers, weights: Floats | None, log: Callable[[Floats], Floats]
+) -> float:
+    """scikit-learn's, with a logarithm of the caller's."""
     smallest = np.finfo(probabilities.dtype).eps
     losses = -log(np.clip(probabilities[np.arange(len(targets)), targets], smallest, 1 - smallest))
     return float(np.average(losses, weights=weights))

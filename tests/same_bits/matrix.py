@@ -31,7 +31,7 @@ HASWELL = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+
 AVX2 = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"} | HASWELL
 # Of MKL, torch, numba, numpy, its BLAS and the C library.
 SSE42 = {
-    "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+    "MKL_CBWR": "COMPATIBLE",  # MKL_ENABLE_INSTRUCTIONS changes nothing on a processor of AMD
     "ATEN_CPU_CAPABILITY": "default",
     "NUMBA_CPU_NAME": "generic",
     "NUMBA_CPU_FEATURES": "+sse4.2",
