@@ -17,7 +17,7 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import TrainingFault
 from dist_train.models.financial_classifier import FinancialClassifier
-from dist_train.training.evaluation import evaluate, probabilities
+from dist_train.training.evaluation import ROWS_OF_LENGTHS, evaluate, probabilities
 from dist_train.training.metrics import classification_metrics
 from tests.ranks import on_ranks
 from tests.training.fakes import FakeRows
@@ -85,6 +85,33 @@ def test_any_row_count_on_one_two_and_three_ranks() -> None:
                 assert theirs is not None
                 assert predicted is None or predicted.tobytes() == theirs.tobytes()
                 assert metrics == their_metrics
+
+
+class RowsOfLengths(FakeRows):
+    """As texts are: a pass is as wide as the longest of them."""
+
+    lengths = padded_lengths = torch.ones(100, dtype=torch.int64)
+
+    def slice(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        assert stop - start <= ROWS_OF_LENGTHS
+        return super().slice(start, stop)
+
+
+def rows_of_lengths_on_a_rank(collectives: Collectives) -> tuple[int, float]:
+    """Rows that this rank was shown, and the loss."""
+    given, model = rows(100), Watched()
+    shown = RowsOfLengths(given.inputs, given.targets)
+    metrics = evaluate(model, shown, SCORER, 2048, collectives)
+    assert metrics is not None
+    return len(model.shown), metrics["loss"]
+
+
+def test_rows_of_lengths_are_shared_by_the_ranks_however_large_a_pass_may_be() -> None:
+    (alone,) = on_ranks(1, rows_of_lengths_on_a_rank)
+    first, second = on_ranks(2, rows_of_lengths_on_a_rank)
+    assert alone[0] == 100
+    assert sorted((first[0], second[0])) == [36, 64]
+    assert first[1] == second[1] == alone[1]
 
 
 class Watched(nn.Module):
