@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -49,7 +48,7 @@ class DefinedArithmetic(Arithmetic):
         return torch.tensor(defined_steps.norm(numbers.numpy()), dtype=torch.float64)
 
     def adamw(
-        self, values: Sequence[Tensor], gradients: Sequence[Tensor], means: Sequence[Tensor], squares: Sequence[Tensor],
+        self, values: list[Tensor], gradients: list[Tensor], means: list[Tensor], squares: list[Tensor],
         steps: Tensor, settings: AdamWSettings, skip: Tensor | None,
     ) -> None:  # fmt: skip
         """An update of AdamW, in place, one operation after the other."""

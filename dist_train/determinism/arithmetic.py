@@ -6,7 +6,7 @@ Here they are torch's. The exact mode, and scores, can have others, whose every 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import NamedTuple, ParamSpec, TypeVar
@@ -82,12 +82,12 @@ class Arithmetic:
         return norm
 
     def adamw(
-        self, values: Sequence[Tensor], gradients: Sequence[Tensor], means: Sequence[Tensor], squares: Sequence[Tensor],
+        self, values: list[Tensor], gradients: list[Tensor], means: list[Tensor], squares: list[Tensor],
         steps: Tensor, settings: AdamWSettings, skip: Tensor | None,
     ) -> None:  # fmt: skip
         """An update of AdamW, in place; `steps`, (), counts this one already. Where `skip`, (), is 1: none."""
         torch._fused_adamw_(
-            list(values), list(gradients), list(means), list(squares), [], [steps] * len(values),
+            values, gradients, means, squares, [], [steps] * len(values),
             lr=settings.lr, beta1=settings.betas[0], beta2=settings.betas[1], weight_decay=settings.weight_decay,
             eps=settings.eps, amsgrad=False, maximize=False, grad_scale=None, found_inf=skip,
         )  # fmt: skip
