@@ -27,7 +27,7 @@ import torch
 from benchmarks.table_files import write_table
 from dist_train.config.load import load_config
 from dist_train.data.sources import Feed, ResidentRows
-from dist_train.data.store import Store
+from dist_train.data.stores.store import Store
 from dist_train.determinism.position import Position
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World

@@ -18,8 +18,8 @@ import polars as pl
 from benchmarks import workload
 from benchmarks.report import Report, cell, measured, table, take_turns
 from dist_train.accel.host_memory import use_host_memory
-from dist_train.data.encoder import fit_spec
-from dist_train.data.table import ColumnKinds
+from dist_train.data.encoding.encoder import fit_spec
+from dist_train.data.tables.table import ColumnKinds
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.run.checkpoint.checkpoints import Checkpoints

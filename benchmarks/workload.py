@@ -16,9 +16,9 @@ from torch import Tensor
 from dist_train.config.load import load_config
 from dist_train.config.schema import JobConfig
 from dist_train.data.dataset import Dataset
-from dist_train.data.encoder import Inputs
+from dist_train.data.encoding.encoder import Inputs
+from dist_train.data.encoding.spec import FeatureSpec, NumericColumn
 from dist_train.data.sources import resident
-from dist_train.data.spec import FeatureSpec, NumericColumn
 from dist_train.determinism.keyed_random import derive, seeded
 from dist_train.models.financial_classifier import FinancialClassifier
 

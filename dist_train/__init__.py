@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dist_train.api.classifier import Classifier
     from dist_train.api.jobs import load, load_config, train
     from dist_train.config.schema import JobConfig
-    from dist_train.data.spec import FeatureSpec
+    from dist_train.data.encoding.spec import FeatureSpec
     from dist_train.errors import TrainingFault, UserError
     from dist_train.models.embeddings import TabularInputs
     from dist_train.models.registry import register_model
@@ -46,7 +46,7 @@ __all__ = [
 
 _MODULES = {
     "Classifier": "dist_train.api.classifier",
-    "FeatureSpec": "dist_train.data.spec",
+    "FeatureSpec": "dist_train.data.encoding.spec",
     "JobConfig": "dist_train.config.schema",
     "TabularInputs": "dist_train.models.embeddings",
     "TrainingFault": "dist_train.errors",

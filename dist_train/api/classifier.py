@@ -22,7 +22,7 @@ from dist_train.api.jobs import Config, File, load_config
 from dist_train.api.saved import read_classifier, write_classifier
 from dist_train.api.target import Target, free_name
 from dist_train.config.schema import JobConfig
-from dist_train.data.frames import frame_of, is_dataframe
+from dist_train.data.tables.frames import frame_of, is_dataframe
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import device_here, world_from_environment
 from dist_train.errors import TrainingFault, UserError

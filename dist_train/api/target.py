@@ -12,7 +12,7 @@ import polars as pl
 from sklearn.utils import assert_all_finite, check_consistent_length, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 
-from dist_train.data.table import as_text
+from dist_train.data.tables.table import as_text
 from dist_train.errors import UserError
 
 

@@ -81,8 +81,8 @@ def main(program: str, argv: Sequence[str]) -> None:
     if output.suffix.lower() not in _KINDS:
         raise UserError(f"{output}: the name must end in .csv or .parquet")
 
-    from dist_train.data.store import is_store
-    from dist_train.data.table import locate
+    from dist_train.data.stores.store import is_store
+    from dist_train.data.tables.table import locate
     from dist_train.run.predictor import open_predictor
     from dist_train.run.score_file import score_file
     from dist_train.system.console import log

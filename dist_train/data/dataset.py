@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.batches import InMemory
-from dist_train.data.classes import index_of_classes
-from dist_train.data.columns import Columns, Unit, UnitFacts, check_classes, class_places, kinds_of
-from dist_train.data.encoder import Encoder, Inputs, smallest_int
-from dist_train.data.findings import described_columns
-from dist_train.data.inputs import columns_of, whole_file
-from dist_train.data.prepare import TableSplit, fit_table, split_of_column, split_table, whole_table
-from dist_train.data.readers import read_header, read_index_names
+from dist_train.data.encoding.encoder import Encoder, Inputs, smallest_int
+from dist_train.data.encoding.findings import described_columns
+from dist_train.data.encoding.spec import FeatureSpec
+from dist_train.data.files.readers import read_header, read_index_names
 from dist_train.data.sources import MappedRows, ResidentRows, resident
-from dist_train.data.spec import FeatureSpec
-from dist_train.data.split import SPLITS
-from dist_train.data.spool import Spool, read_in_memory, with_numbers
-from dist_train.data.store import Settings, Store, is_store
-from dist_train.data.table import TRAINED_ON, ColumnKinds, locate, no_number, require_names
-from dist_train.data.target_bins import with_target_edges
-from dist_train.data.weights import require_some_weight
+from dist_train.data.splits.split import SPLITS
+from dist_train.data.stores.batches import InMemory
+from dist_train.data.stores.prepare import TableSplit, fit_table, split_of_column, split_table, whole_table
+from dist_train.data.stores.spool import Spool, read_in_memory, with_numbers
+from dist_train.data.stores.store import Settings, Store, is_store
+from dist_train.data.stores.target_bins import with_target_edges
+from dist_train.data.tables.classes import index_of_classes
+from dist_train.data.tables.columns import Columns, Unit, UnitFacts, check_classes, class_places, kinds_of
+from dist_train.data.tables.inputs import columns_of, whole_file
+from dist_train.data.tables.table import TRAINED_ON, ColumnKinds, locate, no_number, require_names
+from dist_train.data.tables.weights import require_some_weight
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.system.console import log

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dist_train.data.encoder import Inputs, smallest_int
+from dist_train.data.encoding.encoder import Inputs, smallest_int
 from dist_train.data.sampler import MicroBatchIndices, PositionSampler
 from dist_train.determinism.batch_context import BatchContext
 from dist_train.determinism.position import Position

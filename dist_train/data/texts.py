@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from dist_train.config.schema import DataConfig, TextConfig
-from dist_train.data.classes import (
+from dist_train.data.files.hub import hub_folder
+from dist_train.data.files.readers import SUFFIXES, read_header, read_rows
+from dist_train.data.splits.split import SPLITS, codes_of_column, split_by_fraction
+from dist_train.data.tables.classes import (
     check_training_rows,
     check_whole,
     class_indices,
@@ -22,10 +25,7 @@ from dist_train.data.classes import (
     ordered_names,
     target_text,
 )
-from dist_train.data.hub import hub_folder
-from dist_train.data.readers import SUFFIXES, read_header, read_rows
-from dist_train.data.split import SPLITS, codes_of_column, split_by_fraction
-from dist_train.data.table import as_text, locate, require_names
+from dist_train.data.tables.table import as_text, locate, require_names
 from dist_train.errors import UserError
 from dist_train.system.files import sha256_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.families import FeatureKeys
-from dist_train.data.spec import FIRST_CATEGORY, CategoricalColumn, FeatureSpec
+from dist_train.data.encoding.spec import FIRST_CATEGORY, CategoricalColumn, FeatureSpec
 from dist_train.errors import UserError
 from dist_train.models.numeric_embeddings import NumericEmbeddings
 
@@ -23,7 +23,7 @@ class OneHot(nn.Module):
 
     Its buffers are not in the state_dict: the spec determines them.
 
-        >>> from dist_train.data.spec import CategoricalColumn, FeatureSpec
+        >>> from dist_train.data.encoding.spec import CategoricalColumn, FeatureSpec
         >>> city = CategoricalColumn(name="city", categories=("Oslo",), seen_in_training=(True, False, True))
         >>> spec = FeatureSpec(numeric=(), categorical=(city,), class_names=("high", "low"))
         >>> OneHot(spec)(torch.tensor([[0], [1], [2]])).tolist()

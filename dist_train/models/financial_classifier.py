@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dist_train.config.rules import dropout_pair
 from dist_train.config.schema import ModelConfig
-from dist_train.data.spec import FeatureSpec
+from dist_train.data.encoding.spec import FeatureSpec
 from dist_train.models.embeddings import Embedded, TabularInputs
 from dist_train.models.registry import register_model
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.families import FeatureKeys
-from dist_train.data.scaling import scaled
-from dist_train.data.spec import FeatureSpec, NumericColumn
+from dist_train.data.encoding.scaling import scaled
+from dist_train.data.encoding.spec import FeatureSpec, NumericColumn
 from dist_train.errors import UserError
 
 # Narrower bins are joined: beyond the outermost knots a function goes on with the slope of its last bin.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.config.families import RealMLPConfig
-from dist_train.data.spec import FeatureSpec
+from dist_train.data.encoding.spec import FeatureSpec
 from dist_train.models.embeddings import TableFeatures
 from dist_train.models.registry import register_model
 

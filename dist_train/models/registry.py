@@ -10,7 +10,7 @@ from torch import nn
 
 from dist_train.config import families
 from dist_train.config.schema import ModelConfig
-from dist_train.data.spec import FeatureSpec
+from dist_train.data.encoding.spec import FeatureSpec
 from dist_train.determinism.keyed_random import seeded
 from dist_train.errors import UserError
 

@@ -7,7 +7,7 @@ import tabm
 from torch import Tensor, nn
 
 from dist_train.config.families import TabMConfig
-from dist_train.data.spec import FeatureSpec
+from dist_train.data.encoding.spec import FeatureSpec
 from dist_train.models.embeddings import TableFeatures
 from dist_train.models.registry import register_model
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.families import TransformerConfig
-from dist_train.data.hub import INSTALL
+from dist_train.data.files.hub import INSTALL
 from dist_train.data.tokens import Padding
 from dist_train.determinism.dropout import TokenDropout
 from dist_train.determinism.keyed_random import seeded

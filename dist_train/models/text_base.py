@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dist_train.data.hub import INSTALL, hub_folder, is_hub_name
+from dist_train.data.files.hub import INSTALL, hub_folder, is_hub_name
 from dist_train.errors import UserError
 from dist_train.system.files import sha256_of
 from dist_train.system.machine import use_one_thread_for_tokens

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from dist_train.data.drift import MOST_CATEGORIES, population_stability_index
+from dist_train.data.encoding.drift import MOST_CATEGORIES, population_stability_index
 from dist_train.risk.binary import quantile_edges
 
 Floats = npt.NDArray[np.float64]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from dist_train import __version__
 from dist_train.config.members import MemberRun
 from dist_train.config.schema import JobConfig
-from dist_train.data.store import is_store
+from dist_train.data.stores.store import is_store
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import TrainingFault, UserError, os_errors_as_faults

@@ -23,7 +23,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 from polars.exceptions import PolarsError
 
-from dist_train.data.unfamiliar import Unfamiliar
+from dist_train.data.encoding.unfamiliar import Unfamiliar
 from dist_train.errors import UserError
 from dist_train.system.files import TMP_PREFIX, sync_folder, write_atomically
 

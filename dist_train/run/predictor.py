@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from dist_train.accel.host_memory import use_host_memory
 from dist_train.config.rules import named_positive_class
 from dist_train.config.schema import JobConfig
-from dist_train.data.chunks import Chunk, ChunkedFile
-from dist_train.data.frames import Table, frame_of
-from dist_train.data.split import SPLITS
-from dist_train.data.table import locate
-from dist_train.data.unfamiliar import Unfamiliar
+from dist_train.data.encoding.unfamiliar import Unfamiliar
+from dist_train.data.splits.split import SPLITS
+from dist_train.data.tables.chunks import Chunk, ChunkedFile
+from dist_train.data.tables.frames import Table, frame_of
+from dist_train.data.tables.table import locate
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.supervision import watched
 from dist_train.distributed.world import World, device_here, process_group, world_from_environment

@@ -17,14 +17,12 @@ from typing import Any
 from dist_train.accel.host_memory import use_host_memory
 from dist_train.config.rules import split_seed
 from dist_train.config.schema import JobConfig
-from dist_train.data.batches import InFiles
-from dist_train.data.blocks import Blocks, Records
-from dist_train.data.columns import Columns, Unit, UnitFacts, check_classes, kinds_of, units_to_read_again
-from dist_train.data.inputs import find_files, plan_columns, plan_units
-from dist_train.data.prepare import Fitted, encode_blocks, fit
-from dist_train.data.split import SPLITS
-from dist_train.data.spool import Spool, read_facts, rows_file, spool_unit
-from dist_train.data.store import (
+from dist_train.data.splits.split import SPLITS
+from dist_train.data.stores.batches import InFiles
+from dist_train.data.stores.blocks import Blocks, Records
+from dist_train.data.stores.prepare import Fitted, encode_blocks, fit
+from dist_train.data.stores.spool import Spool, read_facts, rows_file, spool_unit
+from dist_train.data.stores.store import (
     MANIFEST,
     Settings,
     Store,
@@ -34,7 +32,9 @@ from dist_train.data.store import (
     pack_manifest,
     tensor_files,
 )
-from dist_train.data.table import ColumnKinds
+from dist_train.data.tables.columns import Columns, Unit, UnitFacts, check_classes, kinds_of, units_to_read_again
+from dist_train.data.tables.inputs import find_files, plan_columns, plan_units
+from dist_train.data.tables.table import ColumnKinds
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.stopping import Launcher, StopRequest

@@ -15,7 +15,7 @@ import polars as pl
 from dist_train import __version__
 from dist_train.config.compatibility import FORMATS, require_format
 from dist_train.config.schema import JobConfig, ReportConfig
-from dist_train.data.store import is_store
+from dist_train.data.stores.store import is_store
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError, os_errors_as_faults
 from dist_train.risk.analysis import SPLITS, ScoredRows, analysis_of, positive_class

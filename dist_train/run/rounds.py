@@ -10,8 +10,8 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from dist_train.data.chunks import Chunk
-from dist_train.data.unfamiliar import Unfamiliar
+from dist_train.data.encoding.unfamiliar import Unfamiliar
+from dist_train.data.tables.chunks import Chunk
 from dist_train.distributed.collectives import Collectives
 
 Score = Callable[[Chunk], tuple[Tensor, Unfamiliar]]

@@ -10,8 +10,8 @@ import polars as pl
 from torch import Tensor
 
 from dist_train import __version__
-from dist_train.data.chunks import ChunkedFile
-from dist_train.data.unfamiliar import Unfamiliar
+from dist_train.data.encoding.unfamiliar import Unfamiliar
+from dist_train.data.tables.chunks import ChunkedFile
 from dist_train.errors import TrainingFault, UserError
 from dist_train.run.explanation import names_of_reasons, reasons_table
 from dist_train.run.partial_scores import PartialScores, require_writable

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dist_train import __version__
-from dist_train.data.split import SPLITS
-from dist_train.data.unfamiliar import Unfamiliar
+from dist_train.data.encoding.unfamiliar import Unfamiliar
+from dist_train.data.splits.split import SPLITS
 from dist_train.errors import TrainingFault, UserError
 from dist_train.run.partial_scores import PartialScores, require_writable
 from dist_train.run.predictor import Predictor

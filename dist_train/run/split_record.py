@@ -15,7 +15,7 @@ import torch
 
 from dist_train.config.rules import split_seed
 from dist_train.config.schema import JobConfig
-from dist_train.data.split import IN_NONE, SPLITS
+from dist_train.data.splits.split import IN_NONE, SPLITS
 from dist_train.errors import os_errors_as_faults
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import pack_json

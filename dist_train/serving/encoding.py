@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from dist_train.data.dates import PARTS, SECONDS_OF_A_DAY, date_part
-from dist_train.data.readings import Reading
-from dist_train.data.scaling import LARGEST_NORMAL
-from dist_train.data.spec import FeatureSpec
+from dist_train.data.cells.dates import PARTS, SECONDS_OF_A_DAY, date_part
+from dist_train.data.cells.readings import Reading
+from dist_train.data.encoding.scaling import LARGEST_NORMAL
+from dist_train.data.encoding.spec import FeatureSpec
 from dist_train.serving.normal_quantile import normal_quantile
 
 ALL_PARTS = [part for parts in PARTS for part in parts]

@@ -14,9 +14,9 @@ import polars as pl
 import torch
 
 from dist_train import __version__
-from dist_train.data.readings import DURATION
-from dist_train.data.spec import FeatureSpec
-from dist_train.data.unfamiliar import contracts_of
+from dist_train.data.cells.readings import DURATION
+from dist_train.data.encoding.spec import FeatureSpec
+from dist_train.data.encoding.unfamiliar import contracts_of
 from dist_train.errors import TrainingFault, UserError
 from dist_train.risk.calibration import Isotonic, calibration_from_json
 from dist_train.run.partial_scores import require_writable, unwritable

@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 import torch
 
-from dist_train.data.encoder import category_codes, with_missing_cells
-from dist_train.data.spec import UNKNOWN, CategoricalColumn, FeatureSpec
+from dist_train.data.encoding.encoder import category_codes, with_missing_cells
+from dist_train.data.encoding.spec import UNKNOWN, CategoricalColumn, FeatureSpec
 from dist_train.errors import UserError
 from dist_train.serving.network import ExportableNetwork
 from dist_train.serving.onnx_model import OUTPUT

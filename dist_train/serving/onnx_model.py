@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dist_train.data.contract import ColumnContract
+from dist_train.data.encoding.contract import ColumnContract
 from dist_train.errors import UserError
 
 Inputs = dict[str, np.ndarray[Any, Any]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.schema import JobConfig, ReportConfig
-from dist_train.data.unfamiliar import Unfamiliar
+from dist_train.data.encoding.unfamiliar import Unfamiliar
 from dist_train.determinism.arithmetic import Arithmetic
 from dist_train.training.loss import Objective
 from dist_train.training.protocols import Source

@@ -16,6 +16,7 @@ from dist_train.config.compatibility import FORMATS, require_format
 from dist_train.config.families import target_bins
 from dist_train.config.rules import require_columns_of_model, split_seed
 from dist_train.config.schema import DataConfig, JobConfig, ReportConfig
+from dist_train.data.cells.readings import with_features
 from dist_train.data.dataset import (
     Dataset,
     encoded_rows,
@@ -24,17 +25,16 @@ from dist_train.data.dataset import (
     read_for_evaluation,
     read_labelled,
 )
-from dist_train.data.encoder import Encoder, with_missing_cells
-from dist_train.data.prepare import split_table
-from dist_train.data.readers import read_header
-from dist_train.data.readings import with_features
-from dist_train.data.scaling import scaled
+from dist_train.data.encoding.encoder import Encoder, with_missing_cells
+from dist_train.data.encoding.scaling import scaled
+from dist_train.data.encoding.spec import FIRST_CATEGORY, MISSING, FeatureSpec, spec_of_encoder
+from dist_train.data.encoding.unfamiliar import Unfamiliar, unfamiliar_cells
+from dist_train.data.files.readers import read_header
 from dist_train.data.sources import MappedRows, ResidentRows, resident
-from dist_train.data.spec import FIRST_CATEGORY, MISSING, FeatureSpec, spec_of_encoder
-from dist_train.data.store import is_store
-from dist_train.data.table import TRAINED_ON, locate, read_table, require_columns, require_names
-from dist_train.data.unfamiliar import Unfamiliar, unfamiliar_cells
-from dist_train.data.weights import require_some_weight
+from dist_train.data.stores.prepare import split_table
+from dist_train.data.stores.store import is_store
+from dist_train.data.tables.table import TRAINED_ON, locate, read_table, require_columns, require_names
+from dist_train.data.tables.weights import require_some_weight
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.models.registry import build_model

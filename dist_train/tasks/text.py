@@ -18,11 +18,11 @@ from dist_train.config.families import TransformerConfig
 from dist_train.config.rules import split_seed
 from dist_train.config.run_path import path_of_run
 from dist_train.config.schema import JobConfig
-from dist_train.data.split import SPLITS
-from dist_train.data.table import locate
+from dist_train.data.encoding.unfamiliar import Unfamiliar
+from dist_train.data.splits.split import SPLITS
+from dist_train.data.tables.table import locate
 from dist_train.data.texts import Texts, read_labelled_texts, read_texts, texts_of, texts_sha256
 from dist_train.data.tokens import Padding, TokenRows, Tokens
-from dist_train.data.unfamiliar import Unfamiliar
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.models.text import build_text_classifier, shipped_files

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_train.data.split import SPLITS
+from dist_train.data.splits.split import SPLITS
 from dist_train.data.texts import Texts
 from dist_train.data.tokens import Padding, Tokens
 from dist_train.determinism.position import split_evenly

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dist_train.data.store import MANIFEST
+from dist_train.data.stores.store import MANIFEST
 from tests.cli.in_process import command
 from tests.cli.tables import QUICK
 from tests.cli.test_mistakes import assert_one_message

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dist_train.data.table import read_table
+from dist_train.data.tables.table import read_table
 from dist_train.errors import UserError
 from tests import commands
 from tests.cli.conftest import Trained

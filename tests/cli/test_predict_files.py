@@ -17,7 +17,7 @@ import polars as pl
 import pytest
 import torch
 
-from dist_train.data.chunks import ChunkedFile
+from dist_train.data.tables.chunks import ChunkedFile
 from dist_train.run import partial_scores
 from dist_train.run.partial_scores import PartialScores
 from tests.cli.conftest import Trained
@@ -37,7 +37,7 @@ def small_chunks() -> Iterator[None]:
 @contextmanager
 def of_small_chunks() -> Iterator[None]:
     now = patch.object(partial_scores, "_SECONDS_BETWEEN_RECORDS", 0)
-    with patch("dist_train.data.chunks._ROWS_OF_A_CHUNK", 1), now:
+    with patch("dist_train.data.tables.chunks._ROWS_OF_A_CHUNK", 1), now:
         yield
 
 
@@ -70,7 +70,7 @@ def test_chunks_give_the_bytes_of_the_whole(kind: str, trained: Trained, tmp_pat
     source = tmp_path / f"in.{kind}"
     getattr(table(), f"write_{kind}")(source)
     scored(trained, source, tmp_path / "chunks.csv")
-    with patch("dist_train.data.chunks._ROWS_OF_A_CHUNK", 1 << 16):
+    with patch("dist_train.data.tables.chunks._ROWS_OF_A_CHUNK", 1 << 16):
         scored(trained, source, tmp_path / "whole.csv")
     assert (tmp_path / "chunks.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert pl.read_csv(tmp_path / "whole.csv").height == ROWS

@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dist_train.data.store import MANIFEST, Store
-from dist_train.data.table import locate, read_table
+from dist_train.data.stores.store import MANIFEST, Store
+from dist_train.data.tables.table import locate, read_table
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from tests.cli.in_process import command, command_on_ranks, contents

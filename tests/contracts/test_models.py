@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dist_train.config import families
 from dist_train.config.load import load_config
-from dist_train.data.spec import FeatureSpec
+from dist_train.data.encoding.spec import FeatureSpec
 from dist_train.determinism.keyed_random import seeded
 from dist_train.models.registry import build_model
 from tests.models.specs import make_inputs, make_spec

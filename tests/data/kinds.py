@@ -8,10 +8,10 @@ from tempfile import TemporaryDirectory
 
 import polars as pl
 
-from dist_train.data.columns import Columns, kinds_of
-from dist_train.data.inputs import whole_file
-from dist_train.data.spool import read_in_memory
-from dist_train.data.table import ColumnKinds
+from dist_train.data.stores.spool import read_in_memory
+from dist_train.data.tables.columns import Columns, kinds_of
+from dist_train.data.tables.inputs import whole_file
+from dist_train.data.tables.table import ColumnKinds
 
 
 def feature_kinds(frame: pl.DataFrame, not_features: Sequence[str], categorical: Sequence[str]) -> ColumnKinds:

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from dist_train.config.load import load_config
-from dist_train.data import store
+from dist_train.data.stores import store
 from dist_train.distributed.collectives import Collectives
 from dist_train.run.preparation import Preparation
 

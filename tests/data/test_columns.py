@@ -15,11 +15,11 @@ import torch
 
 from dist_train.config.schema import DataConfig
 from dist_train.data.dataset import load_dataset, read_for_evaluation, read_labelled
-from dist_train.data.encoder import Encoder, with_missing_cells
-from dist_train.data.frames import frame_of
-from dist_train.data.prepare import fit_table, split_table
-from dist_train.data.spec import FeatureSpec
-from dist_train.data.table import read_table
+from dist_train.data.encoding.encoder import Encoder, with_missing_cells
+from dist_train.data.encoding.spec import FeatureSpec
+from dist_train.data.stores.prepare import fit_table, split_table
+from dist_train.data.tables.frames import frame_of
+from dist_train.data.tables.table import read_table
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.readers import read_header
-from dist_train.data.table import read_table
+from dist_train.data.files.readers import read_header
+from dist_train.data.tables.table import read_table
 from dist_train.errors import UserError
 
 MISSING = DataConfig().missing_values

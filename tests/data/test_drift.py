@@ -6,10 +6,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dist_train.data.drift import TrainingBins, drift, edges_of, moved
-from dist_train.data.encoder import Encoder, fit_spec
-from dist_train.data.spec import FeatureSpec
-from dist_train.data.unfamiliar import Unfamiliar, unfamiliar_cells
+from dist_train.data.encoding.drift import TrainingBins, drift, edges_of, moved
+from dist_train.data.encoding.encoder import Encoder, fit_spec
+from dist_train.data.encoding.spec import FeatureSpec
+from dist_train.data.encoding.unfamiliar import Unfamiliar, unfamiliar_cells
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.risk.stability import psi_of_categories, psi_of_numbers

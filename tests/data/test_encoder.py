@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_train.data.encoder import Encoder, Pieces, fit_spec
-from dist_train.data.spec import FIRST_CATEGORY, MISSING, NUM_QUANTILES, UNKNOWN, FeatureSpec
+from dist_train.data.encoding.encoder import Encoder, Pieces, fit_spec
+from dist_train.data.encoding.spec import FIRST_CATEGORY, MISSING, NUM_QUANTILES, UNKNOWN, FeatureSpec
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World

@@ -12,9 +12,9 @@ import torch
 
 from dist_train.config.families import FeatureKeys
 from dist_train.config.load import load_config
-from dist_train.data.encoder import Encoder, fit_spec
-from dist_train.data.spec import FIRST_CATEGORY, MISSING, UNKNOWN, FeatureSpec
-from dist_train.data.table import ColumnKinds
+from dist_train.data.encoding.encoder import Encoder, fit_spec
+from dist_train.data.encoding.spec import FIRST_CATEGORY, MISSING, UNKNOWN, FeatureSpec
+from dist_train.data.tables.table import ColumnKinds
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError

@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 
 from dist_train.config.schema import DataConfig
-from dist_train.data import json_lines
-from dist_train.data.readers import num_rows_of, read_header, read_parts, read_rows
+from dist_train.data.files import json_lines
+from dist_train.data.files.readers import num_rows_of, read_header, read_parts, read_rows
 from dist_train.errors import UserError
 
 MISSING = DataConfig().missing_values

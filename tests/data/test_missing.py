@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dist_train.config.schema import DataConfig
+from dist_train.data.cells.missing import without_missing_words
 from dist_train.data.dataset import load_dataset
-from dist_train.data.missing import without_missing_words
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 

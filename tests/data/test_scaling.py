@@ -12,10 +12,10 @@ import torch
 from scipy.stats import norm
 from sklearn.preprocessing import QuantileTransformer
 
-from dist_train.data.encoder import Encoder, fit_spec
-from dist_train.data.scaling import LARGEST_NORMAL, scaled
-from dist_train.data.spec import NUM_TRANSFORM_QUANTILES, FeatureSpec, NumericColumn
-from dist_train.data.table import ColumnKinds
+from dist_train.data.encoding.encoder import Encoder, fit_spec
+from dist_train.data.encoding.scaling import LARGEST_NORMAL, scaled
+from dist_train.data.encoding.spec import NUM_TRANSFORM_QUANTILES, FeatureSpec, NumericColumn
+from dist_train.data.tables.table import ColumnKinds
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from tests.ranks import on_ranks

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 import torch
 
-from dist_train.data.encoder import Inputs
+from dist_train.data.encoding.encoder import Inputs
 from dist_train.data.sampler import MicroBatchIndices, PositionSampler
 from dist_train.data.sources import Feed, ResidentRows, resident
 from dist_train.determinism.batch_context import BatchContext

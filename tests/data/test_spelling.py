@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from dist_train.data.spelling import alike, canonical_boolean, canonical_moment, canonical_number, form_of, merged
+from dist_train.data.cells.spelling import alike, canonical_boolean, canonical_moment, canonical_number, form_of, merged
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_train.data.split import SPLITS, Split, split_by_column, split_by_fraction
+from dist_train.data.splits.split import SPLITS, Split, split_by_column, split_by_fraction
 from dist_train.errors import UserError
 
 

@@ -14,7 +14,7 @@ import torch
 from dist_train.config.load import load_config
 from dist_train.config.rules import split_seed
 from dist_train.data.dataset import load_dataset
-from dist_train.data.row_keys import INTEGERS, TIMES, group_keys, time_keys
+from dist_train.data.tables.row_keys import INTEGERS, TIMES, group_keys, time_keys
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError

@@ -15,8 +15,8 @@ from dist_train.config.load import load_config
 from dist_train.data.dataset import Dataset, load_dataset
 from dist_train.data.sampler import MicroBatchIndices
 from dist_train.data.sources import MappedRows
-from dist_train.data.split import SPLITS
-from dist_train.data.store import MANIFEST, Store, _inputs_of_format_1, pack_manifest
+from dist_train.data.splits.split import SPLITS
+from dist_train.data.stores.store import MANIFEST, Store, _inputs_of_format_1, pack_manifest
 from dist_train.determinism.batch_context import BatchContext
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World

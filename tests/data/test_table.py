@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.table import as_text, locate, numbers, read_table
+from dist_train.data.tables.table import as_text, locate, numbers, read_table
 from dist_train.errors import UserError
 from dist_train.system.files import sha256_of
 from tests.data.kinds import feature_kinds

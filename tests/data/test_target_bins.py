@@ -17,7 +17,7 @@ from dist_train.config.families import target_bins
 from dist_train.config.load import load_config
 from dist_train.config.schema import DataConfig
 from dist_train.data.dataset import load_dataset
-from dist_train.data.spec import FeatureSpec
+from dist_train.data.encoding.spec import FeatureSpec
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError

@@ -13,8 +13,8 @@ import torch
 from dist_train.config.load import load_config
 from dist_train.data.dataset import Dataset, load_dataset
 from dist_train.data.sampler import MicroBatchIndices
-from dist_train.data.store import MANIFEST, Store
-from dist_train.data.weights import weights_of_column
+from dist_train.data.stores.store import MANIFEST, Store
+from dist_train.data.tables.weights import weights_of_column
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError

@@ -70,7 +70,7 @@ def try_case(case: Case, folder: Path) -> str:
 
 
 def _encoded(task: TabularTask, file: Path) -> None:
-    from dist_train.data.table import locate, read_table
+    from dist_train.data.tables.table import locate, read_table
 
     task.unlabelled(read_table(locate(str(file)), task.config.data.missing_values), str(file))
 

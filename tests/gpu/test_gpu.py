@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_train.data.encoder import Inputs
+from dist_train.data.encoding.encoder import Inputs
 from dist_train.data.sampler import MicroBatchIndices
 from dist_train.data.sources import MappedRows
 from dist_train.determinism.dropout import KeyedDropout

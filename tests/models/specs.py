@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dist_train.data.encoder import Inputs, smallest_int
-from dist_train.data.spec import FIRST_CATEGORY, NUM_QUANTILES, CategoricalColumn, FeatureSpec, NumericColumn
+from dist_train.data.encoding.encoder import Inputs, smallest_int
+from dist_train.data.encoding.spec import FIRST_CATEGORY, NUM_QUANTILES, CategoricalColumn, FeatureSpec, NumericColumn
 
 
 def make_spec(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dist_train.data.spec import FIRST_CATEGORY, CategoricalColumn, FeatureSpec
+from dist_train.data.encoding.spec import FIRST_CATEGORY, CategoricalColumn, FeatureSpec
 from dist_train.models.embeddings import Embedded, OneHot, TabularInputs
 from tests.models.specs import make_inputs, make_spec
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dist_train.config.families import FeatureKeys
-from dist_train.data.scaling import scaled
-from dist_train.data.spec import NUM_QUANTILES, FeatureSpec, NumericColumn
+from dist_train.data.encoding.scaling import scaled
+from dist_train.data.encoding.spec import NUM_QUANTILES, FeatureSpec, NumericColumn
 from dist_train.models.numeric_embeddings import NARROWEST_BIN, NumericEmbeddings, bin_edges
 from tests.models.specs import make_inputs, make_spec
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_train.data.split import IN_NONE, SPLITS, Parts
-from dist_train.data.split_by_group import GroupRows, GroupSplit
-from dist_train.data.split_by_time import TimeSplit
+from dist_train.data.splits.split import IN_NONE, SPLITS, Parts
+from dist_train.data.splits.split_by_group import GroupRows, GroupSplit
+from dist_train.data.splits.split_by_time import TimeSplit
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 

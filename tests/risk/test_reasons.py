@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train import Classifier, UserError, load, register_model
-from dist_train.data.spec import FeatureSpec
+from dist_train.data.encoding.spec import FeatureSpec
 from dist_train.determinism.arithmetic import Arithmetic
 from dist_train.models.embeddings import TabularInputs
 from dist_train.risk.calibration import Isotonic, Temperature, Vector

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from dist_train import load
-from dist_train.data.dates import PARTS, date_part
-from dist_train.data.readings import Reading
-from dist_train.data.scaling import scaled
-from dist_train.data.spec import FeatureSpec, NumericColumn
+from dist_train.data.cells.dates import PARTS, date_part
+from dist_train.data.cells.readings import Reading
+from dist_train.data.encoding.scaling import scaled
+from dist_train.data.encoding.spec import FeatureSpec, NumericColumn
 from dist_train.serving.encoding import ByQuantiles, DateParts
 from dist_train.serving.export import TOLERANCE, sample_rows, typed_rows
 from dist_train.serving.normal_quantile import normal_quantile

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import workload
 from dist_train.data.dataset import Dataset
-from dist_train.data.encoder import Inputs
+from dist_train.data.encoding.encoder import Inputs
 from dist_train.data.sampler import MicroBatchIndices
 from dist_train.data.sources import MappedRows
 from dist_train.determinism.position import Position

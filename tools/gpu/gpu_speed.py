@@ -16,7 +16,7 @@ from torch._C._autograd import DeviceType
 from benchmarks import workload
 from benchmarks.contestants import Ours
 from dist_train.data.dataset import Dataset
-from dist_train.data.encoder import Inputs
+from dist_train.data.encoding.encoder import Inputs
 from dist_train.data.sources import MappedRows, ResidentRows
 from dist_train.system.machine import pin_arithmetic
 from tools.gpu.gpu_place import SETTLED, Place, Result, Trainer, eager_step, replays, show

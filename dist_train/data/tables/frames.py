@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from dist_train.data.arrow_types import frame_of_arrow
+from dist_train.data.files.arrow_types import frame_of_arrow
 from dist_train.errors import UserError
 
 Table = Any

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from dist_train.data.prepare import Block, Fitted
-from dist_train.data.split import SPLITS
-from dist_train.data.store import read_block, row_bytes, tensor_files
+from dist_train.data.splits.split import SPLITS
+from dist_train.data.stores.prepare import Block, Fitted
+from dist_train.data.stores.store import read_block, row_bytes, tensor_files
 
 Records = dict[tuple[str, int], dict[str, str]]
 """SHA-256 of each tensor of a block, by split and number of the block."""

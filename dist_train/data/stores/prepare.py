@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.classes import check_training_rows
-from dist_train.data.encoder import Encoder, fit_spec
-from dist_train.data.findings import examine, warn_of_columns
-from dist_train.data.readings import with_latest_dates
-from dist_train.data.spec import FeatureSpec
-from dist_train.data.split import SPLITS, FractionSplit, Parts
-from dist_train.data.split_by_group import GroupRows, GroupSplit
-from dist_train.data.split_by_time import TimeSplit
-from dist_train.data.spool import Chunk, Spool
-from dist_train.data.store import num_blocks, rows_of_block, tensor_files
+from dist_train.data.cells.readings import with_latest_dates
+from dist_train.data.encoding.encoder import Encoder, fit_spec
+from dist_train.data.encoding.findings import examine, warn_of_columns
+from dist_train.data.encoding.spec import FeatureSpec
+from dist_train.data.splits.split import SPLITS, FractionSplit, Parts
+from dist_train.data.splits.split_by_group import GroupRows, GroupSplit
+from dist_train.data.splits.split_by_time import TimeSplit
+from dist_train.data.stores.spool import Chunk, Spool
+from dist_train.data.stores.store import num_blocks, rows_of_block, tensor_files
+from dist_train.data.tables.classes import check_training_rows
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError

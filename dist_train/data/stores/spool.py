@@ -21,16 +21,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from dist_train.data.batches import Batches
-from dist_train.data.classes import MAX_CLASSES, first_rows, index_of_classes, target_text
-from dist_train.data.columns import ColumnFacts, Columns, FloatArray, Unit, UnitFacts, check_classes, row_offset
-from dist_train.data.dates import typed_seconds
-from dist_train.data.missing import without_missing_words, words_with_value
-from dist_train.data.readers import cells_are_text, read_rows
-from dist_train.data.readings import FormFacts, Reading, parse
-from dist_train.data.row_keys import group_keys, time_keys
-from dist_train.data.split import codes_of_column
-from dist_train.data.table import (
+from dist_train.data.cells.dates import typed_seconds
+from dist_train.data.cells.missing import without_missing_words, words_with_value
+from dist_train.data.cells.readings import FormFacts, Reading, parse
+from dist_train.data.files.readers import cells_are_text, read_rows
+from dist_train.data.splits.split import codes_of_column
+from dist_train.data.stores.batches import Batches
+from dist_train.data.tables.classes import MAX_CLASSES, first_rows, index_of_classes, target_text
+from dist_train.data.tables.columns import ColumnFacts, Columns, FloatArray, Unit, UnitFacts, check_classes, row_offset
+from dist_train.data.tables.row_keys import group_keys, time_keys
+from dist_train.data.tables.table import (
     ColumnKinds,
     arrow_text,
     as_text,
@@ -40,7 +40,7 @@ from dist_train.data.table import (
     require_columns,
     require_numbers_or_text,
 )
-from dist_train.data.weights import weights_of_column
+from dist_train.data.tables.weights import weights_of_column
 from dist_train.errors import UserError
 from dist_train.system.files import TMP_PREFIX, write_atomically
 

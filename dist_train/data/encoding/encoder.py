@@ -15,11 +15,11 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from dist_train.data.drift import counts_of_numbers, edges_of, stacked_edges
-from dist_train.data.missing import without_missing_words
-from dist_train.data.quantiles import columns_to_sort, exact_quantiles
-from dist_train.data.scaling import scaled
-from dist_train.data.spec import (
+from dist_train.data.cells.missing import without_missing_words
+from dist_train.data.cells.spelling import alike, merged
+from dist_train.data.encoding.drift import counts_of_numbers, edges_of, stacked_edges
+from dist_train.data.encoding.scaling import scaled
+from dist_train.data.encoding.spec import (
     FIRST_CATEGORY,
     MISSING,
     NUM_QUANTILES,
@@ -29,8 +29,8 @@ from dist_train.data.spec import (
     FeatureSpec,
     NumericColumn,
 )
-from dist_train.data.spelling import alike, merged
-from dist_train.data.table import TRAINED_ON, ColumnKinds, numbers, require_columns, words_of
+from dist_train.data.quantiles import columns_to_sort, exact_quantiles
+from dist_train.data.tables.table import TRAINED_ON, ColumnKinds, numbers, require_columns, words_of
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 from dist_train.system.console import log

@@ -15,8 +15,16 @@ from typing import Any
 import polars as pl
 
 from dist_train.config.schema import COLUMN_FORMS
-from dist_train.data.amounts import fits_amount, parse_amounts, plain_spelling, units_of
-from dist_train.data.dates import DATE_FORMS, PARTS, date_part, finest_part, parse_dates, parse_durations, typed_seconds
+from dist_train.data.cells.amounts import fits_amount, parse_amounts, plain_spelling, units_of
+from dist_train.data.cells.dates import (
+    DATE_FORMS,
+    PARTS,
+    date_part,
+    finest_part,
+    parse_dates,
+    parse_durations,
+    typed_seconds,
+)
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
 

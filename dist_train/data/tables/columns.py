@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.data.classes import check_whole, ordered_names
-from dist_train.data.readers import Part
-from dist_train.data.readings import FormFacts, Reading, Seen, recognised
-from dist_train.data.table import MOSTLY_NUMBERS, ColumnKinds, no_number, numbers_with_stray_text
+from dist_train.data.cells.readings import FormFacts, Reading, Seen, recognised
+from dist_train.data.files.readers import Part
+from dist_train.data.tables.classes import check_whole, ordered_names
+from dist_train.data.tables.table import MOSTLY_NUMBERS, ColumnKinds, no_number, numbers_with_stray_text
 from dist_train.errors import UserError
 
 # In fewer rows a column counts them by chance.

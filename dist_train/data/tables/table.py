@@ -17,8 +17,8 @@ import torch
 from polars.exceptions import PolarsError
 from torch import Tensor
 
-from dist_train.data.readers import read_header, read_rows
-from dist_train.data.readings import Reading
+from dist_train.data.cells.readings import Reading
+from dist_train.data.files.readers import read_header, read_rows
 from dist_train.errors import UserError
 
 BUILTIN = "builtin:"

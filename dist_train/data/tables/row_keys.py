@@ -8,7 +8,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from dist_train.data.table import as_text
+from dist_train.data.tables.table import as_text
 from dist_train.errors import UserError
 
 INTEGERS, TIMES = "whole numbers", "dates"

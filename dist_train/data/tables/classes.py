@@ -9,8 +9,8 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from dist_train.data.spelling import alike
-from dist_train.data.table import as_text
+from dist_train.data.cells.spelling import alike
+from dist_train.data.tables.table import as_text
 from dist_train.errors import UserError
 
 MAX_CLASSES = 1000

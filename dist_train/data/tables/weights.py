@@ -6,7 +6,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from dist_train.data.table import FLOAT32_MAX, parse_numbers
+from dist_train.data.tables.table import FLOAT32_MAX, parse_numbers
 from dist_train.errors import UserError
 
 

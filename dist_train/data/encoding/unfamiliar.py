@@ -14,12 +14,12 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from dist_train.data.contract import ColumnContract, outside
-from dist_train.data.drift import TrainingBins, drift, moved
-from dist_train.data.readings import with_features
-from dist_train.data.scaling import LARGEST_NORMAL, scaled
-from dist_train.data.spec import MISSING, UNKNOWN, FeatureSpec
-from dist_train.data.table import numbers
+from dist_train.data.cells.readings import with_features
+from dist_train.data.encoding.contract import ColumnContract, outside
+from dist_train.data.encoding.drift import TrainingBins, drift, moved
+from dist_train.data.encoding.scaling import LARGEST_NORMAL, scaled
+from dist_train.data.encoding.spec import MISSING, UNKNOWN, FeatureSpec
+from dist_train.data.tables.table import numbers
 
 _ROWS_AT_ONCE = 1 << 16
 # Encoded numbers are float32 and within (-3, 3).
@@ -38,7 +38,7 @@ class Unfamiliar:
     that is counted; `never_missing` are the columns that had no missing cell in training. `outside_cells` are numbers
     below the smallest or above the largest one of training. `texts` has some of the unknown categories with their
     cells, and `spellings` the category that such a text is but for its case and blanks. `bins` counts the rows by
-    column as `data/drift.py` does, and `training_bins` those of training.
+    column as `data/encoding/drift.py` does, and `training_bins` those of training.
     """
 
     rows: int = 0

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import polars as pl
 
-from dist_train.data.readers import cells_are_text, num_rows_of, read_header, read_rows
-from dist_train.data.table import TRAINED_ON, require_names
+from dist_train.data.files.readers import cells_are_text, num_rows_of, read_header, read_rows
+from dist_train.data.tables.table import TRAINED_ON, require_names
 
 _ROWS_OF_A_CHUNK = 1 << 14
 _CELLS_OF_A_CHUNK = 1 << 21

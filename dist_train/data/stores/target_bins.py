@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.data.prepare import TableSplit
-from dist_train.data.spec import FeatureSpec, NumericColumn
-from dist_train.data.split import SPLITS
-from dist_train.data.spool import Spool
-from dist_train.data.table import numbers
+from dist_train.data.encoding.spec import FeatureSpec, NumericColumn
+from dist_train.data.splits.split import SPLITS
+from dist_train.data.stores.prepare import TableSplit
+from dist_train.data.stores.spool import Spool
+from dist_train.data.tables.table import numbers
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dist_train.data.spec import NumericColumn
+from dist_train.data.encoding.spec import NumericColumn
 
 LARGEST_NORMAL = 5.199337582605575
 """Quantile of the normal distribution at 1 - 1e-7: what the smallest and the largest training value become."""

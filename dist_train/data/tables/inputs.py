@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.columns import Columns, Unit
-from dist_train.data.readers import Part, read_header, read_index_names, read_parts
-from dist_train.data.table import BUILTIN, locate, require_names
+from dist_train.data.files.readers import Part, read_header, read_index_names, read_parts
+from dist_train.data.tables.columns import Columns, Unit
+from dist_train.data.tables.table import BUILTIN, locate, require_names
 from dist_train.errors import UserError
 
 # Rows of a Parquet file that one rank reads in one go.

@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dist_train.data.scaling import scaled
+from dist_train.data.encoding.scaling import scaled
 
 if TYPE_CHECKING:
-    from dist_train.data.spec import CategoricalColumn, FeatureSpec, NumericColumn
+    from dist_train.data.encoding.spec import CategoricalColumn, FeatureSpec, NumericColumn
 
 NUM_BINS = 10
 MOST_CATEGORIES = 20

@@ -20,9 +20,9 @@ import pyarrow.csv
 import pyarrow.parquet
 from polars.exceptions import PanicException, PolarsError
 
-from dist_train.data.arrow_types import frame_of_arrow
-from dist_train.data.csv_files import COMPRESSIONS, CSV_SUFFIXES, LATIN_NAME, is_csv_name, opened_csv
-from dist_train.data.json_lines import JSON_LINES_SUFFIXES, is_json_lines_name, json_lines_names, json_lines_rows
+from dist_train.data.files.arrow_types import frame_of_arrow
+from dist_train.data.files.csv_files import COMPRESSIONS, CSV_SUFFIXES, LATIN_NAME, is_csv_name, opened_csv
+from dist_train.data.files.json_lines import JSON_LINES_SUFFIXES, is_json_lines_name, json_lines_names, json_lines_rows
 from dist_train.errors import Stopped, UserError
 
 UNNAMED_INDEX = "Unnamed: 0"

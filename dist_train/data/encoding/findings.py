@@ -17,8 +17,8 @@ import polars as pl
 import pyarrow.compute
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.spec import UNKNOWN, CategoricalColumn, FeatureSpec
-from dist_train.data.table import ColumnKinds, arrow_text
+from dist_train.data.encoding.spec import UNKNOWN, CategoricalColumn, FeatureSpec
+from dist_train.data.tables.table import ColumnKinds, arrow_text
 from dist_train.distributed.collectives import Collectives
 from dist_train.system.console import log
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dist_train.config.schema import DataConfig
-from dist_train.data.encoder import Inputs, smallest_int
-from dist_train.data.spec import FeatureSpec, spec_of_encoder
+from dist_train.data.encoding.encoder import Inputs, smallest_int
+from dist_train.data.encoding.spec import FeatureSpec, spec_of_encoder
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dist_train.config.compatibility import FORMATS, require_format
-from dist_train.data.readings import Reading
+from dist_train.data.cells.readings import Reading
 
 FORMAT_WITHOUT_READINGS = 2
 """An earlier program reads a spec without readings."""
@@ -29,13 +29,15 @@ _KEPT_APART = ("bins", "target_edges")
 class NumericColumn:
     """A column of numbers as it was fitted to the training rows.
 
-    `data/scaling.py` says how a value is encoded: by `median` and `scale` where `transform` is robust, by `quantiles`
-    where it is quantile; a missing cell as 0. A scale of 0 means that the training rows hold one value or none.
+    `data/encoding/scaling.py` says how a value is encoded: by `median` and `scale` where `transform` is robust, by
+    `quantiles` where it is quantile; a missing cell as 0. A scale of 0 means that the training rows hold one value or
+    none.
     `quantiles` are of the values themselves: `NUM_QUANTILES` of them, or `NUM_TRANSFORM_QUANTILES` where they encode,
     or none where there were no values or the spec was written before they were kept.
-    `bins` counts the training rows as `data/drift.py` does, (bins + 1,): those between two edges, and the missing ones
-    last; it is empty where the spec was written before they were kept.
-    `target_edges` are the edges of bins by the target (`data/target_bins.py`), where a model asks for them, else none.
+    `bins` counts the training rows as `data/encoding/drift.py` does, (bins + 1,): those between two edges, and the
+    missing ones last; it is empty where the spec was written before they were kept.
+    `target_edges` are the edges of bins by the target (`data/stores/target_bins.py`), where a model asks for them, else
+    none.
     """
 
     name: str

@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from dist_train.data.csv_files import ends_in, opened_bytes
+from dist_train.data.files.csv_files import ends_in, opened_bytes
 from dist_train.errors import UserError
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 import polars as pl
 
-from dist_train.data.spelling import canonical_moment, canonical_plain_number
+from dist_train.data.cells.spelling import canonical_moment, canonical_plain_number
 
 _INFINITE = {"inf", "infinity"}
 

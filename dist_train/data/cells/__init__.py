@@ -1,0 +1,1 @@
+"""One cell: amounts, dates, words for no value, and the spelling of categories."""

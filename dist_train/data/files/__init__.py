@@ -1,0 +1,1 @@
+"""What a file holds, whatever its format: CSV, JSON lines, Parquet, columns of Arrow, files of a hub."""

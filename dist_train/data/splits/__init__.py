@@ -1,0 +1,1 @@
+"""Which rows train, which validate, which test: at random, by group, by time."""
