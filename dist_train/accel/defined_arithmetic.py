@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from dist_train.accel import defined_products, defined_steps
-from dist_train.accel.defined_functions import cosine_of_turns, log, softmax
+from dist_train.accel.defined_functions import cosine_of_turns, log, power, softmax
 from dist_train.accel.operations_of_torch import OperationsOfTorch
 from dist_train.determinism.arithmetic import AdamWSettings, Arithmetic, Floats
 
@@ -64,8 +63,8 @@ class DefinedArithmetic(Arithmetic):
         return cosine_of_turns(turns)
 
     def power(self, base: float, exponent: int) -> float:
-        """One product after the other."""
-        return math.prod([base] * exponent)
+        """That of `defined_functions`."""
+        return power(base, exponent)
 
     def log(self, numbers: Floats) -> Floats:
         """That of `defined_functions`."""

@@ -1,4 +1,4 @@
-"""Exponential function, logarithm, cosine, softmax whose every bit is defined: sums, products, quotients of float64.
+"""Exponential, logarithm, cosine, powers and softmax whose every bit is defined: sums, products, quotients of float64.
 
 A library's have other last bits on another processor: numpy's by its instructions, the C library's by its version. The
 formulas and their constants are those of FreeBSD's msun (e_exp.c, e_log.c, k_sin.c and k_cos.c, Sun Microsystems 1993),
@@ -89,10 +89,28 @@ def cos_of_turns(turns: float) -> float:
     return -found if quarters == 2 else found
 
 
+@inlined
+def power_of(base: float, exponent: int) -> float:
+    """The base to the power of a whole number that is not negative, by squares."""
+    power = 1.0
+    while exponent > 0:
+        if exponent % 2:
+            power *= base
+        base *= base
+        exponent //= 2
+    return power
+
+
 @compiled
 def cosine_of_turns(turns: float) -> float:
     """`cos_of_turns`, to be called from Python."""
     return cos_of_turns(turns)
+
+
+@compiled
+def power(base: float, exponent: int) -> float:
+    """`power_of`, to be called from Python."""
+    return power_of(base, exponent)
 
 
 @compiled

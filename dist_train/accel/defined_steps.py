@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.accel.compiled import compiled, inlined
-from dist_train.accel.defined_functions import exp_of, log_of
+from dist_train.accel.compiled import compiled
+from dist_train.accel.defined_functions import exp_of, log_of, power_of
 
 Array = np.ndarray[Any, Any]
 
@@ -83,18 +83,6 @@ def norm(numbers: Array) -> float:
     return float(np.sqrt(sum_of_squares(numbers)))
 
 
-@inlined
-def _power(base: float, exponent: int) -> float:
-    """By squares: the power of a library has other last bits on another processor."""
-    power = 1.0
-    while exponent > 0:
-        if exponent % 2:
-            power *= base
-        base *= base
-        exponent //= 2
-    return power
-
-
 def adamw_settings(lr: float, betas: tuple[float, float], eps: float, step: int) -> Array:
     """The `settings` of `adamw`."""
     return np.array([lr, *betas, eps, step])
@@ -110,8 +98,8 @@ def adamw(
     """
     lr, beta1, beta2, eps, step = settings[0], settings[1], settings[2], settings[3], settings[4]
     one, count = values.dtype.type, int(step)
-    keep, size = one(1 - lr * decay), one(lr / (1 - _power(beta1, count)))
-    correction = one(1 / np.sqrt(1 - _power(beta2, count)))
+    keep, size = one(1 - lr * decay), one(lr / (1 - power_of(beta1, count)))
+    correction = one(1 / np.sqrt(1 - power_of(beta2, count)))
     new1, old2, new2, tiny, scale = one(1 - beta1), one(beta2), one(1 - beta2), one(eps), one(factor)
     for index in range(len(values)):
         g = gradient[index] * scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from decimal import Decimal, getcontext
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.accel.defined_arithmetic import DefinedArithmetic
-from dist_train.accel.defined_functions import cosine_of_turns, exp, log, softmax
+from dist_train.accel.defined_functions import cosine_of_turns, exp, log, power, softmax
 from dist_train.determinism.arithmetic import Arithmetic
 
 getcontext().prec = 40
@@ -55,6 +56,13 @@ def test_the_cosine_is_within_two_units_of_the_last_place_of_one(turns: float) -
 
 def test_cosines_of_quarters() -> None:
     assert [cosine_of_turns(n / 4) for n in range(-4, 5)] == [1, 0, -1, 0, 1, 0, -1, 0, 1]
+
+
+@settings(deadline=None)
+@given(st.floats(0.1, 1.0), st.integers(0, 300))
+def test_a_power_is_exact_to_one_rounding_a_factor(base: float, exponent: int) -> None:
+    exact = Fraction(base) ** exponent
+    assert abs(Fraction(power(base, exponent)) - exact) <= exact * exponent * Fraction(2) ** -53
 
 
 def test_their_ends() -> None:
