@@ -18,7 +18,7 @@ import polars as pl
 
 import dist_train
 from dist_train.risk.calibration import fit_calibration
-from dist_train.run.predictor import Predictor
+from dist_train.run.scoring.predictor import Predictor
 from dist_train.training.metrics import classification_metrics
 
 METHODS = ("temperature", "vector", "isotonic")

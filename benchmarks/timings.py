@@ -24,7 +24,7 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.export import checkpoint_parts
-from dist_train.run.predictor import Predictor
+from dist_train.run.scoring.predictor import Predictor
 from dist_train.run.session import Session
 from dist_train.tasks.registry import load_task
 

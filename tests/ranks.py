@@ -24,7 +24,7 @@ _PRELOADED = [
     "torch",
     "torch.distributed",
     "dist_train.run.job",
-    "dist_train.run.predictor",
+    "dist_train.run.scoring.predictor",
     # These are loaded by the first step and the first evaluation: seconds of each rank of each job.
     "torch._dynamo",
     "sklearn.metrics",

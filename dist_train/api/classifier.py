@@ -30,8 +30,8 @@ from dist_train.run import job
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import decode_parts, encode_parts
 from dist_train.run.checkpoint.trained_model import read_trained_model
-from dist_train.run.explanation import Explanation
-from dist_train.run.predictor import Predictor
+from dist_train.run.scoring.explanation import Explanation
+from dist_train.run.scoring.predictor import Predictor
 
 TABLE = "table.parquet"
 """The rows that a run was fitted to, in its run folder."""

@@ -19,8 +19,8 @@ from dist_train.distributed.stopping import Launcher
 from dist_train.distributed.world import device_here, world_from_environment
 from dist_train.errors import UserError
 from dist_train.run import job
-from dist_train.run.predictor import Predictor
-from dist_train.run.stored_model import runtime_of
+from dist_train.run.scoring.predictor import Predictor
+from dist_train.run.scoring.stored_model import runtime_of
 
 File = str | os.PathLike[str]
 Config = JobConfig | File | Sequence[File] | None

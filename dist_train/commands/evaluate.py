@@ -35,7 +35,7 @@ def main(program: str, argv: Sequence[str]) -> None:
     parser.add_argument("--drift", action="store_true", help="drift of every column, moved or not")
     arguments = parser.parse_args(argv)
 
-    from dist_train.run.predictor import open_predictor
+    from dist_train.run.scoring.predictor import open_predictor
     from dist_train.system.console import print_json, terminal
 
     with open_predictor(arguments.run_dir, arguments.checkpoint, os.environ) as predictor:

@@ -44,7 +44,7 @@ def main(program: str, argv: Sequence[str]) -> None:
 
     from dist_train.distributed.collectives import Collectives
     from dist_train.distributed.world import World
-    from dist_train.run.predictor import Predictor
+    from dist_train.run.scoring.predictor import Predictor
     from dist_train.serving.export import NUM_CHECKED, export_model
     from dist_train.system.console import log, print_json
 

@@ -47,7 +47,7 @@ from dist_train.commands.parser import command_parser, path
 from dist_train.errors import UserError
 
 if TYPE_CHECKING:
-    from dist_train.run.predictor import Predictor
+    from dist_train.run.scoring.predictor import Predictor
 
 _KINDS = (".csv", ".parquet")
 
@@ -83,8 +83,8 @@ def main(program: str, argv: Sequence[str]) -> None:
 
     from dist_train.data.stores.store import is_store
     from dist_train.data.tables.table import locate
-    from dist_train.run.predictor import open_predictor
-    from dist_train.run.score_file import score_file
+    from dist_train.run.scoring.predictor import open_predictor
+    from dist_train.run.scoring.score_file import score_file
     from dist_train.system.console import log
 
     from_store = is_store(arguments.input)
@@ -94,7 +94,7 @@ def main(program: str, argv: Sequence[str]) -> None:
     calibrated = False if arguments.uncalibrated else None
     with open_predictor(arguments.run_dir, arguments.checkpoint, os.environ, calibrated=calibrated) as predictor:
         if from_store:
-            from dist_train.run.score_store import score_store
+            from dist_train.run.scoring.score_store import score_store
 
             rows = score_store(predictor, arguments.input, output)
             if rows is not None:

@@ -38,8 +38,8 @@ def main(program: str, argv: Sequence[str]) -> None:
     from dist_train.config.load import config_from_tree, load_config
     from dist_train.risk.figures import require_matplotlib
     from dist_train.run.checkpoint.run_folder import opened_run
-    from dist_train.run.predictor import open_predictor
     from dist_train.run.reporting import differences, read_report, report_content, report_run
+    from dist_train.run.scoring.predictor import open_predictor
     from dist_train.system.console import log, print_json
 
     folder, config = opened_run(arguments.run_dir)

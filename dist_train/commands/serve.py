@@ -128,7 +128,7 @@ def _onnx_file(model: Path, folder: Path) -> Path:
         return model
     from dist_train.distributed.collectives import Collectives
     from dist_train.distributed.world import World
-    from dist_train.run.predictor import Predictor
+    from dist_train.run.scoring.predictor import Predictor
     from dist_train.serving.export import export_model
 
     file = folder / "model.onnx"

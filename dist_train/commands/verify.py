@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from pathlib import Path
 
-    from dist_train.run.challenge import Challenge, MemberWindow, Window
-    from dist_train.run.ensemble_verification import EnsembleReport
-    from dist_train.run.replay import Report
+    from dist_train.run.verification.challenge import Challenge, MemberWindow, Window
+    from dist_train.run.verification.ensemble_verification import EnsembleReport
+    from dist_train.run.verification.replay import Report
 
 
 def main(program: str, argv: Sequence[str]) -> None:
@@ -56,8 +56,8 @@ def main(program: str, argv: Sequence[str]) -> None:
     from dist_train.distributed.supervision import watched
     from dist_train.distributed.world import device_here, process_group, world_from_environment
     from dist_train.run.checkpoint.run_folder import opened_run
-    from dist_train.run.ensemble_verification import challenge_ensemble, verify_ensemble
-    from dist_train.run.verification import challenge, verify
+    from dist_train.run.verification.ensemble_verification import challenge_ensemble, verify_ensemble
+    from dist_train.run.verification.run_verification import challenge, verify
     from dist_train.system.machine import pin_arithmetic
 
     folder, config = opened_run(arguments.run_dir)

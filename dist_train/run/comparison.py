@@ -17,9 +17,9 @@ from dist_train.errors import UserError
 from dist_train.risk.beside import log_losses
 from dist_train.risk.intervals import bootstrap_intervals
 from dist_train.run.checkpoint.run_folder import RunFolder, opened_run
-from dist_train.run.predictions import weights_of
-from dist_train.run.predictor import Predictor
 from dist_train.run.reporting import curves_of, summary_of
+from dist_train.run.scoring.predictions import weights_of
+from dist_train.run.scoring.predictor import Predictor
 from dist_train.system.console import log
 
 Floats = npt.NDArray[np.float64]

@@ -23,10 +23,10 @@ from dist_train.run.checkpoint.commit import CorruptCheckpoint, commit
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import Parts, encode_parts, pack_json
 from dist_train.run.checkpoint.trained_model import DESCRIPTION, ENSEMBLE, read_trained_model
-from dist_train.run.members import ensemble_parts, mean_probabilities, with_weights
-from dist_train.run.predictions import Predictions, joined, mean_of
 from dist_train.run.resume import open_ensemble
-from dist_train.run.scoring import Calibrated, calibrated, fitted, note_calibration
+from dist_train.run.scoring.members import ensemble_parts, mean_probabilities, with_weights
+from dist_train.run.scoring.predictions import Predictions, joined, mean_of
+from dist_train.run.scoring.scores import Calibrated, calibrated, fitted, note_calibration
 from dist_train.run.tracking.console_tracker import describe_scores
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically

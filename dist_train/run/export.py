@@ -21,7 +21,7 @@ from dist_train.run.checkpoint.commit import commit
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import Parts, encode_parts, pack_json
 from dist_train.run.checkpoint.trained_model import DESCRIPTION, trained_model_parts
-from dist_train.run.scoring import note_calibration, score_splits
+from dist_train.run.scoring.scores import note_calibration, score_splits
 from dist_train.run.session import Session, scored_weights, unsaved_weights
 from dist_train.run.tracking.console_tracker import describe_scores
 from dist_train.system.console import log

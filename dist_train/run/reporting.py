@@ -24,9 +24,9 @@ from dist_train.risk.figures import figures_of
 from dist_train.risk.page import page_of
 from dist_train.run.checkpoint.run_folder import RunFolder, opened_run
 from dist_train.run.checkpoint.state import pack_json
-from dist_train.run.influence import influence_of
-from dist_train.run.predictions import weights_of
-from dist_train.run.predictor import Predictor
+from dist_train.run.scoring.influence import influence_of
+from dist_train.run.scoring.predictions import weights_of
+from dist_train.run.scoring.predictor import Predictor
 from dist_train.system.console import log
 from dist_train.system.files import write_atomically
 from dist_train.tasks.base import HasTable

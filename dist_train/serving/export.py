@@ -19,8 +19,8 @@ from dist_train.data.encoding.spec import FeatureSpec
 from dist_train.data.encoding.unfamiliar import contracts_of
 from dist_train.errors import TrainingFault, UserError
 from dist_train.risk.calibration import Isotonic, calibration_from_json
-from dist_train.run.partial_scores import require_writable, unwritable
-from dist_train.run.predictor import Predictor
+from dist_train.run.scoring.partial_scores import require_writable, unwritable
+from dist_train.run.scoring.predictor import Predictor
 from dist_train.serving.network import ExportableNetwork
 from dist_train.serving.onnx_file import (
     exported_program,

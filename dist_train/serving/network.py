@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dist_train.data.encoding.spec import CategoricalColumn, FeatureSpec
 from dist_train.risk.calibration import SMALLEST, Calibration, Isotonic, Temperature, Vector
-from dist_train.run.members import Member
+from dist_train.run.scoring.members import Member
 from dist_train.serving.encoding import ByQuantiles, DateParts, Robust
 from dist_train.training.precision import dtype_of
 

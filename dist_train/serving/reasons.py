@@ -13,8 +13,8 @@ import torch
 from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import UserError
-from dist_train.run.explanation import names_of_reasons
-from dist_train.run.predictor import Predictor
+from dist_train.run.scoring.explanation import names_of_reasons
+from dist_train.run.scoring.predictor import Predictor
 from dist_train.serving.export import typed_rows
 from dist_train.tasks.tabular import TabularTask
 

@@ -47,7 +47,7 @@ PUBLIC = {
     "dist_train.training.step": ["EagerStep", "Step"],
     "dist_train.run.session": ["Session"],
     "dist_train.run.job": ["train"],
-    "dist_train.run.predictor": ["Predictor"],
+    "dist_train.run.scoring.predictor": ["Predictor"],
 }
 
 
@@ -164,7 +164,7 @@ def test_imports_and_trains_without_wandb() -> None:
 def test_slow_libraries_wait_until_they_are_needed() -> None:
     """Each of them takes seconds to load: not before the first step, and those of texts never for a table."""
     program = (
-        "import sys, dist_train.run.job, dist_train.run.predictor, dist_train.models.financial_classifier\n"
+        "import sys, dist_train.run.job, dist_train.run.scoring.predictor, dist_train.models.financial_classifier\n"
         "late = 'wandb sklearn matplotlib torchmetrics transformers peft tokenizers huggingface_hub'.split()\n"
         "print([n for n in late if n in sys.modules])"
     )

@@ -13,10 +13,10 @@ import pytest
 
 from dist_train.config.load import load_config
 from dist_train.distributed.world import World
-from dist_train.run.challenge import detection_probability, draw
 from dist_train.run.checkpoint.commit import commit
 from dist_train.run.checkpoint.state import encode_parts, read_parts
 from dist_train.run.job import train
+from dist_train.run.verification.challenge import detection_probability, draw
 from dist_train.tasks.registry import load_task
 from tests.cli.in_process import CommandResult, command, command_on_ranks
 from tests.resume.jobs import folder_of, tiny_job, write_table

@@ -175,7 +175,7 @@ def test_a_run_that_was_kept_off_the_gpu_is_scored_on_the_cpu(
         asked.append(device)
         return world_from_environment(environ, device=device)
 
-    monkeypatch.setattr("dist_train.run.predictor.world_from_environment", note)
+    monkeypatch.setattr("dist_train.run.scoring.predictor.world_from_environment", note)
     more = [write(clients(), tmp_path / "in.csv"), tmp_path / "out.csv"] if script == "predict" else []
     assert command(script, trained.folder, *more).code == 0
     assert asked == ["cpu"]

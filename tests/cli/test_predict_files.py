@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from dist_train.data.tables.chunks import ChunkedFile
-from dist_train.run import partial_scores
-from dist_train.run.partial_scores import PartialScores
+from dist_train.run.scoring import partial_scores
+from dist_train.run.scoring.partial_scores import PartialScores
 from tests.cli.conftest import Trained
 from tests.cli.in_process import CommandResult, command
 from tests.cli.tables import clients, run_arguments

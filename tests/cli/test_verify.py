@@ -19,7 +19,7 @@ from dist_train.run.checkpoint.commit import commit
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import encode_parts, read_parts, weights_sha256
 from dist_train.run.checkpoint.witness import linked, read_chain
-from dist_train.run.evidence import Evidence
+from dist_train.run.verification.evidence import Evidence
 from tests.cli.in_process import command, command_on_ranks
 from tests.resume.jobs import finish, folder_of, tiny_job, write_table
 from tests.run.forging import forge_chain, write_chain

@@ -259,7 +259,7 @@ def test_reasons_for_another_class_and_of_a_checkpoint(run: Path, tmp_path: Path
 
 
 def test_a_reason_is_a_column_that_raises_the_log_odds() -> None:
-    from dist_train.run.explanation import Explanation
+    from dist_train.run.scoring.explanation import Explanation
 
     effects = np.array([[0.5, -1.0, 0.2], [-0.1, -0.2, -0.3]])
     found = Explanation("bad", True, ["a", "b", "c"], 0.25, np.array([0.0, -0.35]), effects)

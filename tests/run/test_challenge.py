@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_train.run.challenge import Challenge, detection_probability, draw, windows_between
+from dist_train.run.verification.challenge import Challenge, detection_probability, draw, windows_between
 
 STEPS, EVERY = 10_000, 100
 

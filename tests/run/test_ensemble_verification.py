@@ -12,10 +12,10 @@ import pytest
 
 from dist_train.config.load import load_config
 from dist_train.distributed.world import World
-from dist_train.run.challenge import draw
 from dist_train.run.checkpoint.commit import commit
 from dist_train.run.checkpoint.state import encode_parts, read_parts, weights_sha256
 from dist_train.run.job import train
+from dist_train.run.verification.challenge import draw
 from tests.cli.in_process import command
 from tests.resume.jobs import tiny_job, write_table
 from tests.run.forging import forge_chain

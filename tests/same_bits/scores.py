@@ -23,7 +23,7 @@ import polars as pl
 
 from dist_train import load
 from dist_train.distributed.collectives import Collectives
-from dist_train.run.predictor import Predictor
+from dist_train.run.scoring.predictor import Predictor
 from tests.cli.in_process import command
 from tests.commands import run
 from tests.ranks import on_ranks

@@ -35,12 +35,12 @@ from dist_train.run.checkpoint.trained_model import (
     CALIBRATION,
     config_of_model,
 )
-from dist_train.run.explanation import Explainer, Explanation, width_of_reasons
-from dist_train.run.labels import Labels, labels_of
-from dist_train.run.members import Member, mean_probabilities, with_weights
-from dist_train.run.rounds import Scored, scored_in_rounds
-from dist_train.run.scoring import Calibrated, calibrated, calibrated_scores
-from dist_train.run.stored_model import fingerprint_of, parts_to_load, read_stored, runtime_of
+from dist_train.run.scoring.explanation import Explainer, Explanation, width_of_reasons
+from dist_train.run.scoring.labels import Labels, labels_of
+from dist_train.run.scoring.members import Member, mean_probabilities, with_weights
+from dist_train.run.scoring.rounds import Scored, scored_in_rounds
+from dist_train.run.scoring.scores import Calibrated, calibrated, calibrated_scores
+from dist_train.run.scoring.stored_model import fingerprint_of, parts_to_load, read_stored, runtime_of
 from dist_train.system.console import log
 from dist_train.tasks.base import ScoresFewRows, Task
 from dist_train.tasks.registry import restore_task

@@ -12,15 +12,15 @@ from dist_train.config.members import MemberRun, members_of
 from dist_train.config.schema import JobConfig
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import TrainingFault
-from dist_train.run.challenge import Challenge, MemberWindow
 from dist_train.run.checkpoint.commit import CorruptCheckpoint
 from dist_train.run.checkpoint.run_folder import RunFolder, opened_run
 from dist_train.run.checkpoint.state import Parts, with_digests
 from dist_train.run.checkpoint.trained_model import CALIBRATION, ENSEMBLE, config_of_model, read_trained_model
 from dist_train.run.ensemble import OUT_OF_FOLD, Scores, parts_of_member, scores_of_members
-from dist_train.run.members import ensemble_parts
-from dist_train.run.replay import Report, first_difference, first_different_tensor
-from dist_train.run.verification import ChallengedRun, seed_of_challenge, verify
+from dist_train.run.scoring.members import ensemble_parts
+from dist_train.run.verification.challenge import Challenge, MemberWindow
+from dist_train.run.verification.replay import Report, first_difference, first_different_tensor
+from dist_train.run.verification.run_verification import ChallengedRun, seed_of_challenge, verify
 from dist_train.system.console import log
 
 _MADE_OF_MEMBERS = ("members", "data_sha256", "weights_sha256")

@@ -13,13 +13,13 @@ from dist_train.config.compatibility import redefined_metrics
 from dist_train.config.load import config_from_tree
 from dist_train.config.schema import JobConfig
 from dist_train.distributed.collectives import Collectives
-from dist_train.run.challenge import Challenge, Window
 from dist_train.run.checkpoint.state import Parts, tensor_sha256, weights_sha256
 from dist_train.run.checkpoint.trained_model import CALIBRATION, DESCRIPTION, config_of_model, describe_model
 from dist_train.run.checkpoint.witness import OF_THE_CLOCK, progress_sha256, state_lines, tensors_sha256
-from dist_train.run.evidence import Evidence
-from dist_train.run.scoring import score_splits
+from dist_train.run.scoring.scores import score_splits
 from dist_train.run.session import Session, build_loop, unsaved_weights
+from dist_train.run.verification.challenge import Challenge, Window
+from dist_train.run.verification.evidence import Evidence
 from dist_train.tasks.registry import description_in
 from dist_train.training.progress import migrated_progress
 from dist_train.training.protocols import Record

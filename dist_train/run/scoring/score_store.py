@@ -12,9 +12,9 @@ from dist_train import __version__
 from dist_train.data.encoding.unfamiliar import Unfamiliar
 from dist_train.data.splits.split import SPLITS
 from dist_train.errors import TrainingFault, UserError
-from dist_train.run.partial_scores import PartialScores, require_writable
-from dist_train.run.predictor import Predictor
-from dist_train.run.score_file import scores_of
+from dist_train.run.scoring.partial_scores import PartialScores, require_writable
+from dist_train.run.scoring.predictor import Predictor
+from dist_train.run.scoring.score_file import scores_of
 
 _ROWS_AT_ONCE = 1 << 16
 

@@ -16,7 +16,7 @@ from dist_train.determinism.arithmetic import Arithmetic
 from dist_train.errors import UserError
 from dist_train.risk.calibration import Calibration
 from dist_train.risk.reasons import ExplainedModel, effects_of, has_slopes, log_odds
-from dist_train.run.members import Member, shared
+from dist_train.run.scoring.members import Member, shared
 from dist_train.tasks.base import Explainable, Task
 from dist_train.training.protocols import Rows
 

@@ -13,9 +13,9 @@ from dist_train.config.rules import require_columns_of_model
 from dist_train.config.schema import ReportConfig
 from dist_train.data.sources import ResidentRows
 from dist_train.risk import influence
-from dist_train.run.members import mean_probabilities, shared
-from dist_train.run.predictions import weights_of
-from dist_train.run.predictor import Predictor
+from dist_train.run.scoring.members import mean_probabilities, shared
+from dist_train.run.scoring.predictions import weights_of
+from dist_train.run.scoring.predictor import Predictor
 from dist_train.tasks.base import Explainable, Task
 
 Inputs = tuple[Tensor, ...]

@@ -13,10 +13,10 @@ from dist_train import __version__
 from dist_train.data.encoding.unfamiliar import Unfamiliar
 from dist_train.data.tables.chunks import ChunkedFile
 from dist_train.errors import TrainingFault, UserError
-from dist_train.run.explanation import names_of_reasons, reasons_table
-from dist_train.run.partial_scores import PartialScores, require_writable
-from dist_train.run.predictor import Predictor
-from dist_train.run.rounds import Scored
+from dist_train.run.scoring.explanation import names_of_reasons, reasons_table
+from dist_train.run.scoring.partial_scores import PartialScores, require_writable
+from dist_train.run.scoring.predictor import Predictor
+from dist_train.run.scoring.rounds import Scored
 from dist_train.system.console import log
 from dist_train.system.progress_bar import progress_bar
 

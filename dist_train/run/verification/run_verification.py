@@ -10,14 +10,14 @@ from dist_train.config.schema import JobConfig
 from dist_train.determinism.sliced_modules import require_world_size
 from dist_train.distributed.collectives import Collectives
 from dist_train.errors import UserError
-from dist_train.run.chain import compare_chain
-from dist_train.run.challenge import Challenge, Window, windows_between
 from dist_train.run.checkpoint.checkpoints import Checkpoints
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.checkpoint.state import Parts
-from dist_train.run.evidence import Evidence
-from dist_train.run.replay import Replay, Report
 from dist_train.run.session import Session
+from dist_train.run.verification.chain import compare_chain
+from dist_train.run.verification.challenge import Challenge, Window, windows_between
+from dist_train.run.verification.evidence import Evidence
+from dist_train.run.verification.replay import Replay, Report
 from dist_train.system.machine import describe_machine
 from dist_train.tasks.base import NamesPretrained, Task
 from dist_train.tasks.registry import description_in, load_task

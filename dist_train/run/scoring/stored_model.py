@@ -25,7 +25,7 @@ from dist_train.run.checkpoint.trained_model import (
     is_trained_model,
     read_trained_model,
 )
-from dist_train.run.members import members_in
+from dist_train.run.scoring.members import members_in
 from dist_train.run.session import scored_weights
 from dist_train.tasks.registry import description_in
 

@@ -12,8 +12,8 @@ from dist_train.run.checkpoint.witness import (
     state_digests,
     state_lines,
 )
-from dist_train.run.evidence import Evidence
-from dist_train.run.replay import Report
+from dist_train.run.verification.evidence import Evidence
+from dist_train.run.verification.replay import Report
 
 
 def compare_chain(evidence: Evidence, config: JobConfig, first: int, last: int, report: Report) -> None:

@@ -20,7 +20,7 @@ Score = Callable[[Chunk], tuple[Tensor, Unfamiliar]]
 
 @dataclass(frozen=True)
 class Scored:
-    """Rows in the order of their file. `kept`: the columns that are carried over; `reasons`: see run/explanation.py."""
+    """Rows in the order of their file. `kept`: the columns that are carried over; `reasons`: as of `Explanation`."""
 
     kept: pl.DataFrame
     probabilities: Tensor
