@@ -44,7 +44,7 @@ class TrainResult:
         return bool(self.summary)
 
     def model(self) -> Predictor:
-        """The trained model: that of the best validation loss."""
+        """The trained model: that of the best checkpoint."""
         return load(self.run_dir)
 
 
@@ -97,7 +97,7 @@ def train(config: Config = None, overrides: Sequence[str] = (), *, verbose: bool
 def load(folder: File, checkpoint: str = "best", *, device: str = "auto", calibrated: bool | None = None) -> Predictor:
     """A trained model, from a run folder, from its `model/`, from a copy of that, or from `Classifier.save`.
 
-    `checkpoint` is `best` (the lowest validation loss), `last`, or a step; only a run folder has others than the best
+    `checkpoint` is `best` (by `train.select_by`), `last`, or a step; only a run folder has others than the best
     one. `device` is `auto`, `cpu` or `cuda`. `calibrated` says whether probabilities are calibrated; None: as
     `calibration.apply` of the run says.
 

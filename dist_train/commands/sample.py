@@ -5,7 +5,8 @@
 loans.csv              6,000 rows of the built-in table of credit-card clients
 loans.yaml             a configuration that trains on loans.csv
 clients.csv            100 other rows, without the target, to be scored by `predict`
-configs/*.yaml         credit_risk.yaml, the default job on the whole built-in table; debug.yaml, for short runs
+configs/*.yaml         credit_risk.yaml, the default job on the whole built-in table; debug.yaml, for short runs;
+                       any_table.yaml, for a table of your own; news_sentiment.yaml, for texts; and others
 
 The paths in loans.yaml are relative to the folder: run the commands there. A file that exists is not overwritten.
 """

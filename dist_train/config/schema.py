@@ -259,7 +259,7 @@ class RuntimeConfig:
     fsdp: bool = False
     """Each rank holds a part of the parameters, gradients and moments, for models that do not fit one GPU (docs/fsdp.md). Checkpoints are those of runs without it, and a run may change it when it resumes. One rank holds all of it as ever."""
     products: Literal["defined", "library"] = "defined"
-    """On the CPU: `defined` gives matrix products and the other operations of the exact mode and of scores, and initial weights, bits that no processor and no row beside a row changes (docs/operations.md); `library` leaves them to torch. A run of an earlier version has `library`."""
+    """On the CPU: with `defined`, the operations of the exact mode and of scores, and initial weights, have the same bits on every processor, and for a row alone as in a batch (docs/operations.md); `library` leaves them to torch. A run of an earlier version has `library`."""
     audit_every_steps: int | None = None
     """In the exact mode on the CPU: each so many optimizer steps, ranks compute the slices of each other again and compare them byte for byte, before the step is taken; in every step a rank compares checksums of its weights. A rank that differs ends the run, and is named (docs/audit.md). Null: off."""
     timeout_seconds: float = 300.0
@@ -285,7 +285,7 @@ class WandbConfig:
     """Weights & Biases, by rank 0 only."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """`auto`: online when an API key is found, else offline; it never asks."""
+    """`auto`: as WANDB_MODE says, else online when an API key is found, else offline; it never asks. Online, metrics and the resolved configuration are sent: also paths and names of columns."""
     project: str = "dist_train"
     """Project that the run is filed under."""
 

@@ -361,10 +361,15 @@ def test_the_bits_of_another_processor_are_the_same(copy: Path, instructions: st
     assert f"the same bits were computed on abacus ({instructions}) and on " in seen.err
 
 
-def test_a_processor_whose_bits_are_others_is_said_in_words(copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "altered"),
+    [("  products: defined", "  products: library"), ("  precision: float32", "  precision: float64")],
+)
+def test_a_processor_whose_bits_are_others_is_said_in_words(line: str, altered: str, copy: Path) -> None:
     trained_elsewhere(copy, processor="abacus", instructions="AVX512")
     config = copy / "config.yaml"
-    config.write_text(config.read_text().replace("  products: defined", "  products: library"))
+    assert line in config.read_text()
+    config.write_text(config.read_text().replace(line, altered))
     forge_chain(copy)
     notes = json.loads(command("verify", copy).out)["notes"]
     assert any("the run had abacus: equal bits are not promised" in note for note in notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from dist_train.api.classifier import TABLE
 from dist_train.run.checkpoint.run_folder import RunFolder
 from dist_train.run.ensemble import OUT_OF_FOLD
 from dist_train.system.files import TMP_PREFIX
@@ -20,5 +21,5 @@ def test_the_files_of_a_run_folder_are_listed() -> None:
     paths = {path.name for path in vars(folder).values() if isinstance(path, Path)} - {folder.path.name}
     assert "witness.jsonl" in paths
     paths |= {"split.json", "split.parquet", "report.html", "report.json", "figures", "wandb", "mlflow.json"}
-    paths |= {"tensorboard", TOKENS, f"{TOKENS}.key", OUT_OF_FOLD, f"{TMP_PREFIX}..."}
+    paths |= {"tensorboard", "curves.png", TABLE, TOKENS, f"{TOKENS}.key", OUT_OF_FOLD, f"{TMP_PREFIX}..."}
     assert paths - listed == set()

@@ -34,7 +34,7 @@ GOLDEN = {
         "scores_sha256": "4e5be1a9916bf0040ecc05f7554dbd9c5be6de3caa8eb704b3adfdc86a14a019",
     },
 }
-"""Of torch 2.11 and 2.13: family -> SHA-256 of the weights and of the probabilities of the table's first 1,000 rows."""
+"""Family -> SHA-256 of the weights and of the probabilities of the table's first 1,000 rows."""
 
 INSTRUCTIONS = torch.backends.cpu.get_cpu_capability()
 

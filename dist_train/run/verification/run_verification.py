@@ -183,13 +183,14 @@ def _compare_machine(report: Report, evidence: Evidence, config: JobConfig) -> N
 _PROCESSOR = ("processor", "instructions")
 
 
-# Of their steps and scores every operation is defined; others have some of torch's, as LayerNorm or GELU.
+# Of their steps and scores every operation in float32 is defined; others have some of torch's, as LayerNorm or GELU.
 _DEFINED_FAMILIES = ("financial_classifier", "tabm")
 
 
 def _bits_are_defined(config: JobConfig, report: Report) -> bool:
     """Whether the run's bits are those of every processor, or of all that have one of two kinds of instructions."""
-    if config.train.virtual_ranks is None or config.runtime.products != "defined":
+    exact, defined = config.train.virtual_ranks is not None, config.runtime.products == "defined"
+    if not exact or not defined or config.train.precision != "float32":
         return False
     kinds = {machine.get("instructions") for machine in (report.machine, report.trained_on)}
     return config.model.name in _DEFINED_FAMILIES or kinds <= {"AVX2", "AVX512"}
