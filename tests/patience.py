@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-PATIENCE_SECONDS = 300.0
+PATIENCE_SECONDS = float(os.environ.get("DIST_TRAIN_TEST_PATIENCE", "300"))
 
 T = TypeVar("T")
 

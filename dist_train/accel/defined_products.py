@@ -154,7 +154,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, factor: float, *, adds: bool) -> 
         return
     if out.dtype != torch.float32:
         (Arithmetic().add if adds else Arithmetic().multiply)(a, b, out, factor)
-    elif _library_meets(factor, a.shape, b.shape, a.stride(), b.stride(), out.stride()):
+    elif _library_meets(factor, a.shape, b.shape, a.stride(), b.stride(), out.stride(), torch.get_num_threads()):
         _by_parts(a, b, out, factor, adds=adds)
     else:
         _by_kernel(a, b, out, factor, adds=adds)
@@ -189,7 +189,10 @@ def _steps(matrices: Tensor) -> Steps:
 
 
 @lru_cache(maxsize=4096)
-def _library_meets(factor: float, of_a: Axes, of_b: Axes, stride_a: Axes, stride_b: Axes, stride_out: Axes) -> bool:
+def _library_meets(
+    factor: float, of_a: Axes, of_b: Axes, stride_a: Axes, stride_b: Axes, stride_out: Axes,
+    threads: int,  # noqa: ARG001 (those that the library has: it cuts a matrix in other places for more of them)
+) -> bool:  # fmt: skip
     """Whether the library has the bits of the definition for such matrices; of a batch, for the first one."""
     if min(of_a[-2], of_b[-1]) < _FEWEST_FOR_LIBRARY:
         return False

@@ -33,13 +33,15 @@ class OperationsOfTorch(TorchDispatchMode):
 def _product(_: Any, args: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Tensor:
     *begun, a, b = (x.detach() for x in args)
     out = a.new_empty((*a.shape[:-1], b.shape[-1]))
-    if not begun:
-        product(a, b, out, 1.0, adds=False)
-    elif kwargs.get("alpha", 1) == kwargs.get("beta", 1) == 1:
+    alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
+    if begun and alpha == beta == 1:
         product(a, b, out.copy_(begun[0]), 1.0, adds=True)
-    else:
-        product(a, b, out, 1.0, adds=False)
-        out.mul_(kwargs.get("alpha", 1)).add_(begun[0] * kwargs.get("beta", 1))
+        return out
+    product(a, b, out, 1.0, adds=False)
+    if begun:
+        out.mul_(alpha)
+        if beta != 0:  # as torch, which does not read it then: it may be NaN
+            out.add_(begun[0] * beta)
     return out
 
 

@@ -110,7 +110,7 @@ class TokenRows:
 
     def slice(self, start: int, stop: int) -> tuple[Tensor, ...]:
         """Inputs of the rows from `start` to `stop`."""
-        return self._inputs(torch.arange(start, min(stop, len(self))))
+        return self.inputs(torch.arange(start, min(stop, len(self))))
 
     def gather(self, share: MicroBatchIndices) -> Batch:
         """The batch of a share."""
@@ -118,9 +118,10 @@ class TokenRows:
 
     def read(self, index: Tensor) -> Gathered:
         """The rows at the places `index`, (n,)."""
-        return Gathered(self._inputs(index), self._targets[index].to(self._device), None)
+        return Gathered(self.inputs(index), self._targets[index].to(self._device), None)
 
-    def _inputs(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs of the rows at the places `index`, (n,)."""
         starts = self.tokens.ends[:-1][index]
         lengths = self.tokens.ends[1:][index] - starts
         columns = torch.arange(self._padding.width(lengths))

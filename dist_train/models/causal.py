@@ -15,7 +15,7 @@ from dist_train.data.tokens import Padding
 from dist_train.determinism.keyed_random import seeded
 from dist_train.errors import UserError
 from dist_train.models.text import TextClassifier, TextNetwork, key_dropout_by_token, with_adapters
-from dist_train.models.text_base import Pretrained, load_tokenizer, read_config, read_model
+from dist_train.models.text_base import Pretrained, load_tokenizer, read_config, read_model, require_positions
 
 _TOLERANCE = 1e-3
 
@@ -142,6 +142,7 @@ def build_answering_model(
     tree = AnswerTree.of(answers)
     with seeded("initial weights", seed):
         model = read_model(base, "AutoModelForCausalLM", read_config(base))
+        require_positions(model, padding.max_tokens, max(tree.depths()), base.name)
         _require_masks(model, tree, padding, base.name, answers)
         if block.tuning == "lora":
             model = with_adapters(model, block, "CAUSAL_LM")

@@ -17,10 +17,7 @@ from dist_train.data.tokens import Padding
 from dist_train.determinism.dropout import TokenDropout
 from dist_train.determinism.keyed_random import seeded
 from dist_train.errors import UserError
-from dist_train.models.text_base import Pretrained, read_config, read_model, reading
-
-_ROWS_AT_ONCE = {"cpu": 64, "cuda": 512}
-"""Rows that are computed together in evaluation."""
+from dist_train.models.text_base import Pretrained, read_config, read_model, reading, require_positions
 
 
 class TextNetwork(nn.Module):
@@ -38,15 +35,7 @@ class TextNetwork(nn.Module):
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Logits, (rows, classes)."""
-        if not len(ids):
-            return self._no_logits(ids)
-        if torch.is_grad_enabled() or len(ids) <= self._rows_at_once(ids):
-            return self._logits(ids, lengths)
-        # Rows of similar length together: little is padded. A function of the rows, on whichever rank they are.
-        parts = lengths.argsort(stable=True).split(self._rows_at_once(ids))
-        logits = torch.cat([self._logits(ids[part.to(ids.device)], lengths[part]) for part in parts])
-        places = torch.cat(parts).to(ids.device)
-        return torch.empty_like(logits).index_copy_(0, places, logits)
+        return self._logits(ids, lengths) if len(ids) else self._no_logits(ids)
 
     def _logits(self, ids: Tensor, lengths: Tensor) -> Tensor:
         width = self._padding.width(lengths)
@@ -59,10 +48,6 @@ class TextNetwork(nn.Module):
         """Logits of no rows: those of one token, left out. Other ranks wait for the gradients, which are zeros."""
         length = torch.ones(1, dtype=torch.int64)
         return self._logits(ids.new_full((1, self._padding.width(length)), self._padding.pad_id), length)[:0]
-
-    @staticmethod
-    def _rows_at_once(ids: Tensor) -> int:
-        return _ROWS_AT_ONCE.get(ids.device.type, _ROWS_AT_ONCE["cuda"])
 
 
 class TextClassifier(nn.Module):
@@ -166,7 +151,9 @@ def _with_head(base: Pretrained, class_names: Sequence[str], padding: Padding) -
         problem_type="single_label_classification",
     )
     config.pad_token_id = padding.pad_id
-    return read_model(base, "AutoModelForSequenceClassification", config)
+    model = read_model(base, "AutoModelForSequenceClassification", config)
+    require_positions(model, padding.max_tokens, 0, base.name)
+    return model
 
 
 def with_adapters(model: Any, block: TransformerConfig, task_type: str) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dist_train.data.files.hub import INSTALL, hub_folder, is_hub_name
 from dist_train.errors import UserError
@@ -25,6 +26,8 @@ PACKAGE = "package:"
 _WANTED = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json")
 _ADAPTER = "adapter_config.json"
+# Names of the modules in BERT and its kin, in GPT-2, in BART and OPT.
+_LEARNED_POSITIONS = ("position_embeddings", "wpe", "embed_positions")
 # Attention draws its mask inside a kernel, from torch's global generator.
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attn_dropout")
 
@@ -149,16 +152,30 @@ def load_tokenizer(place: Pretrained, key: str) -> Any:
         raise UserError(f"{place.name}: has no tokenizer: name a folder that has one in {key}")
     with reading(place.name, "its tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**place.where, use_fast=True)
+    tokenizer.truncation_side = "right"  # a text keeps its first tokens, whatever the folder says
     if not tokenizer.is_fast:
         raise UserError(f"{place.name}: its tokenizer is not one of the tokenizers library (no tokenizer.json)")
     return tokenizer
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """SHA-256 of all that says how a text is cut into tokens, but for truncation."""
+    """SHA-256 of all that says how a text is cut into tokens, and of what ends and pads it; but for truncation."""
     described = json.loads(tokenizer.backend_tokenizer.to_str())
-    described |= {"truncation": None, "padding": None}
+    described |= {"truncation": None, "padding": None, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def require_positions(model: nn.Module, max_tokens: int, behind: int, name: str) -> None:
+    """UserError where a model has learned positions, and fewer than a row of `max_tokens` and `behind` it takes.
+
+    RoBERTa's begin behind that of padding.
+    """
+    for key, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and key.rpartition(".")[2] in _LEARNED_POSITIONS:
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            most = module.num_embeddings - first - behind
+            if max_tokens > most:
+                raise UserError(f"text.max_tokens={max_tokens}: {name} takes {most} tokens at most")
 
 
 def import_transformers() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from dist_train.run.checkpoint.state import encode_parts
 from dist_train.run.session import Session, build_loop
 from dist_train.system.machine import mapped_memory_bytes, peak_memory_bytes
 from dist_train.training.evaluation import evaluate
-from dist_train.training.protocols import Record, Rows
+from dist_train.training.protocols import Ragged, Record, Rows
 
 # The first steps allocate, and on a GPU are recorded; after that, this many steps or seconds, whichever ends first.
 _WARM_UP_STEPS = 3
@@ -123,7 +124,8 @@ def _evaluate(session: Session, rows: Rows, collectives: Collectives) -> float:
     batch_size = session.config.evaluation.batch_size
 
     def evaluate_first(count: int) -> float:
-        first, start = _First(rows, count), time.perf_counter()
+        chosen = _FirstOfLengths(rows, count) if isinstance(rows, Ragged) else _First(rows, count)
+        first, start = chosen, time.perf_counter()
         evaluate(session.scored, first, session.task, batch_size, collectives)
         return len(first) / (time.perf_counter() - start)
 
@@ -145,6 +147,15 @@ class _First:
 
     def slice(self, start: int, stop: int) -> tuple[Tensor, ...]:
         return self._rows.slice(start, stop)
+
+
+class _FirstOfLengths(_First):
+    """Those of rows that have lengths."""
+
+    def __init__(self, rows: Any, count: int) -> None:
+        super().__init__(rows, count)
+        self.lengths, self.padded_lengths = rows.lengths[:count], rows.padded_lengths[:count]
+        self.inputs = rows.inputs
 
 
 def _rows_to_train(session: Session) -> int:

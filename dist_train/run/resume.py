@@ -355,7 +355,7 @@ def matching_task(found: Found | None, config: JobConfig, task: Task, collective
         return task
     state = found.parts["state.json"]
     if isinstance(task, NamesPretrained):
-        task.require_pretrained(description_in(found.parts))
+        task = task.as_trained(description_in(found.parts))
     if collectives.is_main:
         _note_other_bits(state, config, collectives)
     log.info("resuming from the checkpoint of step %d", found.step)

@@ -110,8 +110,12 @@ class KeepsFiles(Protocol):
 class NamesPretrained(Protocol):
     """A task whose checkpoints name the model that was trained on, and do not hold it."""
 
-    def require_pretrained(self, description: Description) -> None:
-        """UserError where a task that is described so had another one."""
+    def as_trained(self, description: Description) -> Task:
+        """This task, or one that makes of the same data what the one that is described so has made of them.
+
+        Raises:
+            UserError: that one had another pretrained model or tokenizer.
+        """
 
 
 @runtime_checkable

@@ -14,7 +14,8 @@ from dist_train.config.families import CausalConfig
 from dist_train.config.schema import JobConfig
 from dist_train.data.texts import Texts
 from dist_train.models.causal import build_answering_model
-from dist_train.tasks.base import Description
+from dist_train.system.console import log
+from dist_train.tasks.base import Description, Task
 from dist_train.tasks.text import Data, TextTask
 from dist_train.tasks.text_reader import Prompt, PromptReader, prompt_of
 from dist_train.training.evaluation import probabilities
@@ -50,6 +51,15 @@ class InstructionTask(TextTask):
     def answers(self) -> Sequence[Sequence[int]]:
         """Token ids of the answer for each class, the one that ends it among them."""
         return self._reader.answers
+
+    def as_trained(self, description: Description) -> Task:
+        """As that of texts. The prompt is the recorded one: a chat template may write the date of the day into it."""
+        super().as_trained(description)
+        stored, own = description["prompt"], self.description()["prompt"]
+        if stored == own or stored["answers"] != own["answers"]:
+            return self
+        log.warning("the chat template gives another prompt by now: the one that was trained on is kept")
+        return type(self).load(self._config, self._collectives, description)
 
     def model(self, device: torch.device | None = None) -> nn.Module:
         """The model that scores the answers; what is not pretrained is a function of the seed."""

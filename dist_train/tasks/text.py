@@ -28,12 +28,13 @@ from dist_train.errors import UserError
 from dist_train.models.text import build_text_classifier, shipped_files
 from dist_train.models.text_base import Pretrained, load_tokenizer, locate_pretrained, read_config, tokenizer_sha256
 from dist_train.system.console import log
-from dist_train.tasks.base import Description
+from dist_train.tasks.base import Description, Task
 from dist_train.tasks.classification import Classification
-from dist_train.tasks.text_baselines import FROZEN, TFIDF, embed, frozen_probabilities, tfidf_probabilities
+from dist_train.tasks.text_baselines import FROZEN, embed, frozen_probabilities, tfidf_probabilities
 from dist_train.tasks.text_reader import TextReader
 from dist_train.training.metrics import check_metrics
 from dist_train.training.protocols import Source
+from dist_train.watchdog.processes import host_name
 
 TOKENS = "tokens.npz"
 """The tokenized texts, in the run folder."""
@@ -143,9 +144,10 @@ class TextTask(Classification):
             **self._identity,
         }
 
-    def require_pretrained(self, description: Description) -> None:
-        """UserError where a task described so had another pretrained model or tokenizer."""
+    def as_trained(self, description: Description) -> Task:
+        """This task; UserError where the one that is described so had another pretrained model or tokenizer."""
         _require_same(self._base.name, self._identity, description)
+        return self
 
     def matches(self, description: Description) -> bool:
         """Whether a task described so has the same classes, tokens and pretrained model, wherever that lies."""
@@ -201,10 +203,11 @@ class TextTask(Classification):
         return self._rows(self._reader.tokens(texts), torch.zeros(len(texts), dtype=torch.int64))
 
     def kept_files(self) -> Mapping[str, bytes]:
-        """The tokens, and beside them what they were made of."""
+        """The tokens, and beside them hashes of what they were made of and of themselves."""
         if self._data is None:
             return {}
-        return {TOKENS: self._data.tokens.pack(), f"{TOKENS}.key": self._data.key.encode()}
+        packed = self._data.tokens.pack()
+        return {TOKENS: packed, f"{TOKENS}.key": _key_file(self._data.key, packed).encode()}
 
     def shipped_files(self, weights: Mapping[str, Tensor]) -> Mapping[str, bytes]:
         """The adapter as peft writes it, and the whole model as transformers does."""
@@ -222,7 +225,7 @@ class TextTask(Classification):
         def scored() -> dict[str, dict[str, Any]]:
             texts = read_texts(config.data, config.text, split_seed(config), self._class_names)
             targets = self.splits["test"].targets.cpu()
-            found = {TFIDF: tfidf_probabilities(texts)} | before(texts)
+            found = tfidf_probabilities(texts) | before(texts)
             return {name: self.metrics(probabilities, targets) for name, probabilities in found.items()}
 
         return self._collectives.on_rank_zero(scored)
@@ -261,12 +264,25 @@ def _pretrained(
 
     with collectives.heartbeat.phase("reading the pretrained model"):
         base, tokenizer = collectives.run_on_all(found)
-        identity = collectives.on_rank_zero(
-            lambda: {"base_sha256": base.sha256(), "tokenizer_sha256": tokenizer_sha256(tokenizer)}
+        identity = _same_on_all_hosts(
+            base.name,
+            lambda: {"base_sha256": base.sha256(), "tokenizer_sha256": tokenizer_sha256(tokenizer)},
+            collectives,
         )
     if fitted:
         _require_same(base.name, identity, fitted)
     return base, tokenizer, identity
+
+
+def _same_on_all_hosts(name: str, make: Callable[[], dict[str, str]], collectives: Collectives) -> dict[str, str]:
+    """What the first rank of each host makes. UserError where hosts differ."""
+    hosts = collectives.all_gather_object(host_name)
+    first_of_host = hosts.index(hosts[collectives.rank]) == collectives.rank
+    made = collectives.all_gather_object(lambda: make() if first_of_host else {})
+    for host, other in zip(hosts, made, strict=True):
+        if other and other != made[0]:
+            raise UserError(f"{name}: host {host} has another model or tokenizer than host {hosts[0]}")
+    return made[0]
 
 
 def _require_same(name: str, identity: Mapping[str, str], described: Description) -> None:
@@ -309,7 +325,8 @@ def _read(
     reader = reader_of(found.class_names)
     what = (identity["tokenizer_sha256"], reader.described, texts_sha256(found.texts))
     key = hashlib.sha256(" ".join(what).encode()).hexdigest()
-    tokens = _kept_tokens(path_of_run(config), key, len(found.texts))
+    anew = config.run.resume == "never"
+    tokens = None if anew else _kept_tokens(path_of_run(config), key, len(found.texts))
     if tokens is None:
         tokens = reader.tokens(found.texts)
     return Data(tokens, found.targets, found.splits, found.class_names, found.sha256, key)
@@ -317,9 +334,14 @@ def _read(
 
 def _kept_tokens(folder: Path, key: str, count: int) -> Tokens | None:
     try:
-        if (folder / f"{TOKENS}.key").read_text() != key:
+        packed = (folder / TOKENS).read_bytes()
+        if (folder / f"{TOKENS}.key").read_text() != _key_file(key, packed):
             return None
-        tokens = Tokens.unpack((folder / TOKENS).read_bytes())
+        tokens = Tokens.unpack(packed)
     except (OSError, ValueError, KeyError):
         return None
     return tokens if len(tokens.ends) == count + 1 else None
+
+
+def _key_file(key: str, packed: bytes) -> str:
+    return f"{key} {hashlib.sha256(packed).hexdigest()}"

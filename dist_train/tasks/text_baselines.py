@@ -14,21 +14,30 @@ from dist_train.data.tokens import Padding, Tokens
 from dist_train.determinism.position import split_evenly
 from dist_train.distributed.collectives import Collectives
 from dist_train.models.text_base import Pretrained, read_config, read_model
+from dist_train.system.console import log
 
 TFIDF, FROZEN = "TF-IDF + logistic regression", "frozen encoder + logistic regression"
 _STRENGTHS = (0.1, 1.0, 10.0, 30.0)
 _ROWS_AT_ONCE = 64
 
 
-def tfidf_probabilities(texts: Texts) -> Tensor:
-    """Probabilities of the test rows, (rows, classes) float64, by words and pairs of words that two rows have."""
+def tfidf_probabilities(texts: Texts) -> dict[str, Tensor]:
+    """Probabilities of the test rows, (rows, classes) float64, by words and pairs of words that two rows have.
+
+    Under the name TFIDF; a warning and none where the training rows have no such words.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     of_split = {name: [texts.texts[row] for row in texts.rows_of(name).tolist()] for name in SPLITS}
     fewest = 2 if len(of_split["train"]) >= 1000 else 1
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=fewest, sublinear_tf=True)
-    vectorizer.fit(of_split["train"])
-    return _logistic_regression({name: vectorizer.transform(own or [""]) for name, own in of_split.items()}, texts)
+    try:
+        vectorizer.fit(of_split["train"])
+    except ValueError as error:  # scikit-learn's: no words are left
+        log.warning("%s is left out: %s", TFIDF, str(error).splitlines()[0])
+        return {}
+    features = {name: vectorizer.transform(own or [""]) for name, own in of_split.items()}
+    return {TFIDF: _logistic_regression(features, texts)}
 
 
 def frozen_probabilities(embeddings: Tensor, texts: Texts) -> Tensor:

@@ -41,6 +41,8 @@ class TextReader:
 
     def _encoded(self, texts: list[str], max_tokens: int, *, plain: bool) -> tuple[list[list[int]], int]:
         """Token ids of each text, and how many texts were cut; `plain`: no special token is among them."""
+        if not texts:  # which transformers does not take
+            return [], 0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             encoded = self._tokenizer(

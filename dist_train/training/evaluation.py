@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from dist_train.training.protocols import Collective, Ragged, Rows, Scorer
 # A vote on whether to stop is a collective; a pass may be shorter than that.
 PASSES_BETWEEN_VOTES = 16
 # Of rows that have lengths a pass takes much longer: the ranks that have computed theirs wait for the others.
-ROWS_OF_LENGTHS = 32
+ROWS_OF_LENGTHS = {"cpu": 32, "cuda": 512}
 
 
 @torch.no_grad()
@@ -24,13 +25,17 @@ def probabilities(
 ) -> Tensor | None:
     """Class probabilities of all rows on rank 0, (rows, classes) float64 on the CPU; None on the other ranks.
 
-    The rows are cut in passes of `batch_size`, those that have lengths of ROWS_OF_LENGTHS at most, and the ranks take
-    contiguous runs of passes: a pass is the same arithmetic on whichever rank it is computed. Raises Stopped when the
-    ranks have agreed to stop.
+    The rows are cut in passes of `batch_size`, and the ranks take contiguous runs of passes: a pass is the same
+    arithmetic on whichever rank it is computed. A pass of rows that have lengths has rows of similar ones, and
+    ROWS_OF_LENGTHS at most. Raises Stopped when the ranks have agreed to stop.
     """
     was_training = model.training
     model.eval()
-    batch_size = min(batch_size, ROWS_OF_LENGTHS) if isinstance(rows, Ragged) else batch_size
+    inputs, order = rows.slice, None
+    if isinstance(rows, Ragged):
+        batch_size = min(batch_size, ROWS_OF_LENGTHS[collectives.device.type])
+        order = _by_length(rows.lengths, batch_size, collectives.size)
+        inputs = partial(_chosen, rows, order)
     num_passes = -(-len(rows) // batch_size)
     first, last = split_evenly(0, num_passes, collectives.size)[collectives.rank]
     ends = [min(len(rows), number * batch_size) for number in range(first, last + 1)]
@@ -43,9 +48,24 @@ def probabilities(
         if first + number < last or isinstance(model, Collective):
             start, stop = ends[min(number, last - first)], ends[min(number + 1, last - first)]
             with scorer.arithmetic.of_torch():
-                own[start - ends[0] : stop - ends[0]] = scorer.probabilities(model(*rows.slice(start, stop)))
+                own[start - ends[0] : stop - ends[0]] = scorer.probabilities(model(*inputs(start, stop)))
     model.train(was_training)
-    return collectives.gather_rows(own)
+    gathered = collectives.gather_rows(own)
+    if gathered is None or order is None:
+        return gathered
+    return torch.empty_like(gathered).index_copy_(0, order, gathered)
+
+
+def _by_length(lengths: Tensor, batch_size: int, ranks: int) -> Tensor:
+    """An order of the rows, (rows,): those of a pass have similar lengths, and each rank has short and long passes."""
+    order = lengths.argsort(stable=True)
+    whole = len(order) // batch_size * batch_size
+    passes = order[:whole].split(batch_size)
+    return torch.cat([*(each for rank in range(ranks) for each in passes[rank::ranks]), order[whole:]])
+
+
+def _chosen(rows: Ragged, order: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
+    return rows.inputs(order[start:stop])
 
 
 def evaluate(

@@ -138,15 +138,17 @@ class Source(Rows, Protocol):
 
 @runtime_checkable
 class Ragged(Protocol):
-    """A source whose rows have lengths, (rows,) int64 on the CPU: rows of similar length are trained together.
+    """A source whose rows have lengths, (rows,) int64 on the CPU: rows of similar length are computed together.
 
     `padded_lengths` are those that rows are padded to by themselves; rows together are padded to the largest of them.
+    `inputs` are those of the rows at the places `index`, (n,).
     """
 
     @property
     def lengths(self) -> Tensor: ...
     @property
     def padded_lengths(self) -> Tensor: ...
+    def inputs(self, index: Tensor) -> tuple[Tensor, ...]: ...
 
 
 class Scorer(Protocol):

@@ -118,7 +118,10 @@ def main() -> int:
     for processor in options.processors:
         command = [sys.executable, "-m", "tests.same_bits.matrix", "--here", *sys.argv[1:]]
         with subprocess.Popen(
-            command, env=os.environ | PROCESSORS[processor], stdout=subprocess.PIPE, text=True
+            command,
+            env=os.environ | PROCESSORS[processor] | {"DIST_TRAIN_TEST_PATIENCE": "7200"},
+            stdout=subprocess.PIPE,
+            text=True,
         ) as inner:
             assert inner.stdout is not None
             for line in inner.stdout:

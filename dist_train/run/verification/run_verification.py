@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+from dist_train.config import families
 from dist_train.config.schema import JobConfig
 from dist_train.determinism.sliced_modules import require_world_size
 from dist_train.distributed.collectives import Collectives
@@ -40,9 +41,12 @@ def verify(
     start = evidence.start(first, last)
     session = _session(config, collectives, evidence, _parts_at(start, folder, evidence, collectives))
     report.first_step, report.last_step = start, last
-    replay = Replay(evidence, session, report, collectives)
-    replay.run(config)
-    replay.compare_trained_model()
+    try:
+        replay = Replay(evidence, session, report, collectives)
+        replay.run(config)
+        replay.compare_trained_model()
+    finally:
+        session.close()
     _compare_data(evidence, session.task, last, report)
     return report
 
@@ -93,11 +97,13 @@ class ChallengedRun:
             session = _session(self._config, self._collectives, evidence, parts, task)
             task = session.task
             of_window = Report(*window)
-            replay = Replay(evidence, session, of_window, self._collectives)
-            replay.run(self._config)
-            if window[0] < evidence.best_step <= window[1]:
-                replay.compare_trained_model()
-            session.close()
+            try:
+                replay = Replay(evidence, session, of_window, self._collectives)
+                replay.run(self._config)
+                if window[0] < evidence.best_step <= window[1]:
+                    replay.compare_trained_model()
+            finally:
+                session.close()
             report.add(of_window)
             if of_window.difference is not None:
                 differing.append(window)
@@ -144,10 +150,12 @@ def _session(
     `task` is that of an earlier session of the same run.
     """
     fitted = description_in(parts) if parts and evidence.changes else None
-    task = task or load_task(config, collectives, fitted)
+    # What the folder keeps of the data, as tokens, is made again.
+    anew = replace(config, run=replace(config.run, resume="never"))
+    task = task or load_task(anew, collectives, fitted)
     recorded = evidence.checkpoints[max(evidence.checkpoints)] if evidence.checkpoints else evidence.model
     if isinstance(task, NamesPretrained) and recorded:
-        task.require_pretrained(description_in(recorded))
+        task = task.as_trained(description_in(recorded))
     session = Session(config, task, collectives)
     if parts:
         session.restore(parts)
@@ -180,7 +188,7 @@ def _compare_machine(report: Report, evidence: Evidence, config: JobConfig) -> N
             report.notes.append(f"{name} is {now}, the run had {value}: equal bits are not promised")
 
 
-_PROCESSOR = ("processor", "instructions")
+_PROCESSOR = ("processor", "instructions", "threads")
 
 
 # Of their steps and scores every operation in float32 is defined; others have some of torch's, as LayerNorm or GELU.
@@ -188,9 +196,14 @@ _DEFINED_FAMILIES = ("financial_classifier", "tabm")
 
 
 def _bits_are_defined(config: JobConfig, report: Report) -> bool:
-    """Whether the run's bits are those of every processor, or of all that have one of two kinds of instructions."""
+    """Whether the run's bits are those of every processor."""
     exact, defined = config.train.virtual_ranks is not None, config.runtime.products == "defined"
-    if not exact or not defined or config.train.precision != "float32":
-        return False
-    kinds = {machine.get("instructions") for machine in (report.machine, report.trained_on)}
-    return config.model.name in _DEFINED_FAMILIES or kinds <= {"AVX2", "AVX512"}
+    block = families.block_of(config.model)
+    return (
+        exact
+        and defined
+        and report.machine["device"] == "cpu"
+        and config.model.name in _DEFINED_FAMILIES
+        and getattr(block, "numeric_embedding", None) != "periodic"
+        and (config.train.precision, config.train.loss) == ("float32", "cross_entropy")
+    )
