@@ -34,7 +34,7 @@ def probabilities(
     inputs, order = rows.slice, None
     if isinstance(rows, Ragged):
         batch_size = min(batch_size, ROWS_OF_LENGTHS[collectives.device.type])
-        order = _by_length(rows.lengths, batch_size, collectives.size)
+        order = by_length(rows.lengths, batch_size, collectives.size)
         inputs = partial(_chosen, rows, order)
     num_passes = -(-len(rows) // batch_size)
     first, last = split_evenly(0, num_passes, collectives.size)[collectives.rank]
@@ -56,7 +56,7 @@ def probabilities(
     return torch.empty_like(gathered).index_copy_(0, order, gathered)
 
 
-def _by_length(lengths: Tensor, batch_size: int, ranks: int) -> Tensor:
+def by_length(lengths: Tensor, batch_size: int, ranks: int) -> Tensor:
     """An order of the rows, (rows,): those of a pass have similar lengths, and each rank has short and long passes."""
     order = lengths.argsort(stable=True)
     whole = len(order) // batch_size * batch_size

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -115,6 +117,31 @@ def test_a_library_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyP
     DefinedArithmetic().multiply(a, b, found)
     defined_products._library_meets.cache_clear()
     np.testing.assert_array_equal(bits(found), bits(expected))
+
+
+@pytest.mark.parametrize("columns", [24, 40, 72, 100])
+def test_a_shape_has_the_same_bits_on_any_number_of_threads(columns: int) -> None:
+    # MKL cuts such matrices in other places for four threads than for one or two.
+    a, b = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((1000, 24), (24, columns)))
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 4, 2, 8, 3):
+            torch.set_num_threads(threads)
+            out = torch.empty(1000, columns)
+            defined_products.product(a, b, out, 1.0, adds=False)
+            found.append(out.numpy().tobytes())
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("operation", [torch.addmm, torch.baddbmm])
+def test_what_is_added_zero_times_is_not_read(operation: Callable[..., Tensor]) -> None:
+    shape = (2, 20, 20) if operation is torch.baddbmm else (20, 20)
+    a, b = torch.randn(shape), torch.randn(shape)
+    with torch.no_grad(), operations_of_torch.OperationsOfTorch():
+        found = operation(torch.full(shape, math.nan), a, b, beta=0, alpha=2)
+    torch.testing.assert_close(found, 2 * (a @ b))
 
 
 def test_modules_and_autograd_multiply_as_defined() -> None:

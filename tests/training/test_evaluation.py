@@ -17,7 +17,7 @@ from dist_train.distributed.collectives import Collectives
 from dist_train.distributed.world import World
 from dist_train.errors import TrainingFault
 from dist_train.models.financial_classifier import FinancialClassifier
-from dist_train.training.evaluation import ROWS_OF_LENGTHS, evaluate, probabilities
+from dist_train.training.evaluation import ROWS_OF_LENGTHS, by_length, evaluate, probabilities
 from dist_train.training.metrics import classification_metrics
 from tests.ranks import on_ranks
 from tests.training.fakes import FakeRows
@@ -87,31 +87,55 @@ def test_any_row_count_on_one_two_and_three_ranks() -> None:
                 assert metrics == their_metrics
 
 
-class RowsOfLengths(FakeRows):
+class RowsOfLengths:
     """As texts are: a pass is as wide as the longest of them."""
 
-    lengths = padded_lengths = torch.ones(100, dtype=torch.int64)
+    weights = None
+
+    def __init__(self, features: Tensor, targets: Tensor) -> None:
+        self.features, self.targets = features, targets
+        self.lengths = self.padded_lengths = torch.randperm(len(targets), generator=torch.Generator().manual_seed(3))
+
+    def __len__(self) -> int:
+        return len(self.targets)
 
     def slice(self, start: int, stop: int) -> tuple[Tensor, ...]:
-        assert stop - start <= ROWS_OF_LENGTHS
-        return super().slice(start, stop)
+        raise AssertionError(f"rows {start} to {stop} have many lengths")
+
+    def inputs(self, index: Tensor) -> tuple[Tensor, ...]:
+        assert len(index) <= ROWS_OF_LENGTHS["cpu"]
+        if len(index):
+            assert self.lengths[index].max() - self.lengths[index].min() < ROWS_OF_LENGTHS["cpu"]
+        return (self.features[index],)
 
 
-def rows_of_lengths_on_a_rank(collectives: Collectives) -> tuple[int, float]:
-    """Rows that this rank was shown, and the loss."""
+def rows_of_lengths_on_a_rank(collectives: Collectives) -> tuple[list[float], bool, float]:
+    """Rows that this rank was shown, by their first number; whether its probabilities are right; the loss."""
     given, model = rows(100), Watched()
     shown = RowsOfLengths(given.inputs, given.targets)
+    predicted = probabilities(model, shown, 2048, SCORER, collectives)
     metrics = evaluate(model, shown, SCORER, 2048, collectives)
     assert metrics is not None
-    return len(model.shown), metrics["loss"]
+    right = predicted is None or torch.equal(predicted, given.inputs[:, :3].double().softmax(1))
+    return model.shown[: len(model.shown) // 2], right, metrics["loss"]
 
 
-def test_rows_of_lengths_are_shared_by_the_ranks_however_large_a_pass_may_be() -> None:
+def test_rows_of_lengths_are_shared_by_the_ranks_and_keep_their_order() -> None:
     (alone,) = on_ranks(1, rows_of_lengths_on_a_rank)
     first, second = on_ranks(2, rows_of_lengths_on_a_rank)
-    assert alone[0] == 100
-    assert sorted((first[0], second[0])) == [36, 64]
-    assert first[1] == second[1] == alone[1]
+    for _, right, loss in (alone, first, second):
+        assert right
+        assert loss == alone[2]
+    assert sorted(first[0] + second[0]) == sorted(alone[0])
+    assert sorted((len(first[0]), len(second[0]))) == [36, 64]
+
+
+def test_each_rank_has_short_and_long_rows() -> None:
+    lengths = torch.arange(1000)
+    order = by_length(lengths, 32, 2)
+    of_ranks = order[:512], order[512:]
+    assert sorted(order.tolist()) == lengths.tolist()
+    assert abs(of_ranks[0].double().mean() - of_ranks[1].double().mean()) < 32
 
 
 class Watched(nn.Module):
