@@ -129,6 +129,7 @@ def _trainer(task: Any, collectives: Collectives, *, grouped: bool) -> Turn:
     """Hugging Face's Trainer as its documentation has it, with a collator that pads to the longest text of a batch."""
     transformers = import_transformers()
     world, count, clock = collectives, Count(), {}
+    os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate gives each rank the threads of the machine
     os.environ |= {  # by which accelerate knows of the ranks
         "RANK": str(world.rank), "LOCAL_RANK": str(world.rank), "WORLD_SIZE": str(world.size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
