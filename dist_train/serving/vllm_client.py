@@ -32,6 +32,8 @@ class RemoteClassifier(nn.Module):
         UserError: nothing answers at the URL, or the server has another model.
     """
 
+    rows_at_once = 512  # of a request: the server makes batches of them itself
+
     def __init__(self, url: str, name: str, num_classes: int) -> None:
         super().__init__()
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:

@@ -27,13 +27,14 @@ def probabilities(
 
     The rows are cut in passes of `batch_size`, and the ranks take contiguous runs of passes: a pass is the same
     arithmetic on whichever rank it is computed. A pass of rows that have lengths has rows of similar ones, and
-    ROWS_OF_LENGTHS at most. Raises Stopped when the ranks have agreed to stop.
+    ROWS_OF_LENGTHS at most, or the model's `rows_at_once`. Raises Stopped when the ranks have agreed to stop.
     """
     was_training = model.training
     model.eval()
     inputs, order = rows.slice, None
     if isinstance(rows, Ragged):
-        batch_size = min(batch_size, ROWS_OF_LENGTHS[collectives.device.type])
+        most = getattr(model, "rows_at_once", ROWS_OF_LENGTHS[collectives.device.type])
+        batch_size = min(batch_size, most)
         order = by_length(rows.lengths, batch_size, collectives.size)
         inputs = partial(_chosen, rows, order)
     num_passes = -(-len(rows) // batch_size)
