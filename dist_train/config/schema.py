@@ -205,7 +205,7 @@ class EvaluationConfig:
     metrics: list[str] = field(default_factory=list)
     """Further metrics, by the names under which a program or an installed package registers them (docs/python.md)."""
     batch_size: int = 2048
-    """Rows of one forward pass; of texts 32 at most. Passes are cut by row number, the same for every world size."""
+    """Rows of one forward pass; of texts 32 at most, on a GPU 512. Passes are cut alike for every world size: by row number, those of texts by length."""
 
 
 @dataclass(frozen=True, kw_only=True)
