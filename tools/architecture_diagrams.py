@@ -39,7 +39,7 @@ HOLDS = (
     ("training.loop", "Loop", "step", "Step", "training.step"),
     ("training.loop", "Loop", "feed", "Feed", "data.sources"),
     ("training.loop", "Loop", "progress", "Progress", "training.progress"),
-    ("tasks.tabular", "TabularTask", "spec", "FeatureSpec", "data.spec"),
+    ("tasks.tabular", "TabularTask", "spec", "FeatureSpec", "data.encoding.spec"),
     ("data.sources", "Feed", "sampler", "PositionSampler", "data.sampler"),
     ("execution.base", "GuardedStep", "inner", "EagerStep", "training.step"),
     ("training.step", "EagerStep", "reducer", "GradientReducer", "training.protocols"),
