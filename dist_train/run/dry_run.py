@@ -124,8 +124,8 @@ def _evaluate(session: Session, rows: Rows, collectives: Collectives) -> float:
     batch_size = session.config.evaluation.batch_size
 
     def evaluate_first(count: int) -> float:
-        chosen = _FirstOfLengths(rows, count) if isinstance(rows, Ragged) else _First(rows, count)
-        first, start = chosen, time.perf_counter()
+        kind = _FirstOfLengths if isinstance(rows, Ragged) else _First
+        first, start = kind(rows, count), time.perf_counter()
         evaluate(session.scored, first, session.task, batch_size, collectives)
         return len(first) / (time.perf_counter() - start)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 
 from dist_train.config import families
@@ -39,14 +40,12 @@ def verify(
     if report.difference is not None:
         return report
     start = evidence.start(first, last)
-    session = _session(config, collectives, evidence, _parts_at(start, folder, evidence, collectives))
     report.first_step, report.last_step = start, last
-    try:
+    parts = _parts_at(start, folder, evidence, collectives)
+    with closing(_session(config, collectives, evidence, parts)) as session:
         replay = Replay(evidence, session, report, collectives)
         replay.run(config)
         replay.compare_trained_model()
-    finally:
-        session.close()
     _compare_data(evidence, session.task, last, report)
     return report
 
@@ -94,16 +93,13 @@ class ChallengedRun:
         task: Task | None = None
         for window in drawn:
             parts = _parts_at(window[0], self._folder, evidence, self._collectives)
-            session = _session(self._config, self._collectives, evidence, parts, task)
-            task = session.task
             of_window = Report(*window)
-            try:
+            with closing(_session(self._config, self._collectives, evidence, parts, task)) as session:
+                task = session.task
                 replay = Replay(evidence, session, of_window, self._collectives)
                 replay.run(self._config)
                 if window[0] < evidence.best_step <= window[1]:
                     replay.compare_trained_model()
-            finally:
-                session.close()
             report.add(of_window)
             if of_window.difference is not None:
                 differing.append(window)
